@@ -1,0 +1,56 @@
+# make setup   a virtual environment in .venv with the versions of constraints.txt
+# make run     fine-tune a 124M-parameter model in 40 % of the memory it asks for
+# make test    the tests that need seconds; .ci/run runs the longer ones too
+# make lint    style, types, layers
+# make clean   remove what the build and the tools left
+
+PYTHON ?= python3
+# Extra arguments for the installation of torch. On Linux the default package index serves torch
+# built for CUDA, several GB that a machine without an NVIDIA GPU has no use for; there, add the
+# package index of PyTorch's CPU builds: make setup TORCH_PIP_ARGS="--extra-index-url <URL>"
+TORCH_PIP_ARGS ?=
+# Extra arguments for pytest, for example: make test PYTEST_ARGS="-k store -x"
+PYTEST_ARGS ?=
+# Extra arguments for the quickstart, for example: make run RUN_ARGS="--steps 40"
+RUN_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: setup run test lint format clean
+
+setup: .venv/.installed
+
+# A broken environment (an interrupted one, or one whose Python has gone) is made anew.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Offload needs Python 3.11 or newer: make setup PYTHON=python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "Installing torch and the other dependencies into .venv ..." >&2
+	@$(PIP) $(TORCH_PIP_ARGS) torch
+	@$(PIP) setuptools
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+run: setup
+	$(BIN)/python recipes/quickstart.py $(RUN_ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Types and layers are checked in the type tree, where the mapped packages stand inside offload/.
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python tools/typetree.py
+	cd build/typetree && ../../$(BIN)/mypy --config-file ../../pyproject.toml --package offload
+	cd build/typetree && ../../$(BIN)/mypy --config-file ../../pyproject.toml ../../tools
+	cd build/typetree && ../../$(BIN)/lint-imports --config ../../pyproject.toml
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find allocator offload recipes swap tests tiers tools -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,63 @@
+"""Sizes, rates and times: between the words that people write and the numbers we keep."""
+
+import math
+import re
+
+_BINARY = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)B?\s*", re.IGNORECASE)
+
+
+def parse_nbytes(value: str | int) -> int:
+    """Bytes of ``"24GiB"`` (1024s), ``"1.5 GB"`` (1000s) or a plain number of bytes.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 0:
+            raise ValueError(f"a size can't be negative: {value}")
+        return value
+    match = _PATTERN.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"{value!r} is not a size: write 24GiB, 1.5GB, 512MiB or bytes")
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    return round(float(number) * base ** _BINARY[prefix.upper()])
+
+
+def format_nbytes(nbytes: int) -> str:
+    """``1.50 GiB``: binary units, three significant digits or the exact bytes below 1 KiB."""
+    if abs(nbytes) < 1024:
+        return f"{nbytes} B"
+    power = min(int(math.log(abs(nbytes), 1024)), 5)
+    return f"{nbytes / 1024**power:.2f} {'KMGTP'[power - 1]}iB"
+
+
+def parse_rate(value: str | float) -> float:
+    """Bytes per second of ``"7GB/s"`` or a plain number.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    size, slash, unit = str(value).partition("/")
+    if not slash or unit.strip() != "s":
+        raise ValueError(f"{value!r} is not a rate: write 7GB/s or 900MiB/s")
+    return float(parse_nbytes(size))
+
+
+def format_rate(bytes_per_s: float) -> str:
+    """``2.81 GB/s``: decimal units, as disks and links are sold."""
+    if bytes_per_s < 1e3:
+        return f"{bytes_per_s:.0f} B/s"
+    power = min(int(math.log10(bytes_per_s) / 3), 4)
+    return f"{bytes_per_s / 1000**power:.2f} {'kMGT'[power - 1]}B/s"
+
+
+def format_seconds(seconds: float) -> str:
+    """``12.3 s``, ``45.6 ms`` or ``7.8 us``: three significant digits."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms")):
+        if abs(seconds) >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"

@@ -1,0 +1,123 @@
+"""Taking a model's weights over: from memory, from where they were built, or from a commit."""
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from offload.allocator.errors import ConfigError, StoreMismatchError, UnsupportedError
+from offload.building import built_weight, claim
+from offload.runtime import Runtime
+from offload.swap.census import named_weights, unmovable_reason
+from offload.swap.weights import Weight, WeightSwapper
+from offload.tiers.mapped import MappedTensor
+
+
+def signature_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+    """What must agree for a store to be continued: weights and the kind of optimizer."""
+    return {
+        "weights": {
+            name: [str(parameters[0].dtype).removeprefix("torch."), list(parameters[0].shape)]
+            for name, parameters in named_weights(model)
+        },
+        "optimizer": type(optimizer).__name__ if optimizer is not None else None,
+    }
+
+
+def check_resume(runtime: Runtime, signature: dict[str, Any]) -> bool:
+    """Whether to continue the store's last commit, as the settings ask.
+
+    Raises:
+        ConfigError: ``resume="must"`` and there is nothing to continue.
+        StoreMismatchError: the commit is of another model or optimizer.
+    """
+    store, resume = runtime.store, runtime.config.resume
+    if store.committed is None:
+        if resume == "must":
+            raise ConfigError(
+                f"resume='must', but {store.directory} holds no commit: "
+                "check nvme=, or pass resume='auto'"
+            )
+        return False
+    if resume == "never":
+        store.forget()
+        return False
+    found = store.committed.signature
+    if found == signature:
+        return True
+    raise StoreMismatchError(
+        f"the store {store.directory} belongs to another run: {_difference(found, signature)}; "
+        "pass another directory with nvme=, or resume='never' to discard it"
+    )
+
+
+def _difference(found: Any, expected: dict[str, Any]) -> str:
+    if found["optimizer"] != expected["optimizer"]:
+        return f"its optimizer is {found['optimizer']}, this one is {expected['optimizer']}"
+    stored, present = found["weights"], expected["weights"]
+    for name in sorted({*stored, *present}):
+        if stored.get(name) != present.get(name):
+            return f"{name} is {stored.get(name)} there, {present.get(name)} here"
+    return "its weights come in another order"
+
+
+def adopt_weights(
+    model: nn.Module, runtime: Runtime, weights: WeightSwapper, *, resuming: bool
+) -> dict[nn.Parameter, Weight]:
+    """Give every weight its home in the store and its stable address; by parameter.
+
+    Weights in memory move one by one, so their memory goes as the store grows.
+
+    Raises:
+        UnsupportedError: a parameter that can't be moved exactly.
+        CapacityError: the disk has not enough room.
+    """
+    found = list(named_weights(model))
+    _refuse_unmovable(found)
+    if not resuming:
+        sizes = (parameters[0].nbytes for _, parameters in found)
+        runtime.store.tier.reserve_room(sum(size + 4096 for size in sizes))
+    by_parameter: dict[nn.Parameter, Weight] = {}
+    for name, parameters in found:
+        if parameters[0].numel() == 0:
+            continue
+        weight = _adopt(name, parameters, runtime, resuming=resuming)
+        weights.add(weight)
+        for parameter in parameters:
+            parameter.data = weight.mapped.tensor
+            by_parameter[parameter] = weight
+    return by_parameter
+
+
+def _refuse_unmovable(found: list[tuple[str, list[nn.Parameter]]]) -> None:
+    problems = [
+        f"{name} {reason}"
+        for name, parameters in found
+        for parameter in parameters
+        if (reason := unmovable_reason(parameter)) is not None
+    ]
+    if problems:
+        raise UnsupportedError("weights that can't be moved exactly: " + "; ".join(problems[:5]))
+
+
+def _adopt(
+    name: str, parameters: list[nn.Parameter], runtime: Runtime, *, resuming: bool
+) -> Weight:
+    store, source = runtime.store, parameters[0]
+    built = built_weight(source)
+    if built is not None and not resuming:
+        claim(built)
+        built.seal()
+        store.rename(built.stored, name)
+        return Weight(name, parameters, built.stored, built.mapped)
+    chunk_nbytes = runtime.chunk_numel * source.dtype.itemsize
+    stored = store.add(name, source.dtype, tuple(source.shape), chunk_nbytes)
+    if resuming:
+        store.restore(stored)
+    else:
+        store.write(stored, source.data)
+    mapped = MappedTensor(store.tier.file, source.dtype, source.shape)
+    assert stored.current is not None
+    mapped.file_as(stored.current)
+    runtime.governor.watch(mapped)
+    return Weight(name, parameters, stored, mapped)

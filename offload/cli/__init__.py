@@ -1,0 +1,1 @@
+"""The `offload` command line: one module per verb."""

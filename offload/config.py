@@ -1,0 +1,149 @@
+"""Settings: defaults, then a file, then ``OFFLOAD_*`` variables, then arguments or flags."""
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from offload.allocator.errors import ConfigError
+from offload.allocator.units import parse_nbytes
+
+TIERS = ("device", "host")
+
+
+class OffloadConfig(BaseModel):
+    """Every setting of a run; sizes in bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    budget: dict[str, int] = Field(default_factory=dict)
+    """Hard limits by tier; ``host`` bounds the process's peak resident set."""
+    nvme: tuple[Path, ...] = ()
+    """Directory of the store and of scratch."""
+    record: Path | None = None
+    """Run directory for ``offload report``."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Whether to continue the store's last commit."""
+    commit: Literal["step", "manual"] = "step"
+    """Whether each optimizer step is made durable, or ``Engine.commit`` decides."""
+    io_threads: int = Field(default=2, ge=1, le=64)
+    """Requests in flight in each direction."""
+    min_swap_nbytes: int = Field(default=64 << 10, ge=0)
+    """Saved activations smaller than this stay in memory."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _parse_budget(cls, value: Any) -> dict[str, int]:
+        return parse_budget(value)
+
+    @field_validator("nvme", mode="before")
+    @classmethod
+    def _parse_nvme(cls, value: Any) -> Any:
+        paths = [value] if isinstance(value, str | os.PathLike) else value
+        if isinstance(paths, list | tuple) and len(paths) > 1:
+            raise ValueError(f"{len(paths)} directories were given, one is supported: name one")
+        return paths
+
+    @field_validator("min_swap_nbytes", mode="before")
+    @classmethod
+    def _parse_size(cls, value: Any) -> int:
+        return parse_nbytes(value)
+
+
+def parse_budget(value: Any) -> dict[str, int]:
+    """``"device=10GiB,host=24GiB"``, ``"24GiB"`` (host), bytes (host) or a mapping.
+
+    Raises:
+        ValueError: an unknown tier or a size that can't be read.
+    """
+    if isinstance(value, str) and "=" in value:
+        value = dict(part.partition("=")[::2] for part in value.split(",") if part.strip())
+    if not isinstance(value, Mapping):
+        value = {"host": value}
+    budget: dict[str, int] = {}
+    for tier, size in value.items():
+        name = str(tier).strip()
+        if name not in TIERS:
+            raise ValueError(f"unknown tier {name!r}{_nearest(name, TIERS)}")
+        budget[name] = parse_nbytes(size.strip() if isinstance(size, str) else size)
+    return budget
+
+
+def make_config(
+    config: OffloadConfig | str | Path | Mapping[str, Any] | None = None, **arguments: Any
+) -> OffloadConfig:
+    """The settings of a call: ``config`` (or file), environment, then arguments not None.
+
+    Raises:
+        ConfigError: every fault found, each with where it stands.
+    """
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if isinstance(config, OffloadConfig):
+        fields = {name: getattr(config, name) for name in config.model_fields_set}
+        return _validated([("argument", {**fields, **given})])
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if isinstance(config, str | Path):
+        layers.append((f"file {config}", read_file(Path(config))))
+    layers.append(("environment", read_environment(os.environ)))
+    if isinstance(config, Mapping):
+        layers.append(("config", config))
+    layers.append(("argument", given))
+    return _validated(layers)
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """The keys of a YAML or JSON file.
+
+    Raises:
+        ConfigError: unreadable, or not a mapping.
+    """
+    try:
+        text = path.read_text()
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"can't read the configuration {path}: {error}") from error
+    if content is not None and not isinstance(content, Mapping):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not keys and values")
+    return content or {}
+
+
+def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The settings among ``OFFLOAD_*`` variables (``OFFLOAD_BUDGET``, ``OFFLOAD_NVME``, …)."""
+    return {
+        name: environment[f"OFFLOAD_{name.upper()}"]
+        for name in OffloadConfig.model_fields
+        if f"OFFLOAD_{name.upper()}" in environment
+    }
+
+
+def _validated(layers: list[tuple[str, Mapping[str, Any]]]) -> OffloadConfig:
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    problems: list[str] = []
+    for source, layer in layers:
+        for key, value in layer.items():
+            if key not in OffloadConfig.model_fields:
+                known = tuple(OffloadConfig.model_fields)
+                problems.append(f"{source}: unknown key {key!r}{_nearest(str(key), known)}")
+                continue
+            merged[key], origin[key] = value, source
+    try:
+        config = OffloadConfig(**merged)
+    except ValidationError as error:
+        for fault in error.errors():
+            name = str(fault["loc"][0]) if fault["loc"] else "configuration"
+            message = fault["msg"].removeprefix("Value error, ")
+            problems.append(f"{origin.get(name, 'configuration')}: {name}: {message}")
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else f"; known: {', '.join(known)}"

@@ -1,0 +1,441 @@
+"""The engine: attaches to a model and an optimizer, and runs their steps within a budget."""
+
+import atexit
+import dataclasses
+import platform
+import statistics
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from offload.adopting import adopt_weights, check_resume, signature_of
+from offload.building import built_weight, drop_unclaimed, runtime_of
+from offload.checkpoint import save_pretrained
+from offload.config import OffloadConfig, make_config
+from offload.hooks import ModelHooks
+from offload.progress import (
+    BufferKeeper,
+    pack_groups,
+    pack_rng,
+    restore_groups,
+    restore_rng,
+)
+from offload.runtime import Runtime
+from offload.stepping import StepHooks
+from offload.swap.activations import ActivationCache
+from offload.swap.census import take_census
+from offload.swap.gradients import GradientSwapper
+from offload.swap.optim_kinds import kind_of
+from offload.swap.optimizer import StreamedOptimizer
+from offload.swap.plan import Plan, grow, make_plan
+from offload.swap.states import StateKeeper
+from offload.swap.weights import WeightSwapper
+from offload.tiers import hostmem
+from offload.tiers.events import RunFinished, RunStarted, StepFinished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Totals of a run; seconds and bytes per step are medians over its steps."""
+
+    steps: int
+    peak_nbytes: int
+    budget_nbytes: int
+    step_s: float
+    compute_s: float
+    stall_s: float
+    optimizer_s: float
+    read_bytes_per_step: int
+    written_bytes_per_step: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The kernel's peak resident set of the process, in bytes."""
+        return self.peak_nbytes
+
+
+class Engine:
+    """Made by ``attach``; a context manager that detaches on exit.
+
+    Attributes:
+        step: optimizer steps finished, those before a resume included.
+        resumed: whether the store held a commit that was continued.
+        extra: what the last commit carried for the script.
+        plan: the shares of the budget.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | None, runtime: Runtime, plan: Plan
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.plan = plan
+        self.step = 0
+        self.resumed = False
+        self.extra: dict[str, Any] = {}
+        self._runtime = runtime
+        self._journal = runtime.journal
+        self._steps: list[StepFinished] = []
+        self._attached = False
+        self._may_grow = True
+        census = take_census(model)
+        self._census = census
+        self.weights = WeightSwapper(runtime.store, self._journal, plan.window_nbytes)
+        self._signature = signature_of(model, optimizer)
+        resuming = check_resume(runtime, self._signature)
+        by_parameter = adopt_weights(model, runtime, self.weights, resuming=resuming)
+        drop_unclaimed(runtime)
+        self.weights.learn_order([name for info in census.modules for name in info.weights])
+        self.gradients = GradientSwapper(
+            runtime.scratch, self._journal, runtime.governor, plan.gradients_nbytes
+        )
+        self.activations = ActivationCache(
+            self.weights,
+            runtime.scratch,
+            self._journal,
+            limit_nbytes=plan.activations_nbytes,
+            min_nbytes=runtime.config.min_swap_nbytes,
+        )
+        self.activations.know_weights(
+            {
+                weight.mapped.tensor.untyped_storage()._cdata: name
+                for name, weight in self.weights.weights.items()
+            }
+        )
+        self._hooks = ModelHooks(model, census, self.weights, self.activations, self._before_pass)
+        self._buffers = BufferKeeper(runtime.store, model, runtime.chunk_numel)
+        self._keeper: StateKeeper | None = None
+        self._step_hooks: StepHooks | None = None
+        for name, weight in self.weights.weights.items():
+            for parameter in weight.parameters:
+                self.gradients.watch(name, parameter)
+            self._hooks.watch_backward(weight)
+        if optimizer is not None:
+            names = {
+                parameter: weight.name
+                for parameter, weight in by_parameter.items()
+                if parameter is weight.parameters[0]
+            }
+            self._keeper = StateKeeper(
+                runtime.store, runtime.governor, optimizer, names, runtime.chunk_numel
+            )
+            streamed = StreamedOptimizer(
+                optimizer,
+                self.weights,
+                by_parameter,
+                self.gradients,
+                self._keeper,
+                self._journal,
+                chunk_numel=runtime.chunk_numel,
+                staging_nbytes=plan.staging_nbytes,
+            )
+            self._reserve(streamed)
+            self._step_hooks = StepHooks(optimizer, streamed, self._after_step)
+        if resuming:
+            self._restore()
+        self._begin_record()
+        self._attached = True
+        self._at_exit = weakref.WeakMethod(self._exit)
+        atexit.register(_call, self._at_exit)
+
+    def _reserve(self, streamed: StreamedOptimizer) -> None:
+        """Meet a full disk now rather than in the middle of the first step."""
+        store = self._runtime.store
+        weights = self.weights.weights.values()
+        trained = sum(
+            weight.mapped.padded_nbytes
+            for weight in weights
+            if any(parameter.requires_grad for parameter in weight.parameters)
+        )
+        present = sum(
+            stored.spare is not None for stored in store.tensors.values()
+        )  # a resumed store has its second blocks already
+        if not present:
+            store.tier.reserve_room(trained + 2 * streamed.state_nbytes())
+        self._runtime.scratch.reserve_room(self.gradients.watched_nbytes())
+
+    def _restore(self) -> None:
+        record = self._runtime.store.committed
+        assert record is not None
+        self.step = record.step
+        self.resumed = True
+        self.extra = dict(record.state["extra"])
+        if self.optimizer is not None and self._keeper is not None:
+            self._keeper.restore(record.state["optimizer"])
+            restore_groups(self.optimizer, record.state["groups"])
+        self._buffers.restore(record.state["buffers"])
+        self._runtime.store.release_unclaimed()
+        restore_rng(record.state["rng"])
+        self._journal.notice(
+            "resume", f"continued at step {self.step} from {self._runtime.store.directory}"
+        )
+
+    def _begin_record(self) -> None:
+        config = self._runtime.config
+        self._journal.record(
+            RunStarted(
+                t_s=self._journal.now(),
+                command=" ".join(sys.argv),
+                versions={"torch": torch.__version__, "python": platform.python_version()},
+                host={"cpus": torch.get_num_threads(), "kernel": platform.release()},
+                budget={"host": self.plan.budget_nbytes},
+            )
+        )
+        if config.record is not None:
+            (config.record / "plan.json").write_text(self.plan.to_json())
+            (config.record / "config.json").write_text(config.model_dump_json(indent=2))
+        self._journal.recorder.flush()
+        self._step_began_s = self._journal.now()
+        self._at_step = dataclasses.replace(self._journal.totals)
+        self._runtime.governor.restart_peak()
+
+    # What the hooks call.
+
+    def _before_pass(self) -> None:
+        self.gradients.poll()
+        if self._step_hooks is not None:
+            self._step_hooks.be_innermost()
+
+    def _after_step(self, optimizer_s: float, stall_s: float) -> None:
+        """The step's updates are in the store; ``stall_s`` is what the optimizer waited."""
+        self.step += 1
+        began_s = self._journal.now()
+        if self._runtime.config.commit == "step":
+            self.commit()
+        now_s = self._journal.now()
+        totals, before = self._journal.totals, self._at_step
+        step_s = now_s - self._step_began_s
+        waited_s = totals.stall_s - before.stall_s - stall_s
+        finished = StepFinished(
+            t_s=now_s,
+            step=self.step,
+            step_s=step_s,
+            compute_s=step_s - waited_s - optimizer_s - (now_s - began_s),
+            stall_s=waited_s,
+            optimizer_s=optimizer_s,
+            commit_s=now_s - began_s,
+            read_nbytes=totals.read_nbytes - before.read_nbytes,
+            written_nbytes=totals.written_nbytes - before.written_nbytes,
+            peak_nbytes=hostmem.peak_resident_nbytes(),
+            resident_nbytes={
+                "weight": self.weights.resident_nbytes(),
+                "activation": self.activations.kept_nbytes,
+            },
+        )
+        self._steps.append(finished)
+        self._journal.record(finished)
+        self._journal.recorder.flush()
+        self._replan()
+        self._step_began_s = now_s
+        self._at_step = dataclasses.replace(totals)
+
+    def _replan(self) -> None:
+        """After the first step its measured peak tells what can stay resident."""
+        if len(self._steps) == 1 and self._may_grow:
+            peak = self._runtime.governor.peak_nbytes
+            self.plan = grow(self.plan, self._census, peak_nbytes=peak)
+            self.weights.keep(self.plan.resident)
+
+    # The public surface.
+
+    def commit(self, extra: Mapping[str, Any] | None = None) -> None:
+        """Make the present state durable: weights, optimizer states, buffers, generators.
+
+        Args:
+            extra: JSON values that ``engine.extra`` gives back after a resume.
+
+        Raises:
+            TierIOError: the disk could not take it; the previous commit stays.
+        """
+        self._runtime.lanes.drain()
+        self.weights.absorb_all()
+        state: dict[str, Any] = {
+            "chunk_numel": self._runtime.chunk_numel,
+            "extra": dict(self.extra if extra is None else extra),
+            "optimizer": {},
+            "groups": [],
+            "buffers": self._buffers.record(),
+            "rng": pack_rng(),
+        }
+        if self.optimizer is not None and self._keeper is not None:
+            self._keeper.absorb_all()
+            state["optimizer"] = self._keeper.record()
+            state["groups"] = pack_groups(self.optimizer)
+        self._runtime.store.commit(self.step, self._signature, state)
+        self.extra = state["extra"]
+
+    @property
+    def stats(self) -> Stats:
+        """Totals so far."""
+
+        def median(name: str) -> Any:
+            return statistics.median([getattr(step, name) for step in self._steps] or [0])
+
+        return Stats(
+            steps=len(self._steps),
+            peak_nbytes=hostmem.peak_resident_nbytes(),
+            budget_nbytes=self.plan.budget_nbytes,
+            step_s=median("step_s"),
+            compute_s=median("compute_s"),
+            stall_s=median("stall_s"),
+            optimizer_s=median("optimizer_s"),
+            read_bytes_per_step=int(median("read_nbytes")),
+            written_bytes_per_step=int(median("written_nbytes")),
+        )
+
+    def keep_streaming(self) -> None:
+        """Keep no weight resident from now on, whatever the budget has to spare."""
+        self._may_grow = False
+        self.weights.keep(())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The model's ``state_dict``: plain names, tensors that read from the store as needed."""
+        return self.model.state_dict()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the weights as safetensors, tensor by tensor, with the model's configuration.
+
+        Raises:
+            TierIOError: the directory can't be written.
+        """
+        self.weights.evict_streaming()
+        save_pretrained(self.model, Path(directory))
+
+    def detach(self) -> None:
+        """Take the hooks off and give the store back; safe to call twice.
+
+        Weights and optimizer states become ordinary tensors where the budget has room for
+        them. Where it has not, they stay mapped from the store, whose lock is kept until the
+        process ends.
+        """
+        self._detach("done")
+
+    def _detach(self, status: str) -> None:
+        if not self._attached:
+            return
+        self._attached = False
+        if self._step_hooks is not None:
+            self._step_hooks.remove()
+        self._hooks.remove()
+        self.activations.close()
+        self.gradients.close()
+        self.weights.evict_streaming()
+        self._journal.record(
+            RunFinished(
+                t_s=self._journal.now(),
+                steps=len(self._steps),
+                peak_nbytes=hostmem.peak_resident_nbytes(),
+                budget_nbytes=self.plan.budget_nbytes,
+                status=status,
+            )
+        )
+        self._journal.recorder.flush()
+        if self._materialise():
+            self._runtime.close()
+
+    def _materialise(self) -> bool:
+        """Copy what is mapped into ordinary memory, if the budget has room for all of it."""
+        states = self._keeper.mapped() if self._keeper is not None else []
+        nbytes = self._census.weight_nbytes + sum(mapped.nbytes for mapped in states)
+        if hostmem.resident_nbytes()[0] + nbytes > self.plan.budget_nbytes:
+            return False
+        for weight in self.weights.weights.values():
+            data = weight.mapped.tensor.clone()
+            for parameter in weight.parameters:
+                parameter.data = data
+        if self._keeper is not None:
+            self._keeper.materialise()
+        return True
+
+    def _exit(self) -> None:
+        self._detach("interrupted")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._detach("done" if error is None else "failed")
+
+
+def _call(method: weakref.WeakMethod[Any]) -> None:
+    bound = method()
+    if bound is not None:
+        bound()
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    budget: str | int | Mapping[str, Any] | None = None,
+    nvme: str | Path | Sequence[str | Path] | None = None,
+    config: OffloadConfig | str | Path | Mapping[str, Any] | None = None,
+    record: str | Path | None = None,
+    resume: str | None = None,
+    commit: str | None = None,
+) -> Engine:
+    """Train ``model`` within a memory budget; the user's own loop stays as it is.
+
+    Args:
+        model: any module on the CPU; built plainly, by ``offload.init``, or loaded by
+            ``offload.load_pretrained``.
+        optimizer: over the model's parameters; ``None`` to evaluate only.
+        budget: ``"host=4GiB"``, bytes, or a mapping. ``host`` bounds the process's peak
+            resident set.
+        nvme: directory of the store and the scratch file.
+        config: file or mapping with the same keys; arguments win over it.
+        record: run directory for ``offload report``.
+        resume: ``auto`` continues the store's last commit if there is one, ``never`` starts
+            anew, ``must`` raises without one.
+        commit: ``step`` makes every optimizer step durable, ``manual`` leaves it to
+            ``Engine.commit``.
+
+    Raises:
+        BudgetError: the largest layer does not fit; names the smallest budget that does.
+        ConfigError: wrong arguments.
+        StoreError: the store is in use, damaged, or of another model.
+        CapacityError: the disk has not enough room.
+        UnsupportedError: a parameter or an optimizer that can't be handled exactly.
+    """
+    settings = make_config(
+        config, budget=budget, nvme=nvme, record=record, resume=resume, commit=commit
+    )
+    if optimizer is not None:
+        kind_of(optimizer)
+    runtime = runtime_of(model)
+    if runtime is None:
+        runtime = Runtime(settings)
+    else:
+        runtime.reconfigure(settings)
+    try:
+        runtime.governor.shed()
+        census = take_census(model)
+        in_memory = sum(
+            parameter.nbytes
+            for parameter in set(model.parameters())
+            if built_weight(parameter) is None
+        )
+        baseline = max(hostmem.resident_nbytes()[0] - in_memory, 0)
+        plan = make_plan(
+            census,
+            budget_nbytes=runtime.budget_nbytes,
+            baseline_nbytes=baseline,
+            chunk_numel=runtime.chunk_numel,
+        )
+        return Engine(model, optimizer, runtime, plan)
+    except BaseException:
+        runtime.close()
+        raise

@@ -1,0 +1,102 @@
+"""Hooks on a model: they tell the swappers what is used when, and change nothing else.
+
+[Note: scope] A *pass* is one outermost call of a hooked module. Saved-tensor hooks are active
+inside it, so that other models of the same thread are left alone. Modules that run again inside
+backward (``torch.utils.checkpoint``) belong to the pass whose backward it is: they fetch weights,
+but begin no pass and push no hooks, for checkpoint's own hooks must stay innermost.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from offload.swap.activations import ActivationCache
+from offload.swap.census import Census
+from offload.swap.weights import Weight, WeightSwapper
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside autograd's backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class ModelHooks:
+    """Installs the hooks of one model; ``remove`` takes them off again."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        census: Census,
+        weights: WeightSwapper,
+        activations: ActivationCache,
+        on_pass: Callable[[], None],
+    ) -> None:
+        self._weights = weights
+        self._activations = activations
+        self._on_pass = on_pass
+        self._depth = 0
+        self._pushed = False
+        self._handles: list[RemovableHandle] = []
+        self._running: dict[nn.Module, Callable[[], None]] = {}
+        users = {info.name: info.weights for info in census.modules}
+        for name, module in model.named_modules():
+            if name in users or module is model or module._parameters:
+                self._hook(name, module, users.get(name, ()))
+
+    def _hook(self, name: str, module: nn.Module, weights: tuple[str, ...]) -> None:
+        def before(_module: nn.Module, _args: Any) -> None:
+            self._enter(name)
+            if weights:
+                self._weights.use(weights)
+
+        def after(_module: nn.Module, _args: Any, _output: Any) -> None:
+            self._leave()
+
+        self._running[module] = lambda: before(module, ())
+        self._handles += [
+            # Other hooks of the same module may use its weights: be the first before them.
+            module.register_forward_pre_hook(before, prepend=True),
+            module.register_forward_hook(after, always_call=True),
+        ]
+
+    def watch_backward(self, weight: Weight) -> None:
+        """Note when backward has finished with ``weight``."""
+        name = weight.name
+        for parameter in weight.parameters:
+            if parameter.requires_grad:
+                self._handles.append(
+                    parameter.register_post_accumulate_grad_hook(
+                        lambda _parameter: self._weights.touch(name)
+                    )
+                )
+
+    def _enter(self, name: str) -> None:
+        self._depth += 1
+        if self._depth > 1 or in_backward():
+            return
+        self._on_pass()
+        self._weights.trace.begin((name, torch.is_grad_enabled()))
+        if torch.is_grad_enabled():
+            torch._C._autograd._push_saved_tensors_default_hooks(
+                self._activations.pack, self._activations.unpack
+            )
+            self._pushed = True
+
+    def join_pass(self, module: nn.Module) -> None:
+        """``module`` is already running: its pass begins now, its pre-hooks are made up for."""
+        self._running[module]()
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth == 0 and self._pushed:
+            self._pushed = False
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

@@ -1,0 +1,145 @@
+"""``offload run``: an unmodified script under Offload.
+
+[Note: how a script is met] Parameters get their homes in the store as the script builds its
+modules (the registration hook of ``offload.init``). The script's optimizer is met when it is
+made, and the engine attaches at the first forward of the outermost module that owns its
+parameters, through PyTorch's global module hooks. The script itself is run by ``runpy`` with the
+arguments, path and ``__main__`` that Python would give it.
+"""
+
+import runpy
+import signal
+import sys
+import weakref
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from offload.allocator.errors import ConfigError, UnsupportedError
+from offload.building import Building
+from offload.config import OffloadConfig
+from offload.engine import Engine, attach
+from offload.runtime import Runtime
+
+
+class _Session:
+    """Waits for the script's model and optimizer, and attaches to them."""
+
+    def __init__(self, config: OffloadConfig) -> None:
+        self.config = config
+        self.runtime = Runtime(config)
+        self.engine: Engine | None = None
+        self._building = Building(self.runtime)
+        self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._attaching = False
+        self._plain_init = Optimizer.__init__
+
+    def __enter__(self) -> "_Session":
+        self._building.__enter__()
+        session = self
+
+        def remember(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+            session._plain_init(self, *args, **kwargs)
+            session._optimizers.add(self)
+
+        Optimizer.__init__ = remember  # type: ignore[method-assign]
+        self._hooks = [
+            register_module_forward_pre_hook(self._on_forward),
+            register_optimizer_step_pre_hook(self._on_step),
+        ]
+        return self
+
+    def _on_forward(self, module: nn.Module, _args: Any) -> None:
+        if self.engine is not None or self._attaching or not torch.is_grad_enabled():
+            return
+        optimizer = self._optimizer_of(module)
+        if optimizer is None:
+            return
+        self._attaching = True
+        try:
+            self._building._hook.remove()
+            self.engine = attach(module, optimizer, config=self.config)
+        finally:
+            self._attaching = False
+        # This forward has begun before the engine's own hooks stood: the pass begins here.
+        self.engine._hooks.join_pass(module)
+
+    def _optimizer_of(self, module: nn.Module) -> Optimizer | None:
+        """The optimizer all of whose parameters belong to ``module``."""
+        owned = set(module.parameters())
+        for optimizer in self._optimizers:
+            parameters = {p for group in optimizer.param_groups for p in group["params"]}
+            if parameters and parameters <= owned:
+                return optimizer
+        return None
+
+    def _on_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        if self.engine is None or optimizer is self.engine.optimizer:
+            return
+        owned = {p for group in optimizer.param_groups for p in group["params"]}
+        if owned & set(self.engine.model.parameters()):
+            raise UnsupportedError(
+                "a second optimizer steps parameters of the same model: offload run handles one "
+                "optimizer a model; put its parameters into groups of one optimizer"
+            )
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        Optimizer.__init__ = self._plain_init  # type: ignore[method-assign]
+        for hook in self._hooks:
+            hook.remove()
+        if self.engine is None:
+            self._building.__exit__(kind, error, trace)
+            if error is None:
+                self.runtime.close()
+            return
+        self.engine.__exit__(kind, error, trace)
+
+
+def launch(config: OffloadConfig, target: str, argv: list[str], *, is_module: bool) -> int:
+    """Run a script or module under Offload; returns its exit code.
+
+    Args:
+        target: path of the script, or name of the module.
+        argv: the script's own arguments.
+
+    Raises:
+        OffloadError: Offload itself can't go on; the script's own errors pass through.
+    """
+    if is_module and not target:
+        raise ConfigError("-m needs the name of a module")
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    saved_argv, saved_path = sys.argv, list(sys.path)
+    sys.argv = [target, *argv]
+    sys.path[0] = str(Path.cwd()) if is_module else str(Path(target).resolve().parent)
+    try:
+        with _Session(config):
+            if is_module:
+                runpy.run_module(target, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(target, run_name="__main__")
+    except SystemExit as exit_request:
+        return _exit_code(exit_request)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        sys.argv, sys.path[:] = saved_argv, saved_path
+    return 0
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    """SIGTERM ends the script as an exception would: what is not committed is discarded."""
+    raise SystemExit(128 + number)
+
+
+def _exit_code(request: SystemExit) -> int:
+    if request.code is None:
+        return 0
+    if isinstance(request.code, int):
+        return request.code
+    print(request.code, file=sys.stderr)
+    return 1

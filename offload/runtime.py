@@ -1,0 +1,106 @@
+"""What one run owns: clock, lanes, store, scratch, governor. Built once, closed once."""
+
+import itertools
+import os
+from pathlib import Path
+
+from offload.allocator.errors import ConfigError
+from offload.config import OffloadConfig
+from offload.swap.governor import Governor
+from offload.swap.plan import choose_chunk_numel
+from offload.tiers import hostmem
+from offload.tiers.events import JsonlRecorder, NullRecorder, Recorder
+from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.journal import Journal
+from offload.tiers.store import Store
+
+DEFAULT_DIRECTORY = Path("offload-nvme")
+_DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
+
+
+class Runtime:
+    """The parts of a run that stand before the model does.
+
+    Raises:
+        ConfigError: a budget or directory that can't be used.
+        StoreInUseError: another process holds the store.
+        TierIOError: the store directory can't be written.
+    """
+
+    def __init__(self, config: OffloadConfig) -> None:
+        hostmem.return_freed_memory()
+        self.config = config
+        self.budget_nbytes = config.budget.get("host") or default_budget()
+        self.chunk_numel = choose_chunk_numel(self.budget_nbytes)
+        recorder: Recorder = NullRecorder()
+        if config.record is not None:
+            recorder = JsonlRecorder(config.record / "rank0.jsonl")
+        self.journal = Journal(recorder)
+        self.lanes = Lanes(self.journal, config.io_threads)
+        directory = config.nvme[0] if config.nvme else DEFAULT_DIRECTORY
+        try:
+            self.store = Store(directory, self.lanes)
+            self.scratch = FileTier(self.store.directory, None, self.lanes)
+        except BaseException:
+            self.lanes.close()
+            raise
+        if self.store.committed is not None:
+            self.chunk_numel = self.store.committed.state["chunk_numel"]
+        self.governor = Governor(_soft_limit(self.budget_nbytes))
+        self._numbers = itertools.count()
+        self._closed = False
+
+    def next_number(self) -> int:
+        """A number that no other weight of this runtime has."""
+        return next(self._numbers)
+
+    def reconfigure(self, config: OffloadConfig) -> None:
+        """Settings that ``attach`` adds to those the model was built with.
+
+        Raises:
+            ConfigError: another budget or directory than the model was built with.
+        """
+        given = config.model_fields_set
+        problems = [
+            f"{name}={getattr(config, name)} differs from the {getattr(self.config, name)} that "
+            "the model was built with: pass it to offload.init or load_pretrained only"
+            for name in ("budget", "nvme")
+            if name in given and getattr(config, name) != getattr(self.config, name)
+        ]
+        if problems:
+            raise ConfigError(*problems)
+        built_with = {name: getattr(self.config, name) for name in self.config.model_fields_set}
+        self.config = config.model_copy(update={**config.model_dump(), **built_with}).model_copy(
+            update={name: getattr(config, name) for name in given}
+        )
+        if config.record is not None:
+            self.journal.recorder = JsonlRecorder(config.record / "rank0.jsonl")
+
+    def close(self) -> None:
+        """End threads, give the store's lock back; safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self.governor.close()
+        self.lanes.close()
+        self.scratch.close()
+        self.store.close()
+        self.journal.recorder.close()
+
+
+def _soft_limit(budget_nbytes: int) -> int:
+    """Where shedding begins: the watcher must win against faults that go on meanwhile."""
+    return budget_nbytes - max(budget_nbytes >> 5, 16 << 20)
+
+
+def default_budget() -> int:
+    """Most of the memory that is available now, a memory cgroup's limit respected."""
+    pages = os.sysconf("SC_AVPHYS_PAGES") * hostmem.PAGE
+    limits = [pages]
+    for path in (
+        Path("/sys/fs/cgroup/memory.max"),
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ):
+        if path.exists() and (text := path.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return int(min(limits) * _DEFAULT_SHARE)

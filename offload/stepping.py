@@ -1,0 +1,74 @@
+"""How ``optimizer.step()`` becomes a streamed step without the script's knowing.
+
+[Note: borrowed step] A step pre-hook runs the streamed step, then lends the optimizer an empty
+list of groups, so that its own ``step`` finds nothing to do; a post-hook gives the groups back.
+Whatever wraps ``step`` (schedulers, scalers, Accelerate) stays in place and sees a normal call.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from offload.swap.optimizer import StreamedOptimizer
+
+
+class StepHooks:
+    """Installs the step hooks of one optimizer; ``remove`` takes them off again.
+
+    Args:
+        after_step: called with (seconds in the optimizer, seconds of it spent waiting).
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        streamed: StreamedOptimizer,
+        after_step: Callable[[float, float], None],
+    ) -> None:
+        self._optimizer = optimizer
+        self._streamed = streamed
+        self._after_step = after_step
+        self._groups: list[dict[str, Any]] | None = None
+        self._times = (0.0, 0.0)
+        self._before = optimizer.register_step_pre_hook(self._borrow)
+        self._after = optimizer.register_step_post_hook(self._give_back)
+
+    def be_innermost(self) -> None:
+        """Let the user's pre-hooks run before ours and their post-hooks after ours."""
+        self._optimizer._optimizer_step_pre_hooks.move_to_end(self._before.id)
+        self._optimizer._optimizer_step_post_hooks.move_to_end(self._after.id, last=False)
+
+    def _borrow(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            args, kwargs = (args[0], lambda: loss), {
+                key: value for key, value in kwargs.items() if key != "closure"
+            }
+        journal = self._streamed.weights.journal
+        began_s, waited_s = time.perf_counter(), journal.totals.stall_s
+        self._streamed.weights.trace.end()
+        self._streamed.gradients.poll()
+        self._streamed.weights.evict_streaming()
+        self._streamed.step()
+        self._times = (time.perf_counter() - began_s, journal.totals.stall_s - waited_s)
+        self._groups, optimizer.param_groups = optimizer.param_groups, []
+        return args, kwargs
+
+    def _give_back(
+        self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]
+    ) -> None:
+        assert self._groups is not None
+        optimizer.param_groups, self._groups = self._groups, None
+        self._after_step(*self._times)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self._before.remove()
+        self._after.remove()

@@ -1,0 +1,1 @@
+"""When bytes move: residency, lanes, scheduling and the swapping of each tensor class."""

@@ -1,0 +1,123 @@
+"""What a model needs bytes for: its weights, by tensor and by the module that uses them.
+
+Weights are counted once per storage, so tied weights are one entry with several users.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# A lookup touches a few rows: pages fault in by themselves far cheaper than a fetch of the table.
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
+# Never called: other modules use the weights that these hold.
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightInfo:
+    """One weight: ``name`` is the first name its model has for it."""
+
+    name: str
+    nbytes: int
+    trainable: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleInfo:
+    """The weights that one module uses whole while it computes."""
+
+    name: str
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Census:
+    """Weights and their users, in the model's own order."""
+
+    weights: tuple[WeightInfo, ...]
+    modules: tuple[ModuleInfo, ...]
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    def working_set_nbytes(self) -> int:
+        """The largest bytes that one module needs at once: its weights and their gradients.
+
+        In backward the module's weights, the gradient of each trainable one, and nothing else
+        of the weight and gradient classes must be in memory at the same time.
+        """
+        by_name = {weight.name: weight for weight in self.weights}
+        largest_gradient = max(
+            (weight.nbytes for weight in self.weights if weight.trainable), default=0
+        )
+        return max(
+            (
+                sum(by_name[name].nbytes * (1 + by_name[name].trainable) for name in info.weights)
+                for info in self.modules
+            ),
+            default=0,
+        ) or largest_gradient
+
+
+def unmovable_reason(parameter: nn.Parameter) -> str | None:
+    """Why Offload can't give ``parameter`` a home of its own, or None if it can."""
+    if type(parameter.data) is not torch.Tensor or parameter.layout is not torch.strided:
+        return f"is a {type(parameter.data).__name__} with layout {parameter.layout}"
+    if parameter.is_meta:
+        return "is on the meta device: load or initialise it first"
+    if parameter.device.type != "cpu":
+        return f"is on {parameter.device}"
+    if not parameter.is_contiguous():
+        return "is not contiguous: call model.to(memory_format=torch.contiguous_format) first"
+    return None
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of the storage behind ``tensor`` while it lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    """(first name, parameters that share its bytes) for each distinct weight of ``model``."""
+    by_storage: dict[object, tuple[str, list[nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        # Parameters that are parts of one storage are weights of their own.
+        key = (parameter.data_ptr(), parameter.shape) if parameter.numel() else id(parameter)
+        by_storage.setdefault(key, (name, []))[1].append(parameter)
+    yield from by_storage.values()
+
+
+def uses_rows_only(module: nn.Module) -> bool:
+    """Whether ``module`` reads a few rows of its weight rather than all of it."""
+    return isinstance(module, _LOOKUPS) and getattr(module, "max_norm", None) is None
+
+
+def take_census(model: nn.Module) -> Census:
+    """The census of ``model``; runs nothing and allocates nothing."""
+    names: dict[int, str] = {}
+    weights: list[WeightInfo] = []
+    for name, parameters in named_weights(model):
+        names.update({id(parameter): name for parameter in parameters})
+        weights.append(
+            WeightInfo(
+                name=name,
+                nbytes=max(parameter.nbytes for parameter in parameters),
+                trainable=any(parameter.requires_grad for parameter in parameters),
+            )
+        )
+    modules = []
+    for module_name, module in model.named_modules():
+        used = tuple(
+            dict.fromkeys(
+                names[id(parameter)]
+                for parameter in module._parameters.values()
+                if parameter is not None
+            )
+        )
+        if used and not uses_rows_only(module) and not isinstance(module, _CONTAINERS):
+            modules.append(ModuleInfo(name=module_name, weights=used))
+    return Census(weights=tuple(weights), modules=tuple(modules))

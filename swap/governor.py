@@ -1,0 +1,55 @@
+"""Holds the resident set to the budget against page faults that nobody scheduled.
+
+User code that reads swapped weights, gradients or states faults their pages in. Those pages are
+clean copies of files (or shared mappings of them), so they can be given back at any moment: a
+watching thread does so while the process is near its budget.
+"""
+
+import threading
+import weakref
+
+from offload.tiers import hostmem
+from offload.tiers.mapped import MappedTensor
+
+_PERIOD_S = 0.01
+_WORTH_NBYTES = 8 << 20
+
+
+class Governor:
+    """Watches the resident set and sheds faulted-in pages above ``limit_nbytes``."""
+
+    def __init__(self, limit_nbytes: int) -> None:
+        self.limit_nbytes = limit_nbytes
+        self.peak_nbytes = 0  # since the last ``restart_peak``, as often as looked at
+        self._mapped: weakref.WeakSet[MappedTensor] = weakref.WeakSet()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="offload governor", daemon=True)
+        self._thread.start()
+
+    def watch(self, mapped: MappedTensor) -> None:
+        """Shed the pages of ``mapped`` too, for as long as it lives."""
+        self._mapped.add(mapped)
+
+    def restart_peak(self) -> None:
+        """Begin a new measurement of the peak."""
+        self.peak_nbytes = hostmem.resident_nbytes()[0]
+
+    def _watch(self) -> None:
+        # File pages that shedding can't give back: the libraries' own code.
+        fixed_nbytes = 0
+        while not self._stop.wait(_PERIOD_S):
+            resident, from_files = hostmem.resident_nbytes()
+            self.peak_nbytes = max(self.peak_nbytes, resident)
+            if resident > self.limit_nbytes and from_files > fixed_nbytes + _WORTH_NBYTES:
+                self.shed()
+                fixed_nbytes = hostmem.resident_nbytes()[1]
+
+    def shed(self) -> None:
+        """Give back every page that was faulted in."""
+        for mapped in list(self._mapped):
+            mapped.shed()
+
+    def close(self) -> None:
+        """End the thread; safe to call twice."""
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,192 @@
+"""Gradients leave memory as backward produces them, and stay visible as ``p.grad``.
+
+[Note: always a right gradient] While its write is in flight ``p.grad`` is the tensor that
+autograd made. When the write has ended, and nobody changed that tensor meanwhile (its version
+counter tells), ``p.grad`` becomes a shared mapping of the same bytes in scratch and the memory
+goes. Reading it faults pages in; writing to it, by ``clip_grad_norm_``, an accumulating second
+backward or a logger, writes through to scratch. Its pages can be shed at any moment.
+"""
+
+import ctypes
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from offload.swap.governor import Governor
+from offload.swap.copying import storage_use_count, write_jobs
+from offload.tiers import hostmem
+from offload.tiers.filetier import FileTier
+from offload.tiers.journal import Journal, Label
+from offload.tiers.lanes import Job, Transfer
+from offload.tiers.mapped import MappedTensor
+
+MIN_NBYTES = 64 << 10  # smaller gradients cost more to move than to keep
+
+
+@dataclass(slots=True, eq=False)
+class _Leaving:
+    """A gradient on its way to scratch."""
+
+    parameter: nn.Parameter
+    tensor: torch.Tensor
+    version: int
+    home: MappedTensor
+    transfer: Transfer
+
+
+class GradientSwapper:
+    """Moves gradients to scratch; called on the training thread only.
+
+    Args:
+        scratch: the volatile tier.
+        governor: sheds the pages of gradients that the user's code reads.
+        limit_nbytes: bytes of gradients that may wait for their write (back-pressure).
+    """
+
+    def __init__(
+        self, scratch: FileTier, journal: Journal, governor: Governor, limit_nbytes: int
+    ) -> None:
+        self.scratch = scratch
+        self.journal = journal
+        self.governor = governor
+        self.limit_nbytes = limit_nbytes
+        self.homes: dict[nn.Parameter, MappedTensor] = {}
+        self._names: dict[nn.Parameter, str] = {}
+        self._owners: dict[nn.Parameter, int] = {}  # storage owners of an unshared home
+        self._leaving: deque[_Leaving] = deque()
+        self._hooks: list[RemovableHandle] = []
+
+    def watch(self, name: str, parameter: nn.Parameter) -> None:
+        """Take charge of the gradients of ``parameter`` from now on."""
+        if parameter.requires_grad and parameter.nbytes >= MIN_NBYTES:
+            self._names[parameter] = name
+            self._hooks.append(
+                parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            )
+
+    def watched_nbytes(self) -> int:
+        """Bytes of scratch that the gradients of all watched parameters need."""
+        return sum(parameter.nbytes for parameter in self._names)
+
+    def _on_gradient(self, parameter: torch.Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        self.poll()
+        gradient = parameter.grad
+        if gradient is None or not _movable(gradient, parameter):
+            return
+        home = self.homes.get(parameter)
+        if home is not None and gradient.data_ptr() == home.address:
+            home.shed()  # accumulated in place, through the mapping
+            return
+        if any(left.tensor.data_ptr() == gradient.data_ptr() for left in self._leaving):
+            return  # accumulated in place while it leaves: ``_finish`` will see its version
+        self._leave(parameter, gradient)
+        while self._leaving_nbytes() > self.limit_nbytes and self._leaving:
+            self._await_oldest("full")
+
+    def _leave(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        home = self._home(parameter)
+        assert home.block is not None
+        name = self._names[parameter]
+        label = Label(name, "gradient", "host", self.scratch.spec.name)
+        jobs = write_jobs(
+            self.scratch.file, home.block, gradient.data_ptr(), gradient.nbytes
+        )
+        transfer = self.scratch.lanes.writes.submit(jobs, label, gradient.nbytes)
+        self._leaving.append(_Leaving(parameter, gradient, gradient._version, home, transfer))
+
+    def _home(self, parameter: nn.Parameter) -> MappedTensor:
+        """The parameter's place in scratch; a new one if the user still holds the old."""
+        home = self.homes.get(parameter)
+        if home is not None and storage_use_count(home.tensor) <= self._owners[parameter]:
+            return home
+        home = MappedTensor(self.scratch.file, parameter.dtype, parameter.shape, shared=True)
+        home.file_as(self.scratch.allocate(home.nbytes))
+        self.governor.watch(home)
+        self.homes[parameter] = home
+        self._owners[parameter] = storage_use_count(home.tensor)
+        return home
+
+    def poll(self) -> None:
+        """Let go of the gradients whose write has ended; never blocks."""
+        while self._leaving and self._leaving[0].transfer.done():
+            self._finish(self._leaving.popleft())
+
+    def drain(self) -> None:
+        """Wait until every gradient has left."""
+        while self._leaving:
+            self._await_oldest("drain")
+
+    def _await_oldest(self, reason: str) -> None:
+        oldest = self._leaving[0]
+        if not oldest.transfer.done():
+            lane = self.scratch.lanes.writes.name
+            with self.journal.stall(self._names[oldest.parameter], "gradient", lane, reason):
+                oldest.transfer.settle()
+        self.poll()
+
+    def _finish(self, left: _Leaving) -> None:
+        left.transfer.wait()
+        gradient = left.parameter.grad
+        if gradient is None or gradient.data_ptr() != left.tensor.data_ptr():
+            return  # the user dropped or replaced it meanwhile
+        if gradient._version != left.version:
+            self._leave(left.parameter, gradient)  # changed while it was written: again
+            return
+        left.parameter.grad = left.home.tensor
+
+    def _leaving_nbytes(self) -> int:
+        return sum(left.tensor.nbytes for left in self._leaving)
+
+    def home_of(self, parameter: nn.Parameter) -> MappedTensor | None:
+        """The mapping behind ``parameter.grad``, or None if the gradient is ordinary memory."""
+        home = self.homes.get(parameter)
+        gradient = parameter.grad
+        if home is None or gradient is None or gradient.data_ptr() != home.address:
+            return None
+        return home
+
+    def read_job(self, home: MappedTensor, start: int, staged: torch.Tensor) -> Job:
+        """A job that fills ``staged`` (1-D) from element ``start`` of a gradient in scratch.
+
+        From the page cache where the user's code has just brought it there (clipping does),
+        else by a direct read.
+        """
+        offset = start * staged.element_size()
+        address, nbytes = staged.data_ptr(), staged.nbytes
+
+        def job() -> None:
+            assert home.block is not None
+            if hostmem.is_cached(home.address + offset, nbytes):
+                ctypes.memmove(address, home.address + offset, nbytes)
+                hostmem.discard(home.address + offset, hostmem.page_ceil(nbytes))
+            else:
+                base = home.block.extent.offset + offset
+                self.scratch.file.read(base, address, hostmem.page_ceil(nbytes))
+
+        return job
+
+    def close(self) -> None:
+        """Stop watching; gradients that live in scratch become ordinary tensors."""
+        for hook in self._hooks:
+            hook.remove()
+        self.drain()
+        for parameter in self.homes:
+            if self.home_of(parameter) is not None:
+                assert parameter.grad is not None
+                parameter.grad = parameter.grad.clone()
+
+
+def _movable(gradient: torch.Tensor, parameter: nn.Parameter) -> bool:
+    """Whether the bytes of ``gradient`` can go to a file and come back the same tensor."""
+    return (
+        type(gradient) is torch.Tensor
+        and gradient.layout is torch.strided
+        and gradient.is_contiguous()
+        and not gradient.requires_grad  # create_graph: it is part of a graph
+        and gradient.dtype == parameter.dtype
+        and gradient.nbytes >= MIN_NBYTES
+    )

@@ -1,0 +1,182 @@
+"""The optimizer step, streamed: which parameters go by tiles, which whole, which as they are.
+
+[Note: a step is all or nothing] New versions go to blocks that the last commit does not name
+(``tiers.store`` [Note: alternating slots]), so an error or an interrupt in the middle of a step
+leaves the last commit whole; the training process itself can't go on from there.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from offload.swap.gradients import GradientSwapper
+from offload.swap.optim_kinds import Kind, StateSpec, kind_of, probe_states, step_on
+from offload.swap.pipeline import Target, TilePipeline, Version
+from offload.swap.states import SMALL_NUMEL, StateKeeper, is_large
+from offload.swap.weights import Weight, WeightSwapper
+from offload.tiers.hostmem import page_ceil
+from offload.tiers.journal import Journal
+
+
+class StreamedOptimizer:
+    """Runs the step of any optimizer on weights, gradients and states that live on files.
+
+    Args:
+        optimizer: the user's, whose groups are read anew at each step.
+        by_parameter: the parameters whose weights Offload moves.
+        chunk_numel: elements of one tile.
+        staging_nbytes: bytes of tiles in flight.
+
+    Raises:
+        UnsupportedError: the optimizer's step can't be cut.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        weights: WeightSwapper,
+        by_parameter: dict[nn.Parameter, Weight],
+        gradients: GradientSwapper,
+        keeper: StateKeeper,
+        journal: Journal,
+        *,
+        chunk_numel: int,
+        staging_nbytes: int,
+    ) -> None:
+        self.optimizer = optimizer
+        self.kind = kind_of(optimizer)
+        self.weights = weights
+        self.gradients = gradients
+        self.keeper = keeper
+        self._by_parameter = by_parameter
+        self._pipeline = TilePipeline(
+            weights.store.tier,
+            gradients,
+            journal,
+            chunk_numel=chunk_numel,
+            staging_nbytes=staging_nbytes,
+        )
+        if self.kind is Kind.PER_PARAMETER:
+            journal.notice(
+                type(optimizer).__name__,
+                "not known to be elementwise: its own step runs on one whole parameter at a time",
+            )
+
+    def state_nbytes(self) -> int:
+        """Bytes of large states that one version of all parameters takes, as far as known."""
+        if self.kind is not Kind.ELEMENTWISE:
+            return 0
+        return sum(
+            page_ceil(parameter.numel() * spec.dtype.itemsize)
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if self._streams(parameter) and parameter.requires_grad
+            for spec in self._specs(group, parameter)
+        )
+
+    def step(self) -> None:
+        """One optimizer step over all groups; gradients must be complete.
+
+        Raises:
+            TierIOError: a read or write failed; the last commit stays whole.
+        """
+        for group in self.optimizer.param_groups:
+            stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
+            streamed = [
+                parameter
+                for parameter in stepped
+                if self._streams(parameter) and parameter.grad.layout is torch.strided
+            ]
+            chosen = set(streamed)
+            if self.kind is Kind.ELEMENTWISE:
+                self._step_tiled(group, streamed)
+            else:
+                for parameter in streamed:
+                    self._step_whole(group, parameter)
+            self._step_here(group, [other for other in stepped if other not in chosen])
+
+    def _streams(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is large enough for its step to be streamed."""
+        return parameter in self._by_parameter and parameter.numel() > SMALL_NUMEL
+
+    def _step_whole(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
+        """One parameter in place, at its stable address."""
+        self.weights.use([self._by_parameter[parameter].name])
+        self._step_here(group, [parameter])
+        self.weights.evict_streaming()
+        home = self.gradients.home_of(parameter)
+        if home is not None:
+            home.shed()
+
+    def _step_here(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+        """The optimizer's own step on whole parameters; what it changed is then stored."""
+        if not parameters:
+            return
+        states = [self.optimizer.state.get(parameter, {}) for parameter in parameters]
+        after = step_on(self.optimizer, group, parameters, states)
+        for parameter, state in zip(parameters, after, strict=True):
+            if state:
+                self.optimizer.state[parameter] = state
+            weight = self._by_parameter.get(parameter)
+            if weight is not None:
+                self.weights.store_new(weight)
+                self.keeper.absorb(parameter)
+
+    def _step_tiled(self, group: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
+        targets = [self._target(group, parameter) for parameter in parameters]
+        self._pipeline.run(self.optimizer, group, targets)
+        for target in targets:
+            self._publish(target)
+
+    def _specs(self, group: dict[str, Any], parameter: nn.Parameter) -> tuple[StateSpec, ...]:
+        """The per-element states of ``parameter``: those it has, or those it will get."""
+        shown = self.optimizer.state.get(parameter)
+        if not shown:
+            return probe_states(self.optimizer, group, parameter.dtype)
+        return tuple(
+            StateSpec(name=name, dtype=value.dtype)
+            for name, value in shown.items()
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        )
+
+    def _target(self, group: dict[str, Any], parameter: nn.Parameter) -> Target:
+        weight = self._by_parameter[parameter]
+        self.weights.absorb(weight)
+        self.keeper.absorb(parameter)
+        shown = self.optimizer.state.get(parameter, {})
+        states = {
+            spec.name: self.keeper.large(parameter, spec.name, spec.dtype)
+            for spec in self._specs(group, parameter)
+        }
+        assert parameter.grad is not None
+        return Target(
+            weight=weight,
+            gradient=parameter.grad.detach().reshape(-1),
+            home=self.gradients.home_of(parameter),
+            before=dict(shown),
+            parameter=parameter,
+            version=self._version(weight.stored),
+            states={name: self._version(state.stored) for name, state in states.items()},
+        )
+
+    def _version(self, stored: Any) -> Version:
+        return Version(stored, stored.target(self.weights.store.tier), [0] * len(stored.chunks()))
+
+    def _publish(self, target: Target) -> None:
+        """Make the versions that the pipeline wrote the current ones."""
+        target.version.publish()
+        self.weights.replaced(target.weight)
+        shown = {}
+        for name, value in target.after.items():
+            if name in target.states:
+                target.states[name].publish()
+                state = self.keeper.states[target.parameter][name]
+                shown[name] = self.keeper.show(state)
+            else:
+                assert not isinstance(value, torch.Tensor) or not is_large(value)
+                shown[name] = value
+        if shown:
+            self.optimizer.state[target.parameter] = shown

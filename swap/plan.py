@@ -1,0 +1,128 @@
+"""The plan: how the bytes of a budget are shared out, decided before the first step.
+
+Pure: the same census, budget and facts always give the same plan.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from offload.allocator.errors import BudgetError
+from offload.allocator.units import format_nbytes
+from offload.swap.census import Census, ModuleInfo
+
+# What Offload itself and glibc need beside the classes below: thread stacks, page tables of the
+# mappings, heap below the mmap threshold.
+OVERHEAD_NBYTES = 24 << 20
+_CHUNK_NUMELS = (2 << 20, 1 << 18)
+_STAGED_PER_TILE = 4  # parameter, gradient and two states: the Adam family
+_STAGED_ITEMSIZE = 4
+_TILES_IN_FLIGHT = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Shares of the host budget, in bytes.
+
+    Attributes:
+        budget_nbytes: the hard limit on the process's peak resident set.
+        baseline_nbytes: resident before training: interpreter, libraries, the user's own data.
+        working_nbytes: the largest module's weights and gradients.
+        window_nbytes: weights that may be in memory at once, the working set's included.
+        gradients_nbytes: gradients that may wait for their write.
+        activations_nbytes: saved activations kept in memory before they are swapped.
+        staging_nbytes: tiles of the optimizer step in flight.
+        resident: weights that stay in memory; the others stream.
+    """
+
+    budget_nbytes: int
+    baseline_nbytes: int
+    working_nbytes: int
+    window_nbytes: int
+    gradients_nbytes: int
+    activations_nbytes: int
+    staging_nbytes: int
+    resident: tuple[str, ...] = ()
+    resident_nbytes: int = 0
+
+    def to_json(self) -> str:
+        """The plan as versioned JSON."""
+        return json.dumps({"format": 1, **dataclasses.asdict(self)}, indent=2)
+
+
+def choose_chunk_numel(budget_nbytes: int) -> int:
+    """Elements of one tile of the optimizer step, and of one checksummed chunk of the store.
+
+    A multiple of 64 keeps fused kernels bit-identical; large requests are fast ones; all tiles
+    in flight take at most a quarter of the budget.
+    """
+    fitting = (numel for numel in _CHUNK_NUMELS if _staging(numel) <= budget_nbytes // 4)
+    return next(fitting, _CHUNK_NUMELS[-1])
+
+
+def make_plan(
+    census: Census, *, budget_nbytes: int, baseline_nbytes: int, chunk_numel: int
+) -> Plan:
+    """Share ``budget_nbytes`` out for the first step.
+
+    The first step keeps no weight resident: what its activations and kernels need is not known
+    before it has run. ``grow`` hands out what turned out to be spare.
+
+    Raises:
+        BudgetError: the largest module does not fit; names the smallest budget that does.
+    """
+    working = census.working_set_nbytes()
+    smallest_tile = _staging(chunk_numel) // _TILES_IN_FLIGHT
+    needed = baseline_nbytes + OVERHEAD_NBYTES + max(working, smallest_tile)
+    if budget_nbytes < needed:
+        largest = max(
+            census.modules,
+            key=lambda info: _module_nbytes(census, info.weights),
+            default=ModuleInfo(name="none", weights=()),
+        )
+        raise BudgetError(
+            f"the host budget of {format_nbytes(budget_nbytes)} is too small: the process holds "
+            f"{format_nbytes(baseline_nbytes)} before training, its largest layer "
+            f"({largest.name}) needs {format_nbytes(working)} for weights and gradients, the "
+            f"runtime {format_nbytes(OVERHEAD_NBYTES)}. The smallest budget that fits is "
+            f"host={-(-needed // (1 << 20))}MiB",
+            needed_nbytes=needed,
+            budget_nbytes=budget_nbytes,
+        )
+    spare = budget_nbytes - baseline_nbytes - OVERHEAD_NBYTES - working
+    largest_weight = max((weight.nbytes for weight in census.weights), default=0)
+    return Plan(
+        budget_nbytes=budget_nbytes,
+        baseline_nbytes=baseline_nbytes,
+        working_nbytes=working,
+        window_nbytes=working // 2 + min(spare // 3, 2 * largest_weight),
+        gradients_nbytes=min(spare // 6, 2 * largest_weight),
+        activations_nbytes=spare // 4,
+        staging_nbytes=min(spare + working, _staging(chunk_numel)),
+    )
+
+
+def grow(plan: Plan, census: Census, *, peak_nbytes: int) -> Plan:
+    """The plan for the steps after the first, whose measured peak was ``peak_nbytes``.
+
+    Spare bytes hold weights resident, smallest first: each saves its reads in forward, backward
+    and optimizer step, and a small transfer costs more per byte than a large one.
+    """
+    margin = OVERHEAD_NBYTES // 2
+    spare = plan.budget_nbytes - margin - peak_nbytes
+    resident: list[str] = []
+    total = 0
+    for weight in sorted(census.weights, key=lambda weight: (weight.nbytes, weight.name)):
+        if total + weight.nbytes > spare:
+            break
+        total += weight.nbytes
+        resident.append(weight.name)
+    return dataclasses.replace(plan, resident=tuple(resident), resident_nbytes=total)
+
+
+def _staging(chunk_numel: int) -> int:
+    return _TILES_IN_FLIGHT * _STAGED_PER_TILE * chunk_numel * _STAGED_ITEMSIZE
+
+
+def _module_nbytes(census: Census, names: tuple[str, ...]) -> int:
+    return sum(weight.nbytes for weight in census.weights if weight.name in names)

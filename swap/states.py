@@ -1,0 +1,180 @@
+"""Optimizer states: their durable bytes, and how ``optimizer.state`` shows them.
+
+Large states live in the store and appear in ``optimizer.state[p]`` as mapped tensors, so
+``state_dict`` and the user's own code read right values; small ones (step counters) stay in
+memory and travel in the commit record.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from offload.swap.governor import Governor
+from offload.tiers.mapped import MappedTensor
+from offload.tiers.store import Store, StoredTensor, pack_tensor, unpack_tensor
+
+SMALL_NUMEL = 1024
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """One large state of one parameter."""
+
+    stored: StoredTensor
+    mapped: MappedTensor | None = None  # None until its first version is published
+
+
+class StateKeeper:
+    """The large states of all parameters of one optimizer.
+
+    Args:
+        names: the name of each parameter in the store.
+        chunk_numel: elements per checksummed chunk.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        governor: Governor,
+        optimizer: Optimizer,
+        names: dict[nn.Parameter, str],
+        chunk_numel: int,
+    ) -> None:
+        self.store = store
+        self.governor = governor
+        self.optimizer = optimizer
+        self.names = names
+        self.chunk_numel = chunk_numel
+        self.states: dict[nn.Parameter, dict[str, State]] = {name: {} for name in names}
+
+    def large(self, parameter: nn.Parameter, name: str, dtype: torch.dtype) -> State:
+        """The state ``name`` of ``parameter``, elementwise, made at its first use."""
+        return self._state(parameter, name, dtype, tuple(parameter.shape))
+
+    def _state(
+        self, parameter: nn.Parameter, name: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> State:
+        states = self.states[parameter]
+        found = states.get(name)
+        if found is None or found.stored.dtype != dtype or found.stored.shape != shape:
+            full_name = f"{self.names[parameter]}#{name}"
+            stored = self.store.add(full_name, dtype, shape, self.chunk_numel * dtype.itemsize)
+            found = states[name] = State(stored)
+        return found
+
+    def known(self, parameter: nn.Parameter, name: str) -> State | None:
+        """The published state ``name`` of ``parameter``, if there is one."""
+        state = self.states[parameter].get(name)
+        return state if state is not None and state.stored.current is not None else None
+
+    def show(self, state: State) -> torch.Tensor:
+        """The tensor to show in ``optimizer.state``, filed at the state's current version."""
+        assert state.stored.current is not None
+        if state.mapped is None:
+            stored = state.stored
+            state.mapped = MappedTensor(self.store.tier.file, stored.dtype, stored.shape)
+            self.governor.watch(state.mapped)
+        state.mapped.file_as(state.stored.current)
+        return state.mapped.tensor
+
+    def mapped(self) -> list[MappedTensor]:
+        """The mapped tensors that ``optimizer.state`` shows."""
+        return [
+            state.mapped
+            for states in self.states.values()
+            for state in states.values()
+            if state.mapped is not None
+        ]
+
+    def materialise(self) -> None:
+        """Show ordinary tensors in ``optimizer.state`` from now on."""
+        for parameter, states in self.states.items():
+            shown = self.optimizer.state.get(parameter, {})
+            for name, state in states.items():
+                if state.mapped is not None and name in shown:
+                    shown[name] = state.mapped.tensor.clone()
+
+    def absorb(self, parameter: nn.Parameter) -> None:
+        """Store what is newer in ``optimizer.state[parameter]`` than in the store.
+
+        That is: states that an untiled step or ``load_state_dict`` put there, and mapped ones
+        that somebody wrote to.
+        """
+        shown = self.optimizer.state.get(parameter)
+        if not shown:
+            self._forget(parameter, set())
+            return
+        for name, value in shown.items():
+            if not isinstance(value, torch.Tensor) or not is_large(value):
+                continue
+            state = self.known(parameter, name)
+            mapped = state.mapped if state is not None else None
+            if mapped is not None and value.data_ptr() == mapped.address:
+                if not mapped.written_while_filed():
+                    continue
+            state = self._state(parameter, name, value.dtype, tuple(value.shape))
+            self.store.write(state.stored, value)
+            shown[name] = self.show(state)
+        self._forget(parameter, set(shown))
+
+    def _forget(self, parameter: nn.Parameter, living: set[str]) -> None:
+        for name in set(self.states[parameter]) - living:
+            stored = self.states[parameter].pop(name).stored
+            self.store.drop(stored)
+
+    def absorb_all(self) -> None:
+        """``absorb`` for every parameter."""
+        for parameter in self.states:
+            self.absorb(parameter)
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """The states by parameter name, for the commit record."""
+        return {
+            name: {
+                key: self._record_value(parameter, key, value)
+                for key, value in self.optimizer.state.get(parameter, {}).items()
+            }
+            for parameter, name in self.names.items()
+        }
+
+    def _record_value(self, parameter: nn.Parameter, key: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, torch.Tensor):
+            state = self.known(parameter, key)
+            if state is not None and is_large(value):
+                return {"stored": pack_meta(value)}
+            return {"tensor": pack_tensor(value)}
+        return {"value": value}
+
+    def restore(self, record: dict[str, dict[str, Any]]) -> None:
+        """Show the states of a commit record whose large ones the store still holds."""
+        for parameter, name in self.names.items():
+            entries = record.get(name, {})
+            if not entries:
+                self.optimizer.state.pop(parameter, None)
+                continue
+            shown: dict[str, Any] = {}
+            for key, entry in entries.items():
+                if "stored" in entry:
+                    dtype: torch.dtype = getattr(torch, entry["stored"]["dtype"])
+                    shape = torch.Size(entry["stored"]["shape"])
+                    state = self._state(parameter, key, dtype, tuple(shape))
+                    self.store.restore(state.stored)
+                    shown[key] = self.show(state)
+                elif "tensor" in entry:
+                    shown[key] = unpack_tensor(entry["tensor"])
+                else:
+                    shown[key] = entry["value"]
+            self.optimizer.state[parameter] = shown
+
+
+def is_large(value: torch.Tensor) -> bool:
+    """Whether a state belongs in the store rather than in the commit record."""
+    return value.numel() > SMALL_NUMEL and value.layout is torch.strided
+
+
+def pack_meta(value: torch.Tensor) -> dict[str, Any]:
+    """Type and shape of a stored state."""
+    return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}

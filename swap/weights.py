@@ -1,0 +1,263 @@
+"""Weights stream: fetched ahead of their use, given up when others are nearer.
+
+[Note: right values always] A weight is a ``MappedTensor``: *filed* it reads right through the
+kernel, *held* it is in memory. Fetching and evicting change speed, never values. Writes by the
+user's own code are noticed in either state and become a new version in the store: in a filed
+weight by the kernel's page map (``absorb``), in a held one by comparing the checksums of its
+bytes with the store's (``evict``, ``absorb``). The same comparison catches a damaged disk: if
+the bytes in memory changed but nobody wrote, the block itself fails its checksum.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from offload.swap.residency import Residency
+from offload.swap.trace import Trace
+from offload.tiers.journal import Journal, Label
+from offload.tiers.lanes import Transfer
+from offload.tiers.mapped import MappedTensor
+from offload.tiers.pages import PagePool
+from offload.tiers.store import Store, StoredTensor, checksum
+
+
+@dataclass(slots=True, eq=False)
+class Weight:
+    """One weight: the parameters that share it, its durable bytes and its stable memory."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    stored: StoredTensor
+    mapped: MappedTensor
+    residency: Residency = Residency.ABSENT
+    resident: bool = False  # the plan keeps it in memory
+    transfer: Transfer | None = field(default=None, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return self.mapped.nbytes
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether its bytes are in private memory, ready for use."""
+        return self.residency in (Residency.READY, Residency.DIRTY)
+
+
+class WeightSwapper:
+    """Decides which weights are in memory; called on the training thread only.
+
+    Args:
+        store: the home of the weights.
+        journal: takes moves, stalls and changes of residency.
+        window_nbytes: bytes of streaming weights that may be in memory or on their way. One
+            module's own weights may exceed it while it computes.
+    """
+
+    def __init__(self, store: Store, journal: Journal, window_nbytes: int) -> None:
+        self.store = store
+        self.journal = journal
+        self.window_nbytes = window_nbytes
+        self.pool = PagePool()
+        self.weights: dict[str, Weight] = {}
+        self.trace = Trace(())
+        self._lane = store.tier.lanes.reads
+        self._streaming: dict[str, Weight] = {}  # in memory or on their way, not resident
+        self._in_use: list[tuple[str, ...]] = []
+
+    @property
+    def streaming_nbytes(self) -> int:
+        """Bytes of streaming weights in memory or on their way."""
+        return sum(weight.nbytes for weight in self._streaming.values())
+
+    def resident_nbytes(self) -> int:
+        """Bytes of all weights in memory."""
+        return sum(weight.nbytes for weight in self.weights.values() if weight.in_memory)
+
+    def add(self, weight: Weight) -> None:
+        """Take over a weight whose mapped tensor is filed at its current block."""
+        weight.mapped.pool = self.pool
+        self.weights[weight.name] = weight
+
+    def learn_order(self, order: Sequence[str]) -> None:
+        """The order of first use, as the model's structure suggests it."""
+        self.trace = Trace(order)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Make ``names`` the resident weights, fetched at their next use."""
+        wanted = set(names)
+        for weight in self.weights.values():
+            weight.resident = weight.name in wanted
+            if weight.resident:
+                self._streaming.pop(weight.name, None)
+            elif weight.residency is not Residency.ABSENT:
+                self._streaming[weight.name] = weight
+
+    def use(self, names: Sequence[str]) -> None:
+        """Have ``names`` in memory now, and the next ones on their way.
+
+        Raises:
+            TierIOError: a read failed.
+        """
+        self._in_use = [*self._in_use[-1:], tuple(names)]
+        for name in names:
+            self.trace.use(name)
+            weight = self.weights[name]
+            if weight.residency is Residency.ABSENT:
+                self._make_room(weight, force=True)
+                self._fetch(weight, urgent=True)
+                self._await(weight, "cold")
+        for name in names:
+            self._await(self.weights[name], "late")
+        self._prefetch()
+
+    def touch(self, name: str) -> None:
+        """Note that backward has just finished with ``name``; moves nothing.
+
+        Inside ``torch.utils.checkpoint`` this is the only sign of a weight's use in backward.
+        """
+        self.trace.use(name)
+
+    def _await(self, weight: Weight, reason: str) -> None:
+        if weight.residency is not Residency.FETCHING:
+            return
+        assert weight.transfer is not None
+        if not weight.transfer.done():
+            self._lane.expedite(weight.transfer)
+            with self.journal.stall(weight.name, "weight", self._lane.name, reason):
+                weight.transfer.settle()
+        transfer, weight.transfer = weight.transfer, None
+        if transfer.error is not None:
+            self._refile(weight)
+            self._streaming.pop(weight.name, None)
+            self._become(weight, Residency.ABSENT)
+        transfer.wait()
+        self._become(weight, Residency.READY)
+
+    def _prefetch(self) -> None:
+        """Fetch what is used next, as far as the window reaches."""
+        nearer = {name for names in self._in_use for name in names}
+        for name in self.trace.upcoming():
+            if name in nearer:
+                continue
+            weight = self.weights[name]
+            if weight.residency is Residency.ABSENT:
+                if not self._make_room(weight, nearer=nearer):
+                    return
+                self._fetch(weight)
+            nearer.add(name)
+
+    def _make_room(
+        self, weight: Weight, *, force: bool = False, nearer: Iterable[str] = ()
+    ) -> bool:
+        """Evict the weights used farthest ahead until ``weight`` fits; False if it can't.
+
+        Belady's rule: what is used last goes first, never what is used before ``weight``.
+        """
+        if weight.resident:
+            return True
+        excess = self.streaming_nbytes + weight.nbytes - self.window_nbytes
+        if excess <= 0:
+            return True
+        protected = {name for names in self._in_use for name in names}.union(nearer)
+        candidates = [
+            other
+            for other in self._streaming.values()
+            if other.in_memory and other.name not in protected
+        ]
+        distance = {other.name: self.trace.distance(other.name) for other in candidates}
+        limit = -1 if force else self.trace.distance(weight.name)
+        victims: list[Weight] = []
+        for other in sorted(candidates, key=lambda other: -distance[other.name]):
+            if excess <= 0 or distance[other.name] <= limit:
+                break
+            victims.append(other)
+            excess -= other.nbytes
+        if excess > 0 and not force:
+            return False
+        for victim in victims:
+            self.evict(victim)
+        # Pages of the victims wait for the fetch that needs their room, no others.
+        self.pool.trim(max(self.window_nbytes - self.streaming_nbytes, weight.nbytes))
+        return True
+
+    def _fetch(self, weight: Weight, *, urgent: bool = False) -> None:
+        self.absorb(weight)
+        label = Label(weight.name, "weight", self.store.tier.spec.name, "host")
+        weight.transfer = self._lane.submit(
+            weight.mapped.fetch_jobs(), label, weight.nbytes, urgent=urgent
+        )
+        if not weight.resident:
+            self._streaming[weight.name] = weight
+        self._become(weight, Residency.FETCHING)
+
+    def evict(self, weight: Weight) -> None:
+        """Give the memory of ``weight`` back; what was written to it is stored first."""
+        self._await(weight, "drain")
+        if not weight.in_memory:
+            return
+        self.absorb(weight)
+        assert weight.stored.current is not None
+        weight.mapped.file_as(weight.stored.current)
+        self._streaming.pop(weight.name, None)
+        self._become(weight, Residency.ABSENT)
+
+    def evict_streaming(self) -> None:
+        """Give back the memory of all weights that are not resident."""
+        self._in_use = []
+        for weight in list(self._streaming.values()):
+            self.evict(weight)
+        self.pool.trim()
+
+    def store_new(self, weight: Weight) -> None:
+        """Store the bytes that memory has now, which a step has just changed."""
+        self.store.write(weight.stored, weight.mapped.tensor)
+        self.replaced(weight)
+
+    def absorb(self, weight: Weight) -> bool:
+        """Store what the user's code wrote to ``weight``, if it did; True if so.
+
+        See [Note: right values always].
+        """
+        if not self._written(weight):
+            return False
+        self.store.write(weight.stored, weight.mapped.tensor)
+        self._refile(weight)
+        return True
+
+    def _refile(self, weight: Weight) -> None:
+        """Point the mapping at the current version, which equals what memory has."""
+        assert weight.stored.current is not None
+        if weight.in_memory and weight.mapped.held:
+            weight.mapped.block = weight.stored.current
+        else:
+            weight.mapped.file_as(weight.stored.current)
+
+    def _written(self, weight: Weight) -> bool:
+        if not weight.in_memory or not weight.mapped.held:
+            return weight.mapped.written_while_filed()
+        stored, address = weight.stored, weight.mapped.address
+        same = all(
+            checksum(address + at, nbytes) == expected
+            for (at, nbytes), expected in zip(stored.chunks(), stored.checksums, strict=True)
+        )
+        if not same:
+            self.store.verify(stored)  # raises when it was the disk that changed the bytes
+        return not same
+
+    def absorb_all(self) -> None:
+        """Store every write of the user's code; after this the store is the newest state."""
+        for weight in self.weights.values():
+            self._await(weight, "drain")
+            self.absorb(weight)
+
+    def replaced(self, weight: Weight) -> None:
+        """The optimizer stored a new version; memory holds it too if ``weight`` is in memory."""
+        self._refile(weight)
+        torch.autograd.graph.increment_version(weight.parameters)
+
+    def _become(self, weight: Weight, residency: Residency) -> None:
+        old, weight.residency = weight.residency, residency
+        self.journal.residency(weight.name, "weight", old.value, residency.value, weight.nbytes)

@@ -1,0 +1,14 @@
+"""What all tests share: no deadline on a busy machine, no hub, no settings of the developer."""
+
+import os
+
+from hypothesis import settings
+
+# The profile that hypothesis chose stays the base: with CI set it is the reproducible one.
+settings.register_profile("offload", settings(), deadline=None)
+settings.load_profile("offload")
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download fails at once
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and fork do not go together
+for name in [name for name in os.environ if name.startswith("OFFLOAD_")]:
+    del os.environ[name]

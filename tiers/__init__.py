@@ -1,0 +1,1 @@
+"""Where bytes live: tiers, their buffers and files, and the durable store."""

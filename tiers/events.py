@@ -1,0 +1,185 @@
+"""What a run tells about itself: frozen records, and the recorders that take them.
+
+A real run and a simulated one emit the same records, so report, what-if and test share
+one vocabulary. Times are seconds on the run's own clock (``t_s`` counts from its start and
+marks the *end* of what the record describes), sizes are bytes.
+"""
+
+import dataclasses
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TextIO, TypeAlias
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted:
+    """The first record of a run: what ran, where, under which budget."""
+
+    t_s: float
+    command: str
+    versions: Mapping[str, str]
+    host: Mapping[str, Any]
+    budget: Mapping[str, int]
+    format: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A transfer that ended: ``nbytes`` of ``key`` went from ``src`` to ``dst`` on ``lane``."""
+
+    t_s: float
+    key: str
+    role: str  # weight | gradient | state | activation
+    src: str
+    dst: str
+    nbytes: int
+    duration_s: float
+    lane: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stall:
+    """The training thread waited for ``key``; ``reason`` says why the data was late."""
+
+    t_s: float
+    key: str
+    role: str
+    lane: str
+    reason: str  # late | cold | full | drain
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidencyChange:
+    """``key`` went from residency ``old`` to ``new`` (names of ``swap.residency.Residency``)."""
+
+    t_s: float
+    key: str
+    role: str
+    old: str
+    new: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Something the user should know: a fallback taken, a tensor left alone, and why."""
+
+    t_s: float
+    subject: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFinished:
+    """Totals of one optimizer step. ``compute_s = step_s - stall_s - optimizer_s``."""
+
+    t_s: float
+    step: int
+    step_s: float
+    compute_s: float
+    stall_s: float
+    optimizer_s: float
+    commit_s: float
+    read_nbytes: int
+    written_nbytes: int
+    peak_nbytes: int  # kernel's peak resident set so far
+    resident_nbytes: Mapping[str, int] = field(default_factory=dict)  # by role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished:
+    """The last record of a run that ended in good order."""
+
+    t_s: float
+    steps: int
+    peak_nbytes: int
+    budget_nbytes: int
+    status: str  # done | interrupted | failed
+
+
+Event: TypeAlias = RunStarted | Move | Stall | ResidencyChange | Notice | StepFinished | RunFinished
+
+_TYPES: dict[str, type[Any]] = {
+    kind.__name__: kind
+    for kind in (RunStarted, Move, Stall, ResidencyChange, Notice, StepFinished, RunFinished)
+}
+
+
+def to_json(event: Event) -> str:
+    """One line of JSON, without the newline; ``kind`` names the record."""
+    return json.dumps({"kind": type(event).__name__, **dataclasses.asdict(event)})
+
+
+def from_json(line: str) -> Event:
+    """The record that ``to_json`` wrote.
+
+    Raises:
+        ValueError: the line is not JSON or names no known record.
+    """
+    fields = json.loads(line)
+    kind = fields.pop("kind", None)
+    if kind not in _TYPES:
+        raise ValueError(f"unknown event kind {kind!r}")
+    event: Event = _TYPES[kind](**fields)
+    return event
+
+
+class Recorder(Protocol):
+    """Takes events from any thread; must be quick, for the training thread calls it."""
+
+    def record(self, event: Event) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class NullRecorder:
+    """Takes nothing: the recorder of a run that is not recorded."""
+
+    def record(self, event: Event) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class ListRecorder(NullRecorder):
+    """Keeps events in ``events``, in the order of their arrival."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def record(self, event: Event) -> None:
+        self.events.append(event)  # list.append is atomic under the GIL
+
+
+class JsonlRecorder:
+    """Writes one JSON line per event to ``path``; buffered until ``flush`` (each step edge)."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._pending: list[Event] = []
+        self._lock = threading.Lock()
+
+    def record(self, event: Event) -> None:
+        self._pending.append(event)
+
+    def flush(self) -> None:
+        with self._lock:
+            pending, self._pending = self._pending, []
+            if not self._file.closed:
+                self._file.writelines(to_json(event) + "\n" for event in pending)
+                self._file.flush()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()

@@ -1,0 +1,190 @@
+"""A file that holds a tier's bytes: direct I/O to and from memory, and mappings of it.
+
+Two descriptors stand on the same file. The direct one (``O_DIRECT``) moves bulk data between
+the disk and page-aligned memory without the page cache; the buffered one serves mappings and
+unaligned tails. The kernel keeps the two coherent: a direct read first flushes dirty cached
+pages of its range, a direct write drops cached ones.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from offload.allocator.errors import CapacityError, TierIOError
+from offload.allocator.units import format_nbytes
+from offload.tiers import hostmem
+from offload.tiers.hostmem import PAGE
+from offload.tiers.memory import memory_at
+
+
+_ZEROS_NBYTES = 1 << 20
+
+
+class TierFile:
+    """One file of a tier.
+
+    Args:
+        directory: existing folder, mode 0700 recommended.
+        name: file name inside it; ``None`` makes an unlinked file (scratch) whose bytes no
+            crash can leave behind.
+
+    Raises:
+        TierIOError: the file can't be opened for writing.
+    """
+
+    def __init__(self, directory: Path, name: str | None) -> None:
+        self.directory = directory
+        self.label = str(directory / name) if name else f"scratch in {directory}"
+        try:
+            self.fd = _open(directory, name)
+            self.nbytes = os.fstat(self.fd).st_size
+        except OSError as error:
+            raise TierIOError(
+                error.errno, f"can't open {self.label} for writing: {error.strerror}"
+            ) from error
+        self.direct_fd = _open_direct(self.fd)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the file system takes ``O_DIRECT``; otherwise all I/O goes by the cache."""
+        return self.direct_fd != self.fd
+
+    def grow(self, nbytes: int) -> None:
+        """Preallocate up to ``nbytes`` in all, so that a full disk is met here, not mid-step.
+
+        Raises:
+            CapacityError: the disk has not enough room.
+        """
+        if nbytes <= self.nbytes:
+            return
+        try:
+            os.posix_fallocate(self.fd, self.nbytes, nbytes - self.nbytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise TierIOError(error.errno, f"can't grow {self.label}: {error}") from error
+            stats = os.fstatvfs(self.fd)
+            raise CapacityError(
+                f"{self.label} needs {format_nbytes(nbytes - self.nbytes)} more "
+                f"({nbytes - self.nbytes} bytes), but its disk has "
+                f"{format_nbytes(stats.f_bavail * stats.f_frsize)} free: "
+                "free that much, or pass another directory with nvme="
+            ) from error
+        self.nbytes = nbytes
+
+    def read(self, offset: int, address: int, nbytes: int) -> None:
+        """Fill ``nbytes`` at ``address`` from ``offset``; blocks, without the GIL.
+
+        Raises:
+            TierIOError: the kernel reported an error, or the file ended early.
+        """
+        view = memory_at(address, nbytes)
+        done = 0
+        while done < nbytes:
+            fd, part = self._part(offset + done, address + done, nbytes - done)
+            count = self._call("read", os.preadv, fd, view[done : done + part], offset + done)
+            if count == 0:
+                raise TierIOError(
+                    errno.EIO,
+                    f"{self.label} ends at byte {offset + done}, {nbytes - done} bytes early",
+                )
+            done += count
+
+    def write(self, offset: int, address: int, nbytes: int) -> None:
+        """Write ``nbytes`` at ``address`` to ``offset``; blocks, without the GIL.
+
+        Raises:
+            TierIOError: the kernel reported an error (a full disk among them).
+        """
+        view = memory_at(address, nbytes)
+        done = 0
+        while done < nbytes:
+            fd, part = self._part(offset + done, address + done, nbytes - done)
+            done += self._call("write", os.pwritev, fd, view[done : done + part], offset + done)
+
+    def _part(self, offset: int, address: int, nbytes: int) -> tuple[int, int]:
+        """Descriptor and byte count of the next request: whole pages directly, tails cached."""
+        if (offset | address) % PAGE == 0 and nbytes >= PAGE:
+            return self.direct_fd, nbytes // PAGE * PAGE
+        return self.fd, nbytes
+
+    def _call(
+        self,
+        verb: str,
+        call: Callable[[int, list[memoryview], int], int],
+        fd: int,
+        view: memoryview,
+        offset: int,
+    ) -> int:
+        try:
+            return call(fd, [view], offset)
+        except OSError as error:
+            raise TierIOError(
+                error.errno,
+                f"{verb} of {len(view)} bytes at byte {offset} of {self.label} failed: "
+                f"{error.strerror}",
+            ) from error
+
+    def map(self, address: int, nbytes: int, offset: int, *, shared: bool) -> None:
+        """Map ``nbytes`` of the file at ``offset`` over the pages at ``address``."""
+        hostmem.map_file(address, nbytes, self.fd, offset, shared=shared)
+
+    def clear(self, offset: int, nbytes: int) -> None:
+        """Make a range of whole pages read as zeros."""
+        if not hostmem.zero_range(self.fd, offset, nbytes):
+            zeros = bytes(min(nbytes, _ZEROS_NBYTES))
+            for at in range(0, nbytes, len(zeros)):
+                os.pwrite(self.fd, zeros[: nbytes - at], offset + at)
+
+    def sync(self) -> None:
+        """Make all written bytes durable.
+
+        Raises:
+            TierIOError: the disk could not take them.
+        """
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise TierIOError(error.errno, f"sync of {self.label} failed: {error}") from error
+
+    def uncache(self, offset: int, nbytes: int) -> None:
+        """Drop clean cached pages of the range."""
+        os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def close(self) -> None:
+        """Close both descriptors; mappings stay valid."""
+        if self.direct:
+            os.close(self.direct_fd)
+        os.close(self.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _open(directory: Path, name: str | None) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC
+    if name is not None:
+        return os.open(directory / name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        return os.open(directory, flags | os.O_TMPFILE, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    # File systems without O_TMPFILE: create under a random name and unlink at once.
+    path = directory / f".scratch-{os.getpid()}-{os.urandom(8).hex()}"
+    fd = os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    path.unlink()
+    return fd
+
+
+def _open_direct(fd: int) -> int:
+    """A second descriptor with ``O_DIRECT``, or ``fd`` itself where that is refused."""
+    try:
+        direct = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+    except OSError:
+        return fd
+    return direct

@@ -1,0 +1,126 @@
+"""The file tier: extents of one preallocated file, moved by direct I/O on two lanes."""
+
+from functools import partial
+from pathlib import Path
+
+from offload.allocator.errors import CapacityError
+from offload.allocator.extent import Extent
+from offload.allocator.tlsf import TLSF
+from offload.tiers.base import Block, Tier, TierSpec
+from offload.tiers.file import TierFile
+from offload.tiers.hostmem import PAGE, page_ceil
+from offload.tiers.journal import Journal, Label
+from offload.tiers.lanes import Lane, Transfer
+
+CHUNK_NBYTES = 16 << 20  # one request: large enough for full speed, small enough to share lanes
+_GROW_NBYTES = 64 << 20
+
+
+class Lanes:
+    """The two directed links between host memory and files; shared by all files of a run."""
+
+    def __init__(self, journal: Journal, workers: int = 2) -> None:
+        self.journal = journal
+        self.reads = Lane("file→host", workers, journal)
+        self.writes = Lane("host→file", workers, journal)
+
+    def drain(self) -> None:
+        """Wait for both lanes; raises what a transfer that nobody waited for raised."""
+        self.writes.drain()
+        self.reads.drain()
+
+    def close(self) -> None:
+        """Finish what is queued and end the workers."""
+        self.writes.close()
+        self.reads.close()
+
+
+class FileTier(Tier):
+    """Blocks are page-aligned extents of ``directory/name`` (``None``: unlinked scratch).
+
+    The file grows as blocks are allocated, by preallocation: a full disk is met by
+    ``allocate``, not by a write in the middle of a step.
+    """
+
+    def __init__(self, directory: Path, name: str | None, lanes: Lanes) -> None:
+        self.file = TierFile(directory, name)
+        self.lanes = lanes
+        self.arena = TLSF(self.file.nbytes // PAGE * PAGE)
+        self._closed = False
+        self.spec = TierSpec(
+            name=f"file:{directory}", kind="file", capacity=self.arena.capacity, align=PAGE
+        )
+
+    def reserve_room(self, nbytes: int) -> None:
+        """Preallocate so that blocks of ``nbytes`` in all fit besides those that live.
+
+        Raises:
+            CapacityError: the disk has not enough room.
+        """
+        free = self.arena.capacity - self.arena.stats().current_nbytes
+        if nbytes > free:
+            self._grow(nbytes - free)
+
+    def allocate(self, nbytes: int) -> Block:
+        asked = page_ceil(max(nbytes, 1))
+        try:
+            extent = self.arena.allocate(asked, align=PAGE)
+        except CapacityError:
+            self._grow(max(asked, min(_GROW_NBYTES, self.arena.capacity)))
+            extent = self.arena.allocate(asked, align=PAGE)
+        return Block(self, extent, nbytes)
+
+    def adopt(self, extent: Extent, nbytes: int) -> Block:
+        """The block of an extent that an earlier run wrote."""
+        if extent.end > self.arena.capacity:
+            raise CapacityError(
+                f"{self.file.label} holds {self.arena.capacity} bytes, "
+                f"its record names byte {extent.end}"
+            )
+        self.arena.reserve(extent)
+        return Block(self, extent, nbytes)
+
+    def clear(self, block: Block) -> None:
+        """Make the bytes of ``block`` zeros, without writing them where the disk can do so."""
+        self.file.clear(block.extent.offset, block.extent.nbytes)
+
+    def _grow(self, nbytes: int) -> None:
+        total = page_ceil(self.arena.capacity + nbytes)
+        self.file.grow(total)
+        self.arena.grow(total - self.arena.capacity)
+
+    def read(
+        self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
+        label: Label | None = None,
+    ) -> Transfer:
+        return self._submit(self.lanes.reads, block, address, offset, nbytes, label)
+
+    def write(
+        self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
+        label: Label | None = None,
+    ) -> Transfer:
+        return self._submit(self.lanes.writes, block, address, offset, nbytes, label)
+
+    def _submit(
+        self, lane: Lane, block: Block, address: int, offset: int, nbytes: int | None,
+        label: Label | None,
+    ) -> Transfer:
+        nbytes = block.nbytes - offset if nbytes is None else nbytes
+        block.check(offset, nbytes)
+        reading = lane is self.lanes.reads
+        call = self.file.read if reading else self.file.write
+        base = block.extent.offset + offset
+        jobs = [
+            partial(call, base + at, address + at, min(CHUNK_NBYTES, nbytes - at))
+            for at in range(0, nbytes, CHUNK_NBYTES)
+        ]
+        source, target = (self.spec.name, "host") if reading else ("host", self.spec.name)
+        return lane.submit(jobs, label or Label("", "", source, target), nbytes)
+
+    def _release(self, block: Block) -> None:
+        self.arena.free(block.extent)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.file.close()

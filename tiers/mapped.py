@@ -1,0 +1,122 @@
+"""Tensors at stable addresses: a fixed range of memory whose pages come and go.
+
+[Note: stable addresses] A mapped tensor never moves, so views that autograd saved and pointers
+that kernels hold stay valid while its bytes travel. Its pages are in one of two states:
+
+* *filed*: a mapping of the tensor's block. Any access, from Python, a kernel or a debugger,
+  faults the right bytes in through the page cache: slow, never wrong.
+* *held*: private anonymous huge pages, filled by direct reads and moved over the address by
+  ``mremap``: full speed, counted against the budget.
+
+Both changes of state replace page-table entries atomically, so a reader at any moment sees the
+same bytes before and after. (Reserving addresses once and mapping pages on demand is
+vAttention's idea, arXiv 2405.04437, section 4, applied to training state.)
+
+[Note: private writes] A *filed* private mapping (``shared=False``) keeps writes in copies of
+its pages, which the kernel's page map tells apart; the block is never changed behind the
+store's back. A shared mapping (gradients) writes through to its scratch block.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from offload.tiers import hostmem
+from offload.tiers.base import Block
+from offload.tiers.file import TierFile
+from offload.tiers.lanes import Job
+from offload.tiers.memory import tensor_at
+from offload.tiers.pages import PagePool, alone
+
+FETCH_NBYTES = 16 << 20
+
+
+class MappedTensor:
+    """A contiguous tensor at a stable address.
+
+    Args:
+        file: where its blocks live.
+        shared: whether writes while *filed* reach the file.
+        pool: where pages of evicted tensors wait for the next fetch.
+    """
+
+    __slots__ = (
+        "__weakref__", "address", "block", "file", "held", "nbytes", "padded_nbytes", "pool",
+        "shared", "tensor",
+    )
+
+    def __init__(
+        self,
+        file: TierFile,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        *,
+        shared: bool = False,
+        pool: PagePool | None = None,
+    ) -> None:
+        self.file = file
+        self.pool = pool
+        self.shared = shared
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self.padded_nbytes = hostmem.page_ceil(max(self.nbytes, 1))
+        align = hostmem.HUGE_PAGE if self.nbytes >= hostmem.HUGE_PAGE else hostmem.PAGE
+        self.address = hostmem.map_anonymous(self.padded_nbytes, align=align)
+        self.tensor = tensor_at(
+            self.address, dtype, shape, on_release=(self.address, self.padded_nbytes)
+        )
+        self.held = True
+        self.block: Block | None = None
+
+    def file_as(self, block: Block) -> None:
+        """Become *filed* at ``block``: held pages and private copies are given up."""
+        block.check(0, self.nbytes)
+        if self.held and self.block is not None and self.pool is not None and alone():
+            for at, nbytes in self._parts():
+                self.pool.move_from(self.address + at, nbytes)
+        self.file.map(self.address, self.padded_nbytes, block.extent.offset, shared=self.shared)
+        self.block = block
+        self.held = False
+
+    def fetch_jobs(self) -> list[Job]:
+        """Jobs that make the tensor *held*; each one is complete in itself.
+
+        Without ``O_DIRECT`` the page cache is the only path: the jobs then fault the mapping in
+        and the tensor stays *filed*.
+        """
+        self.held = self.file.direct  # from now on its pages are not for shedding
+        return [partial(self._fetch, at, nbytes) for at, nbytes in self._parts()]
+
+    def _parts(self) -> list[tuple[int, int]]:
+        """(offset, nbytes) of each range that is fetched as one."""
+        return [
+            (at, min(FETCH_NBYTES, self.padded_nbytes - at))
+            for at in range(0, self.padded_nbytes, FETCH_NBYTES)
+        ]
+
+    def _fetch(self, at: int, nbytes: int) -> None:
+        assert self.block is not None, "fetch of a tensor that was never filed"
+        if not self.file.direct:
+            hostmem.populate(self.address + at, nbytes)
+            return
+        staged = self.pool.take(nbytes) if self.pool else hostmem.map_anonymous(nbytes)
+        try:
+            self.file.read(self.block.extent.offset + at, staged, nbytes)
+            hostmem.move_over(staged, self.address + at, nbytes)
+        except BaseException:
+            hostmem.unmap(staged, nbytes)
+            raise
+
+    def written_while_filed(self) -> bool:
+        """Whether a private mapping was written since it was made ([Note: private writes])."""
+        return not self.held and hostmem.has_private_copies(self.address, self.padded_nbytes)
+
+    def shed(self) -> None:
+        """Give clean cached pages back; safe at any time, from any thread, in any state."""
+        if self.held:
+            return
+        if self.shared:
+            hostmem.discard(self.address, self.padded_nbytes)
+        else:
+            hostmem.page_out(self.address, self.padded_nbytes)

@@ -1,0 +1,67 @@
+"""Pages that go from one held tensor to the next without passing through the kernel's zeroing.
+
+[Note: recycled pages] Fresh anonymous pages are zeroed by the kernel, on a core that the training
+step wants: on two cores that alone can double the time of a matrix product beside it. Pages of
+an evicted tensor are therefore moved aside (``mremap``) and used for the next fetch. Between
+that move and the mapping of the tensor's file, its range reads as zeros for some microseconds.
+The training thread is inside the eviction then; any other thread could see them. So pages are
+recycled only while no thread lives that could be running the user's code, and are given back to
+the kernel (atomically, see ``mapped`` [Note: stable addresses]) while one does.
+"""
+
+import threading
+from collections import defaultdict
+
+from offload.tiers import hostmem
+
+OWN_THREAD = "offload "  # how the names of Offload's own threads begin
+_HARMLESS_MODULES = ("tqdm",)  # threads of progress bars never touch a tensor
+
+
+def alone() -> bool:
+    """Whether no other thread can be running the user's code."""
+    here = threading.current_thread()
+    return all(
+        thread is here
+        or thread.name.startswith(OWN_THREAD)
+        or type(thread).__module__.startswith(_HARMLESS_MODULES)
+        for thread in threading.enumerate()
+    )
+
+
+class PagePool:
+    """Private pages by the size of their range; safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._free: defaultdict[int, list[int]] = defaultdict(list)
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> int:
+        """The address of a private range of ``nbytes``; its content is undefined."""
+        with self._lock:
+            free = self._free.get(nbytes)
+            if free:
+                self.nbytes -= nbytes
+                return free.pop()
+        return hostmem.map_anonymous(nbytes)
+
+    def move_from(self, address: int, nbytes: int) -> None:
+        """Take the private pages at ``address``, which then reads as zeros."""
+        kept = hostmem.map_anonymous(nbytes)
+        try:
+            hostmem.move_leaving_zeros(address, kept, nbytes)
+        except OSError:  # kernels before 5.7: leave the pages to be given back
+            hostmem.unmap(kept, nbytes)
+            return
+        with self._lock:
+            self._free[nbytes].append(kept)
+            self.nbytes += nbytes
+
+    def trim(self, limit_nbytes: int = 0) -> None:
+        """Give pages back to the kernel until at most ``limit_nbytes`` are kept."""
+        with self._lock:
+            for nbytes, free in self._free.items():
+                while free and self.nbytes > limit_nbytes:
+                    hostmem.unmap(free.pop(), nbytes)
+                    self.nbytes -= nbytes

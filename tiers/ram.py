@@ -1,0 +1,77 @@
+"""The host tier: a byte-bounded pool of page-aligned RAM."""
+
+import ctypes
+
+from offload.allocator.errors import CapacityError
+from offload.allocator.extent import Extent
+from offload.allocator.units import format_nbytes
+from offload.tiers.base import Block, Tier, TierSpec
+from offload.tiers.hostmem import PAGE, page_ceil
+from offload.tiers.journal import Label
+from offload.tiers.lanes import Transfer
+from offload.tiers.memory import HostBuffer
+
+
+class RamTier(Tier):
+    """Blocks are private huge-page-advised mappings, returned to the kernel on release.
+
+    ``capacity`` bounds the bytes of all living blocks, each rounded up to whole pages: exact
+    sizes, never powers of two.
+    """
+
+    def __init__(self, capacity: int, *, name: str = "host") -> None:
+        self.spec = TierSpec(name=name, kind="host", capacity=capacity, align=PAGE)
+        self.used_nbytes = 0
+        self._buffers: dict[int, HostBuffer] = {}  # by generation of the block
+
+    def allocate(self, nbytes: int) -> Block:
+        asked = page_ceil(max(nbytes, 1))
+        if self.used_nbytes + asked > self.spec.capacity:
+            free = self.spec.capacity - self.used_nbytes
+            raise CapacityError(
+                f"{self.spec.name} tier of {format_nbytes(self.spec.capacity)} has "
+                f"{format_nbytes(free)} free, {format_nbytes(asked)} ({asked} bytes) were asked: "
+                f"raise the budget by {format_nbytes(asked - free)}"
+            )
+        buffer = HostBuffer(asked)
+        block = Block(self, Extent(buffer.address, asked), nbytes)
+        self._buffers[block.generation] = buffer
+        self.used_nbytes += asked
+        return block
+
+    def address(self, block: Block) -> int:
+        """Where the bytes of ``block`` stand in memory."""
+        block.check(0, 0)
+        return self._buffers[block.generation].address
+
+    def read(
+        self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
+        label: Label | None = None,
+    ) -> Transfer:
+        nbytes = block.nbytes - offset if nbytes is None else nbytes
+        block.check(offset, nbytes)
+        ctypes.memmove(address, self.address(block) + offset, nbytes)
+        return self._moved(label, nbytes)
+
+    def write(
+        self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
+        label: Label | None = None,
+    ) -> Transfer:
+        nbytes = block.nbytes - offset if nbytes is None else nbytes
+        block.check(offset, nbytes)
+        ctypes.memmove(self.address(block) + offset, address, nbytes)
+        return self._moved(label, nbytes)
+
+    def _moved(self, label: Label | None, nbytes: int) -> Transfer:
+        return Transfer(label or Label("", "", "host", "host"), nbytes, 0)
+
+    def _release(self, block: Block) -> None:
+        buffer = self._buffers.pop(block.generation)
+        self.used_nbytes -= buffer.nbytes
+        buffer.release()
+
+    def close(self) -> None:
+        for buffer in self._buffers.values():
+            buffer.release()
+        self._buffers.clear()
+        self.used_nbytes = 0

@@ -1,0 +1,413 @@
+"""The durable home of weights and optimizer states: the swap file that is the checkpoint.
+
+[Note: alternating slots] A tensor has up to two blocks. ``current`` holds its newest bytes; when
+those are committed, the next version is written to the other block, so the committed one stays
+whole until a newer commit record stands. A commit is: flush the data, write the record beside
+the old one, flush, rename. A crash at any moment leaves one record whose bytes are all there.
+"""
+
+import base64
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from offload.allocator.errors import (
+    StoreCorruptError,
+    StoreInUseError,
+    StoreMismatchError,
+    TierIOError,
+)
+from offload.allocator.extent import Extent
+from offload.tiers.base import Block
+from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.hostmem import page_ceil
+from offload.tiers.memory import HostBuffer, memory_at
+
+FORMAT = 1
+DIRECTORY = "offload-store"
+_DATA, _RECORD, _LOCK = "data", "commit.json", "lock"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRecord:
+    """What the last commit said; ``state`` is the engine's JSON (step, RNG, scalars, extra)."""
+
+    step: int
+    signature: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Any]]
+    state: Mapping[str, Any]
+
+
+def checksum(address: int, nbytes: int) -> int:
+    """xxh3-64 of the bytes at ``address``; releases the GIL."""
+    return xxhash.xxh3_64_intdigest(memory_at(address, nbytes))
+
+
+class StoredTensor:
+    """A tensor in the store: its blocks and one checksum per ``chunk_nbytes`` of its bytes."""
+
+    __slots__ = (
+        "checksums", "chunk_nbytes", "committed", "current", "dtype", "name", "nbytes", "shape",
+        "spare",
+    )
+
+    def __init__(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...], chunk_nbytes: int
+    ) -> None:
+        self.name = name
+        self.dtype = dtype
+        self.shape = shape
+        self.nbytes = torch.Size(shape).numel() * dtype.itemsize
+        self.chunk_nbytes = chunk_nbytes
+        self.current: Block | None = None
+        self.spare: Block | None = None
+        self.committed = False
+        self.checksums: list[int] = []
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """(offset, nbytes) of each chunk that has a checksum of its own."""
+        return [
+            (at, min(self.chunk_nbytes, self.nbytes - at))
+            for at in range(0, self.nbytes, self.chunk_nbytes)
+        ]
+
+    def target(self, tier: FileTier) -> Block:
+        """The block to write the next version to ([Note: alternating slots])."""
+        if self.current is not None and not self.committed:
+            return self.current
+        if self.spare is None:
+            self.spare = tier.allocate(self.nbytes)
+        return self.spare
+
+    def publish(self, block: Block, checksums: list[int]) -> None:
+        """Make ``block``, fully written, the current version."""
+        if block is self.spare:
+            self.current, self.spare = block, self.current
+        self.current = block
+        self.committed = False
+        self.checksums = checksums
+
+    def record(self) -> dict[str, Any]:
+        """The tensor's entry in the commit record."""
+        assert self.current is not None
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+            "offset": self.current.extent.offset,
+            "extent_nbytes": self.current.extent.nbytes,
+            "chunk_nbytes": self.chunk_nbytes,
+            "checksums": [f"{value:016x}" for value in self.checksums],
+        }
+
+
+class Store:
+    """Tensors by name in ``directory/offload-store``, under an exclusive lock.
+
+    Args:
+        directory: created where missing; the store's own folder gets mode 0700, files 0600.
+        lanes: the links that its tier uses.
+
+    Raises:
+        StoreInUseError: another process holds it.
+        StoreCorruptError: the commit record is damaged.
+        TierIOError: the directory can't be written.
+    """
+
+    def __init__(self, directory: Path, lanes: Lanes) -> None:
+        self.directory = directory / DIRECTORY
+        self._prepare_directory()
+        self._lock_fd = self._lock()
+        try:
+            self.committed = self._read_record()
+            if self.committed is None:
+                (self.directory / _DATA).unlink(missing_ok=True)
+            self.tier = FileTier(self.directory, _DATA, lanes)
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+        self.tensors: dict[str, StoredTensor] = {}
+        self._closed = False
+        # Blocks of the last commit that no tensor has adopted yet: nobody may reuse them.
+        self._held = self._hold_committed()
+        self._condemned: list[Block] = []
+
+    def _prepare_directory(self) -> None:
+        try:
+            self.directory.parent.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+            if self.directory.is_symlink():
+                raise TierIOError(
+                    f"{self.directory} is a symbolic link: remove it, or pass another directory"
+                )
+            self.directory.chmod(0o700)
+        except TierIOError:
+            raise
+        except OSError as error:
+            raise TierIOError(
+                error.errno,
+                f"can't make the store directory {self.directory}: {error.strerror}; "
+                "pass a writable directory with nvme=",
+            ) from error
+
+    def _lock(self) -> int:
+        path = self.directory / _LOCK
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise TierIOError(
+                error.errno,
+                f"can't open {path} for writing: {error.strerror}; "
+                "pass a writable directory with nvme=",
+            ) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            raise StoreInUseError(
+                f"the store {self.directory} is in use by process {holder}: "
+                "wait for it to end, or pass another directory with nvme="
+            ) from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        return fd
+
+    def _read_record(self) -> CommitRecord | None:
+        path = self.directory / _RECORD
+        try:
+            digest, _, body = path.read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return None
+        if digest.decode(errors="replace") != xxhash.xxh3_64_hexdigest(body):
+            raise StoreCorruptError(
+                f"the commit record {path} ({len(body)} bytes) does not match its checksum: "
+                "restore it from a copy, or start anew with resume='never'"
+            )
+        fields = json.loads(body)
+        if fields.pop("format") != FORMAT:
+            raise StoreMismatchError(f"{path} was written by another version of Offload")
+        return CommitRecord(**fields)
+
+    def _hold_committed(self) -> dict[str, Block]:
+        if self.committed is None:
+            return {}
+        held: dict[str, Block] = {}
+        for name, entry in self.committed.tensors.items():
+            extent = Extent(entry["offset"], entry["extent_nbytes"])
+            if extent.end > self.tier.arena.capacity:
+                raise StoreCorruptError(
+                    f"{self.tier.file.label} holds {self.tier.arena.capacity} bytes, but its "
+                    f"record names byte {extent.end} for {name}: start anew with resume='never'"
+                )
+            held[name] = self.tier.adopt(extent, _record_nbytes(entry))
+        return held
+
+    def forget(self) -> None:
+        """Give up the last commit: the store starts anew (``resume="never"``)."""
+        (self.directory / _RECORD).unlink(missing_ok=True)
+        _sync_directory(self.directory)
+        for block in self._held.values():
+            block.release()
+        self._held = {}
+        self.committed = None
+
+    def add(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...], chunk_nbytes: int
+    ) -> StoredTensor:
+        """A new tensor without any bytes yet."""
+        tensor = StoredTensor(name, dtype, shape, chunk_nbytes)
+        self.tensors[name] = tensor
+        return tensor
+
+    def rename(self, tensor: StoredTensor, name: str) -> None:
+        """Give a tensor another name (one built before its model had names)."""
+        del self.tensors[tensor.name]
+        tensor.name = name
+        self.tensors[name] = tensor
+
+    def drop(self, tensor: StoredTensor) -> None:
+        """Forget a tensor; its blocks are reused only after the next commit."""
+        del self.tensors[tensor.name]
+        self._condemned += [block for block in (tensor.current, tensor.spare) if block is not None]
+
+    def restore(self, tensor: StoredTensor) -> None:
+        """Make the committed bytes of ``tensor.name`` its current version.
+
+        Raises:
+            StoreMismatchError: the commit holds no such tensor, or one of another shape.
+        """
+        assert self.committed is not None
+        entry = self.committed.tensors.get(tensor.name)
+        expected = {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+        }
+        if entry is None or {key: entry[key] for key in expected} != expected:
+            found = "nothing of that name" if entry is None else f"{entry['dtype']}{entry['shape']}"
+            raise StoreMismatchError(
+                f"the store {self.directory} belongs to another model: {tensor.name} is "
+                f"{expected['dtype']}{expected['shape']} here, the store has {found}; "
+                "pass another directory with nvme=, or resume='never' to discard the store"
+            )
+        # Versions written before the resume was decided go; committed bytes take their place.
+        for block in {tensor.current, tensor.spare} - {None}:
+            assert block is not None
+            block.release()
+        tensor.spare = None
+        tensor.current = self._held.pop(tensor.name)
+        tensor.chunk_nbytes = entry["chunk_nbytes"]
+        tensor.checksums = [int(value, 16) for value in entry["checksums"]]
+        tensor.committed = True
+
+    def release_unclaimed(self) -> None:
+        """Free blocks of the last commit that nothing restored (after a full restore)."""
+        for block in self._held.values():
+            block.release()
+        self._held = {}
+
+    def write(self, tensor: StoredTensor, source: torch.Tensor) -> None:
+        """Write ``source`` (same bytes as ``tensor``, contiguous) as the next version; blocks.
+
+        Staged chunk by chunk, so that no second copy of a large tensor ever exists.
+        """
+        target = tensor.target(self.tier)
+        flat = source.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.nbytes else None
+        sums: list[int] = []
+        staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
+        try:
+            for at, nbytes in tensor.chunks():
+                assert flat is not None
+                staged = staging.tensor(torch.uint8, (nbytes,))
+                staged.copy_(flat[at : at + nbytes])
+                sums.append(checksum(staging.address, nbytes))
+                padded = page_ceil(nbytes)
+                self.tier.write(target, staging.address, offset=at, nbytes=padded).wait()
+        finally:
+            staging.release()
+        tensor.publish(target, sums)
+
+    def read_into(self, tensor: StoredTensor, target: torch.Tensor) -> None:
+        """Fill ``target`` (contiguous) with the current version; blocks, checks nothing."""
+        assert tensor.current is not None
+        assert target.is_contiguous()
+        flat = target.detach().reshape(-1).view(torch.uint8)
+        staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
+        try:
+            for at, nbytes in tensor.chunks():
+                padded = page_ceil(nbytes)
+                self.tier.read(tensor.current, staging.address, offset=at, nbytes=padded).wait()
+                flat[at : at + nbytes].copy_(staging.tensor(torch.uint8, (nbytes,)))
+        finally:
+            staging.release()
+
+    def verify(self, tensor: StoredTensor) -> None:
+        """Read ``tensor`` back and compare its checksums; blocks.
+
+        Raises:
+            StoreCorruptError: naming the first chunk that differs.
+        """
+        assert tensor.current is not None
+        staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
+        try:
+            for (at, nbytes), expected in zip(tensor.chunks(), tensor.checksums, strict=True):
+                padded = page_ceil(nbytes)
+                self.tier.read(tensor.current, staging.address, offset=at, nbytes=padded).wait()
+                if checksum(staging.address, nbytes) != expected:
+                    raise StoreCorruptError(
+                        f"{tensor.name} is damaged in {self.tier.file.label}: bytes "
+                        f"{at}..{at + nbytes} of it do not match their checksum; restore the "
+                        "store from a copy, or start anew with resume='never'"
+                    )
+        finally:
+            staging.release()
+
+    def commit(self, step: int, signature: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Make the current versions of all tensors the durable state of ``step``.
+
+        Raises:
+            TierIOError: the disk could not take it; the previous commit stays.
+        """
+        self.tier.file.sync()
+        body = json.dumps(
+            {
+                "format": FORMAT,
+                "step": step,
+                "signature": signature,
+                "tensors": {name: tensor.record() for name, tensor in self.tensors.items()},
+                "state": state,
+            }
+        ).encode()
+        _replace(self.directory / _RECORD, xxhash.xxh3_64_hexdigest(body).encode() + b"\n" + body)
+        for tensor in self.tensors.values():
+            tensor.committed = True
+        condemned, self._condemned = self._condemned, []
+        for block in condemned:
+            block.release()
+
+    def close(self) -> None:
+        """Give the lock back; safe to call twice. Mapped tensors stay readable."""
+        if not self._closed:
+            self._closed = True
+            self.tier.close()
+            os.close(self._lock_fd)
+
+
+def pack_tensor(tensor: torch.Tensor) -> dict[str, Any]:
+    """A small tensor as JSON, bit for bit."""
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "data": base64.b64encode(data).decode(),
+    }
+
+
+def unpack_tensor(packed: Mapping[str, Any]) -> torch.Tensor:
+    """The tensor that ``pack_tensor`` packed."""
+    data = bytearray(base64.b64decode(packed["data"]))
+    dtype: torch.dtype = getattr(torch, packed["dtype"])
+    if not data:
+        return torch.empty(packed["shape"], dtype=dtype)
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(packed["shape"]).clone()
+
+
+def _record_nbytes(entry: Mapping[str, Any]) -> int:
+    dtype: torch.dtype = getattr(torch, entry["dtype"])
+    return torch.Size(entry["shape"]).numel() * dtype.itemsize
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write ``path`` atomically and durably: beside it, flush, rename, flush the folder."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        try:
+            written = 0
+            while written < len(content):
+                written += os.write(fd, content[written:])
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise TierIOError(
+            error.errno,
+            f"can't write the commit record {path} ({len(content)} bytes): {error.strerror}; "
+            "the previous commit stays valid",
+        ) from error
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,171 @@
+"""The smallest memory in which models of 124M to 3B parameters train, and at what speed.
+
+Every Offload run is a child process in a memory cgroup: the kernel enforces the limit, page
+cache included. The plain run's need is measured where this machine can hold it (the peak
+resident set of the same two steps in memory) and otherwise computed from 16 bytes a parameter.
+
+Efficiency = max(compute time of the step with everything resident, bytes moved / disk limit) /
+step time. Resident compute is measured on a model of the same width with few blocks and scaled
+by block; the disk limit is measured in the same run with the same proportion of reads to writes.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchlib import Result, arguments, finish
+from cgroup import CgroupUnavailable, Finished, MemoryCgroup
+from iolimit import DiskLimit
+
+_JOB = Path(__file__).with_name("fit_job.py")
+_MIB = 1 << 20
+_PLAIN_STATE_NBYTES = 16  # fp32 weight, gradient and two AdamW states
+# Page tables, page cache of libraries and buffers in the kernel: what a cgroup counts beside the
+# resident set that the budget bounds.
+_KERNEL_NBYTES = 48 * _MIB
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, the limits to try from the largest down, and the limit that an issue asks for."""
+
+    name: str
+    parameters: int
+    limits_mib: tuple[int, ...]
+    asked_mib: int | None = None
+
+
+SIZES = (
+    Size("124M", 134_125_056, (900, 700, 600, 560, 520)),
+    Size("350M", 367_839_232, (900, 700, 640, 600, 560, 520)),
+    Size("1.3B", 1_339_232_256, (1536, 1200, 1024, 960, 920), asked_mib=1536),
+    Size("3B", 2_947_000_000, (1536, 1280, 1200, 1120)),
+)
+_DISK_NBYTES_PER_PARAMETER = 30  # two slots of weights and states, and gradients
+
+
+def main() -> int:
+    """Run and print."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--sizes", nargs="*", choices=[size.name for size in SIZES])
+    options = parser.parse_args()
+    names = options.sizes or (["124M"] if options.quick else [size.name for size in SIZES])
+    result = Result("Training within a memory limit that the kernel enforces")
+    try:
+        for size in SIZES:
+            if size.name in names:
+                _measure(size, options.nvme, result, quick=options.quick)
+    except CgroupUnavailable as error:
+        print(f"skipped: {error}", file=sys.stderr)
+        return 1
+    return finish(result, options.json)
+
+
+def _measure(size: Size, directory: Path, result: Result, *, quick: bool) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    needed = size.parameters * _DISK_NBYTES_PER_PARAMETER
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        result.notes.append(f"{size.name}: left out, needs {needed} bytes of disk, {free} are free")
+        return
+    limits = size.limits_mib[:1] if quick else size.limits_mib
+    passed: list[tuple[int, dict[str, Any], int]] = []
+    for limit_mib in limits:
+        done = _run(size, limit_mib, directory)
+        if done.returncode != 0:
+            result.notes.append(f"{size.name} in {limit_mib} MiB: {_why(done)}")
+            break
+        passed.append((limit_mib, json.loads(done.stdout), done.peak_nbytes))
+    plain = _plain_need(size, directory, result)
+    for limit_mib, job, peak in passed:
+        wanted = limit_mib == (size.asked_mib or limits[0])
+        smallest = limit_mib == passed[-1][0]
+        if wanted or smallest:
+            _report(size, limit_mib, job, peak, plain, directory, result)
+    if size.asked_mib:
+        fits = any(limit_mib <= size.asked_mib for limit_mib, _, _ in passed)
+        result.check(f"{size.name} trains in {size.asked_mib} MiB", float(fits), 1)
+        with MemoryCgroup("offload-fit-plain", size.asked_mib * _MIB) as group:
+            killed = group.run(_command(size, None, directory)).killed
+        result.check(f"the same limit kills plain {size.name}", float(killed), 1)
+
+
+def _report(
+    size: Size,
+    limit_mib: int,
+    job: dict[str, Any],
+    peak: int,
+    plain: tuple[str, int],
+    directory: Path,
+    result: Result,
+) -> None:
+    compute_s = json.loads(_child(["--size", size.name, "--compute"]).stdout)["compute_s"]
+    stats = job["stats"]
+    moved = stats["read_bytes_per_step"] + stats["written_bytes_per_step"]
+    disk = DiskLimit(directory, 4 << 30)
+    rate = disk.mixed_bytes_per_s(stats["read_bytes_per_step"] / moved, 8 << 30)
+    disk.close()
+    step_s = stats["step_s"]
+    efficiency = max(compute_s, moved / rate) / step_s
+    result.add(
+        size=size.name,
+        limit_nbytes=limit_mib * _MIB,
+        cgroup_peak_nbytes=peak,
+        resident_peak_nbytes=job["peak_nbytes"],
+        plain_nbytes=plain[1],
+        plain=plain[0],
+        step_s=step_s,
+        optimizer_s=stats["optimizer_s"],
+        moved_nbytes=moved,
+        disk_bytes_per_s=rate,
+        resident_compute_s=compute_s,
+        efficiency=efficiency,
+    )
+    if limit_mib == size.asked_mib:
+        result.check(f"{size.name} efficiency in {limit_mib} MiB", efficiency, 0.6)
+
+
+def _run(size: Size, limit_mib: int, directory: Path) -> Finished:
+    store = directory / "fit"
+    shutil.rmtree(store, ignore_errors=True)
+    budget = f"host={(limit_mib * _MIB - _KERNEL_NBYTES) // _MIB}MiB"
+    try:
+        with MemoryCgroup("offload-fit", limit_mib * _MIB) as group:
+            return group.run(_command(size, budget, store))
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+
+
+def _command(size: Size, budget: str | None, store: Path) -> list[str]:
+    command = [sys.executable, str(_JOB), "--size", size.name, "--steps", "3"]
+    return command if budget is None else [*command, "--budget", budget, "--nvme", str(store)]
+
+
+def _child(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(_JOB), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+def _plain_need(size: Size, directory: Path, result: Result) -> tuple[str, int]:
+    computed = size.parameters * _PLAIN_STATE_NBYTES
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if computed + (2 << 30) > memory:
+        return "computed", computed
+    done = _child(["--size", size.name, "--steps", "2"])
+    return "measured", int(json.loads(done.stdout)["peak_nbytes"])
+
+
+def _why(done: Finished) -> str:
+    if done.killed:
+        return "killed by the kernel"
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else f"exit code {done.returncode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

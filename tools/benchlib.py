@@ -1,0 +1,130 @@
+"""What every benchmark shares: arguments, the machine's facts, one table, one JSON file."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure that is asked for, and whether it holds."""
+
+    name: str
+    value: float
+    target: str
+    holds: bool
+
+
+@dataclass
+class Result:
+    """Rows of figures with their units, and checks."""
+
+    title: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, **row: Any) -> None:
+        """Add a row; names carry the unit (``_s``, ``_nbytes``, ``_bytes_per_s``)."""
+        self.rows.append(row)
+
+    def check(self, name: str, value: float, at_least: float) -> None:
+        """A figure that must reach ``at_least``."""
+        self.checks.append(Check(name, value, f">= {at_least}", value >= at_least))
+
+
+def arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The parser that every benchmark starts from."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--quick", action="store_true", help="small sizes: a check that it runs")
+    parser.add_argument(
+        "--nvme", type=Path, default=Path("runs/bench"), metavar="DIR", help="disk to measure"
+    )
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_nbytes": memory,
+        "kernel": platform.release(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def median_of(repeats: int, measure: Callable[[], float]) -> float:
+    """Median of ``repeats`` measurements after one warm-up."""
+    measure()
+    return statistics.median(measure() for _ in range(repeats))
+
+
+def finish(result: Result, path: Path | None) -> int:
+    """Print the table and checks, write the JSON; the exit code."""
+    console = Console(width=110)
+    table = Table(title=result.title)
+    names = list(dict.fromkeys(name for row in result.rows for name in row))
+    for name in names:
+        table.add_column(name)
+    for row in result.rows:
+        table.add_row(*(_text(name, row.get(name)) for name in names))
+    console.print(table)
+    for check in result.checks:
+        state = "holds" if check.holds else "DOES NOT HOLD"
+        console.print(f"{check.name}: {check.value:.3g} ({check.target}) {state}")
+    for note in result.notes:
+        console.print(note)
+    if path is not None:
+        document = {
+            "format": 1,
+            "command": " ".join(sys.argv),
+            "machine": machine(),
+            "rows": result.rows,
+            "checks": [asdict(check) for check in result.checks],
+            "notes": result.notes,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=2) + "\n")
+    return 0 if all(check.holds for check in result.checks) else 1
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float | int) and not isinstance(value, bool):
+        if name.endswith("nbytes"):
+            return f"{value / 2**20:,.0f} MiB"
+        if name.endswith("bytes_per_s"):
+            return f"{value / 1e9:.2f} GB/s"
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return str(value)
+
+
+def quantiles(values: Sequence[float]) -> str:
+    """Lowest, median and highest, for a row."""
+    return f"{min(values):.3g} / {statistics.median(values):.3g} / {max(values):.3g}"
