@@ -88,7 +88,9 @@ class Engine:
         self._may_grow = True
         census = take_census(model)
         self._census = census
-        self.weights = WeightSwapper(runtime.store, self._journal, plan.window_nbytes)
+        self.weights = WeightSwapper(
+            runtime.store, self._journal, plan.window_nbytes, runtime.governor.room
+        )
         self._signature = signature_of(model, optimizer)
         resuming = check_resume(runtime, self._signature)
         by_parameter = adopt_weights(model, runtime, self.weights, resuming=resuming)
@@ -367,7 +369,7 @@ class Engine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._detach("done" if error is None else "failed")
+        self._detach("done" if error is None or isinstance(error, SystemExit) else "failed")
 
 
 def _call(method: weakref.WeakMethod[Any]) -> None:

@@ -30,6 +30,10 @@ class Governor:
         """Shed the pages of ``mapped`` too, for as long as it lives."""
         self._mapped.add(mapped)
 
+    def room(self) -> int:
+        """Bytes left below the limit; negative above it."""
+        return self.limit_nbytes - hostmem.resident_nbytes()[0]
+
     def restart_peak(self) -> None:
         """Begin a new measurement of the peak."""
         self.peak_nbytes = hostmem.resident_nbytes()[0]

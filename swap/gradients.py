@@ -84,7 +84,9 @@ class GradientSwapper:
         if any(left.tensor.data_ptr() == gradient.data_ptr() for left in self._leaving):
             return  # accumulated in place while it leaves: ``_finish`` will see its version
         self._leave(parameter, gradient)
-        while self._leaving_nbytes() > self.limit_nbytes and self._leaving:
+        while self._leaving and (
+            self._leaving_nbytes() > self.limit_nbytes or self.governor.room() < 0
+        ):
             self._await_oldest("full")
 
     def _leave(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:

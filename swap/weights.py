@@ -8,7 +8,8 @@ bytes with the store's (``evict``, ``absorb``). The same comparison catches a da
 the bytes in memory changed but nobody wrote, the block itself fails its checksum.
 """
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,10 +55,19 @@ class WeightSwapper:
         journal: takes moves, stalls and changes of residency.
         window_nbytes: bytes of streaming weights that may be in memory or on their way. One
             module's own weights may exceed it while it computes.
+        room: bytes left until the budget; the window shrinks where the rest of the process
+            (the user's own data, the kernels' buffers) takes more than was planned.
     """
 
-    def __init__(self, store: Store, journal: Journal, window_nbytes: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        journal: Journal,
+        window_nbytes: int,
+        room: Callable[[], int] = lambda: sys.maxsize,
+    ) -> None:
         self.store = store
+        self._room = room
         self.journal = journal
         self.window_nbytes = window_nbytes
         self.pool = PagePool()
@@ -72,13 +82,20 @@ class WeightSwapper:
         """Bytes of streaming weights in memory or on their way."""
         return sum(weight.nbytes for weight in self._streaming.values())
 
+    def _in_flight_nbytes(self) -> int:
+        """Minus the bytes that fetches in flight have still to take from the room."""
+        return -sum(
+            weight.nbytes
+            for weight in self._streaming.values()
+            if weight.residency is Residency.FETCHING
+        )
+
     def resident_nbytes(self) -> int:
         """Bytes of all weights in memory."""
         return sum(weight.nbytes for weight in self.weights.values() if weight.in_memory)
 
     def add(self, weight: Weight) -> None:
         """Take over a weight whose mapped tensor is filed at its current block."""
-        weight.mapped.pool = self.pool
         self.weights[weight.name] = weight
 
     def learn_order(self, order: Sequence[str]) -> None:
@@ -158,7 +175,9 @@ class WeightSwapper:
         """
         if weight.resident:
             return True
-        excess = self.streaming_nbytes + weight.nbytes - self.window_nbytes
+        beyond_window = self.streaming_nbytes + weight.nbytes - self.window_nbytes
+        beyond_budget = weight.nbytes - self._in_flight_nbytes() - self.pool.nbytes - self._room()
+        excess = max(beyond_window, beyond_budget)
         if excess <= 0:
             return True
         protected = {name for names in self._in_use for name in names}.union(nearer)
@@ -179,19 +198,19 @@ class WeightSwapper:
             return False
         for victim in victims:
             self.evict(victim)
-        # Pages of the victims wait for the fetch that needs their room, no others.
-        self.pool.trim(max(self.window_nbytes - self.streaming_nbytes, weight.nbytes))
         return True
 
     def _fetch(self, weight: Weight, *, urgent: bool = False) -> None:
         self.absorb(weight)
         label = Label(weight.name, "weight", self.store.tier.spec.name, "host")
-        weight.transfer = self._lane.submit(
-            weight.mapped.fetch_jobs(), label, weight.nbytes, urgent=urgent
-        )
+        # Resident weights stay: large ranges of their own keep the kernel's list of them short.
+        jobs = weight.mapped.fetch_jobs(None if weight.resident else self.pool)
+        weight.transfer = self._lane.submit(jobs, label, weight.nbytes, urgent=urgent)
         if not weight.resident:
             self._streaming[weight.name] = weight
         self._become(weight, Residency.FETCHING)
+        # What the fetch left of its victims' pages may wait only within the window.
+        self.pool.trim(min(self.window_nbytes - self.streaming_nbytes, self._room()))
 
     def evict(self, weight: Weight) -> None:
         """Give the memory of ``weight`` back; what was written to it is stored first."""
@@ -200,7 +219,7 @@ class WeightSwapper:
             return
         self.absorb(weight)
         assert weight.stored.current is not None
-        weight.mapped.file_as(weight.stored.current)
+        weight.mapped.file_as(weight.stored.current, None if weight.resident else self.pool)
         self._streaming.pop(weight.name, None)
         self._become(weight, Residency.ABSENT)
 

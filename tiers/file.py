@@ -120,11 +120,13 @@ class TierFile:
         try:
             return call(fd, [view], offset)
         except OSError as error:
-            raise TierIOError(
-                error.errno,
-                f"{verb} of {len(view)} bytes at byte {offset} of {self.label} failed: "
-                f"{error.strerror}",
-            ) from error
+            raise self._error(verb, len(view), offset, error) from error
+
+    def _error(self, verb: str, nbytes: int, offset: int, error: OSError) -> TierIOError:
+        return TierIOError(
+            error.errno,
+            f"{verb} of {nbytes} bytes at byte {offset} of {self.label} failed: {error.strerror}",
+        )
 
     def map(self, address: int, nbytes: int, offset: int, *, shared: bool) -> None:
         """Map ``nbytes`` of the file at ``offset`` over the pages at ``address``."""
@@ -153,10 +155,12 @@ class TierFile:
         os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close both descriptors; mappings stay valid."""
-        if self.direct:
-            os.close(self.direct_fd)
-        os.close(self.fd)
+        """Close both descriptors; mappings stay valid, reads and writes fail; once only."""
+        descriptors = {self.fd, self.direct_fd}
+        # Never a number that the next file opened by anyone may get.
+        self.fd = self.direct_fd = -1
+        for fd in descriptors - {-1}:
+            os.close(fd)
 
     def __enter__(self) -> Self:
         return self

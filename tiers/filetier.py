@@ -29,6 +29,11 @@ class Lanes:
         self.writes.drain()
         self.reads.drain()
 
+    def settle(self) -> None:
+        """Wait for both lanes; errors stay with their transfers, and for ``drain``."""
+        self.writes.settle()
+        self.reads.settle()
+
     def close(self) -> None:
         """Finish what is queued and end the workers."""
         self.writes.close()
@@ -123,4 +128,5 @@ class FileTier(Tier):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            self.lanes.settle()
             self.file.close()

@@ -181,11 +181,11 @@ def return_freed_memory() -> None:
 
     By default glibc raises its mmap threshold to 32 MiB as a program frees big blocks, and
     then keeps them: half of a training step's freed activations stay in the resident set.
-    A fixed threshold makes every free of 1 MiB or more an ``munmap``.
+    A fixed threshold makes every free of 256 KiB or more an ``munmap``.
     """
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:  # glibc only; musl always returns big blocks
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 256 << 10)
         mallopt(_M_TRIM_THRESHOLD, 4 << 20)
         mallopt(_M_ARENA_MAX, 2)
 

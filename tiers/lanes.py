@@ -115,6 +115,11 @@ class Lane:
                 others = [entry for entry in self._jobs if entry[0] is not transfer]
                 self._jobs = deque(waiting + others)
 
+    def settle(self) -> None:
+        """Wait until the lane is idle; errors stay with their transfers, and for ``drain``."""
+        with self._wake:
+            self._wake.wait_for(lambda: not self._jobs and self._busy == 0)
+
     def drain(self) -> None:
         """Wait until the lane is idle.
 

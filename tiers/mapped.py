@@ -39,12 +39,11 @@ class MappedTensor:
     Args:
         file: where its blocks live.
         shared: whether writes while *filed* reach the file.
-        pool: where pages of evicted tensors wait for the next fetch.
     """
 
     __slots__ = (
-        "__weakref__", "address", "block", "file", "held", "nbytes", "padded_nbytes", "pool",
-        "shared", "tensor",
+        "__weakref__", "address", "block", "file", "held", "nbytes", "padded_nbytes", "shared",
+        "tensor",
     )
 
     def __init__(
@@ -54,10 +53,8 @@ class MappedTensor:
         shape: Sequence[int],
         *,
         shared: bool = False,
-        pool: PagePool | None = None,
     ) -> None:
         self.file = file
-        self.pool = pool
         self.shared = shared
         self.nbytes = math.prod(shape) * dtype.itemsize
         self.padded_nbytes = hostmem.page_ceil(max(self.nbytes, 1))
@@ -69,38 +66,47 @@ class MappedTensor:
         self.held = True
         self.block: Block | None = None
 
-    def file_as(self, block: Block) -> None:
-        """Become *filed* at ``block``: held pages and private copies are given up."""
+    def file_as(self, block: Block, pool: PagePool | None = None) -> None:
+        """Become *filed* at ``block``: held pages and private copies are given up.
+
+        ``pool`` takes the held pages for the next fetch, if nobody else can be reading them.
+        """
         block.check(0, self.nbytes)
-        if self.held and self.block is not None and self.pool is not None and alone():
+        if pool is not None and self.held and self.block is not None and alone():
             for at, nbytes in self._parts():
-                self.pool.move_from(self.address + at, nbytes)
+                pool.move_from(self.address + at, nbytes)
         self.file.map(self.address, self.padded_nbytes, block.extent.offset, shared=self.shared)
         self.block = block
         self.held = False
 
-    def fetch_jobs(self) -> list[Job]:
-        """Jobs that make the tensor *held*; each one is complete in itself.
+    def fetch_jobs(self, pool: PagePool | None = None) -> list[Job]:
+        """Jobs that make the tensor *held*, in pages of ``pool``; each is complete in itself.
 
         Without ``O_DIRECT`` the page cache is the only path: the jobs then fault the mapping in
         and the tensor stays *filed*.
         """
-        self.held = self.file.direct  # from now on its pages are not for shedding
-        return [partial(self._fetch, at, nbytes) for at, nbytes in self._parts()]
+        if not self.file.direct:
+            return [
+                partial(hostmem.populate, self.address + at, nbytes) for at, nbytes in self._parts()
+            ]
+        self.held = True  # from now on its pages are not for shedding
+        return [
+            partial(self._fetch, at, nbytes, pool.take(nbytes) if pool else None)
+            for at, nbytes in self._parts()
+        ]
 
     def _parts(self) -> list[tuple[int, int]]:
-        """(offset, nbytes) of each range that is fetched as one."""
+        """(offset, nbytes) of each range that moves as one."""
         return [
             (at, min(FETCH_NBYTES, self.padded_nbytes - at))
             for at in range(0, self.padded_nbytes, FETCH_NBYTES)
         ]
 
-    def _fetch(self, at: int, nbytes: int) -> None:
-        assert self.block is not None, "fetch of a tensor that was never filed"
-        if not self.file.direct:
-            hostmem.populate(self.address + at, nbytes)
-            return
-        staged = self.pool.take(nbytes) if self.pool else hostmem.map_anonymous(nbytes)
+    def _fetch(self, at: int, nbytes: int, staged: int | None) -> None:
+        """Read one part into the pages at ``staged`` and move them over the address."""
+        assert self.block is not None
+        if staged is None:
+            staged = hostmem.map_anonymous(nbytes)
         try:
             self.file.read(self.block.extent.offset + at, staged, nbytes)
             hostmem.move_over(staged, self.address + at, nbytes)

@@ -30,21 +30,20 @@ def alone() -> bool:
 
 
 class PagePool:
-    """Private pages by the size of their range; safe to use from any thread."""
+    """Private ranges by their size; safe to use from any thread."""
 
     def __init__(self) -> None:
-        self.nbytes = 0
+        self.nbytes = 0  # that wait for use
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._lock = threading.Lock()
 
-    def take(self, nbytes: int) -> int:
-        """The address of a private range of ``nbytes``; its content is undefined."""
+    def take(self, nbytes: int) -> int | None:
+        """The address of a private range of ``nbytes`` with undefined content, if one waits."""
         with self._lock:
-            free = self._free.get(nbytes)
-            if free:
-                self.nbytes -= nbytes
-                return free.pop()
-        return hostmem.map_anonymous(nbytes)
+            if not self._free[nbytes]:
+                return None
+            self.nbytes -= nbytes
+            return self._free[nbytes].pop()
 
     def move_from(self, address: int, nbytes: int) -> None:
         """Take the private pages at ``address``, which then reads as zeros."""
@@ -59,7 +58,7 @@ class PagePool:
             self.nbytes += nbytes
 
     def trim(self, limit_nbytes: int = 0) -> None:
-        """Give pages back to the kernel until at most ``limit_nbytes`` are kept."""
+        """Give pages back to the kernel until at most ``limit_nbytes`` wait."""
         with self._lock:
             for nbytes, free in self._free.items():
                 while free and self.nbytes > limit_nbytes:

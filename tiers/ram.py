@@ -2,7 +2,7 @@
 
 import ctypes
 
-from offload.allocator.errors import CapacityError
+from offload.allocator.errors import CapacityError, StaleBlockError
 from offload.allocator.extent import Extent
 from offload.allocator.units import format_nbytes
 from offload.tiers.base import Block, Tier, TierSpec
@@ -42,7 +42,12 @@ class RamTier(Tier):
     def address(self, block: Block) -> int:
         """Where the bytes of ``block`` stand in memory."""
         block.check(0, 0)
-        return self._buffers[block.generation].address
+        buffer = self._buffers.get(block.generation)
+        if buffer is None:
+            raise StaleBlockError(
+                f"block {block.generation} ({block.nbytes} bytes) outlived its {self.spec.name} tier"
+            )
+        return buffer.address
 
     def read(
         self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
@@ -66,9 +71,10 @@ class RamTier(Tier):
         return Transfer(label or Label("", "", "host", "host"), nbytes, 0)
 
     def _release(self, block: Block) -> None:
-        buffer = self._buffers.pop(block.generation)
-        self.used_nbytes -= buffer.nbytes
-        buffer.release()
+        buffer = self._buffers.pop(block.generation, None)
+        if buffer is not None:  # else the tier is closed
+            self.used_nbytes -= buffer.nbytes
+            buffer.release()
 
     def close(self) -> None:
         for buffer in self._buffers.values():

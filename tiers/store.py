@@ -28,6 +28,7 @@ from offload.allocator.extent import Extent
 from offload.tiers.base import Block
 from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.hostmem import page_ceil
+from offload.tiers.journal import Label
 from offload.tiers.memory import HostBuffer, memory_at
 
 FORMAT = 1
@@ -278,6 +279,7 @@ class Store:
         Staged chunk by chunk, so that no second copy of a large tensor ever exists.
         """
         target = tensor.target(self.tier)
+        label = Label(tensor.name, _role(tensor), "host", self.tier.spec.name)
         flat = source.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.nbytes else None
         sums: list[int] = []
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
@@ -288,7 +290,9 @@ class Store:
                 staged.copy_(flat[at : at + nbytes])
                 sums.append(checksum(staging.address, nbytes))
                 padded = page_ceil(nbytes)
-                self.tier.write(target, staging.address, offset=at, nbytes=padded).wait()
+                self.tier.write(
+                    target, staging.address, offset=at, nbytes=padded, label=label
+                ).wait()
         finally:
             staging.release()
         tensor.publish(target, sums)
@@ -297,12 +301,15 @@ class Store:
         """Fill ``target`` (contiguous) with the current version; blocks, checks nothing."""
         assert tensor.current is not None
         assert target.is_contiguous()
+        label = Label(tensor.name, _role(tensor), self.tier.spec.name, "host")
         flat = target.detach().reshape(-1).view(torch.uint8)
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
         try:
             for at, nbytes in tensor.chunks():
                 padded = page_ceil(nbytes)
-                self.tier.read(tensor.current, staging.address, offset=at, nbytes=padded).wait()
+                self.tier.read(
+                    tensor.current, staging.address, offset=at, nbytes=padded, label=label
+                ).wait()
                 flat[at : at + nbytes].copy_(staging.tensor(torch.uint8, (nbytes,)))
         finally:
             staging.release()
@@ -314,11 +321,14 @@ class Store:
             StoreCorruptError: naming the first chunk that differs.
         """
         assert tensor.current is not None
+        label = Label(tensor.name, _role(tensor), self.tier.spec.name, "host")
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
         try:
             for (at, nbytes), expected in zip(tensor.chunks(), tensor.checksums, strict=True):
                 padded = page_ceil(nbytes)
-                self.tier.read(tensor.current, staging.address, offset=at, nbytes=padded).wait()
+                self.tier.read(
+                    tensor.current, staging.address, offset=at, nbytes=padded, label=label
+                ).wait()
                 if checksum(staging.address, nbytes) != expected:
                     raise StoreCorruptError(
                         f"{tensor.name} is damaged in {self.tier.file.label}: bytes "
@@ -357,6 +367,10 @@ class Store:
             self._closed = True
             self.tier.close()
             os.close(self._lock_fd)
+
+
+def _role(tensor: StoredTensor) -> str:
+    return "state" if "#" in tensor.name else "weight"
 
 
 def pack_tensor(tensor: torch.Tensor) -> dict[str, Any]:

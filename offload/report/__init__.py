@@ -1,1 +1,1 @@
-"""Reports: each is a pure function of a run directory."""
+"""Reports: pure functions of a run directory."""

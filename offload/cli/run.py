@@ -1,0 +1,98 @@
+"""``offload run``: an unmodified script within a memory budget."""
+
+import argparse
+import ast
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+from offload.allocator.errors import ConfigError
+from offload.config import OffloadConfig, make_config
+
+HELP = "run a training script, unmodified, within a memory budget"
+DESCRIPTION = """\
+Run a training script, unmodified, within a memory budget.
+
+Options for Offload come before the script; everything after it is the script's own:
+  offload run --budget host=4GiB --nvme /data/nvme train.py --lr 1e-4
+  offload run --budget 4GiB -m package.train
+Run the same command again to continue from the last finished step."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON with the same keys")
+    parser.add_argument("--budget", metavar="B", help="for example host=24GiB, or just 24GiB")
+    parser.add_argument("--nvme", metavar="DIR", help="directory of the store and of scratch")
+    parser.add_argument("--record", metavar="DIR", help="run directory for offload report")
+    parser.add_argument("--resume", choices=["auto", "never", "must"], help="default: auto")
+    parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module as a script")
+    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py args…")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything that can be checked, then run the script.
+
+    Raises:
+        ConfigError: wrong settings, no such script, or a record that belongs to another run.
+    """
+    config = make_config(
+        Path(arguments.config) if arguments.config else None,
+        budget=arguments.budget,
+        nvme=arguments.nvme,
+        record=arguments.record,
+        resume=arguments.resume,
+    )
+    rest = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
+    if arguments.module:
+        target, argv = arguments.module, rest
+        _check_module(target)
+    elif rest:
+        target, *argv = rest
+        _check_script(Path(target))
+    else:
+        raise ConfigError("offload run needs a script: offload run [options] script.py args…")
+    _claim_record(config, [target, *argv])
+    from offload.launcher import launch  # noqa: PLC0415  (torch: only once all is checked)
+
+    code = launch(config, target, argv, is_module=bool(arguments.module))
+    if config.record is not None:
+        print(f"offload: see it with: offload report {config.record}", file=sys.stderr)
+    return code
+
+
+def _check_module(name: str) -> None:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise ConfigError(f"no module named {name!r}")
+
+
+def _check_script(path: Path) -> None:
+    try:
+        ast.parse(path.read_bytes(), filename=str(path))
+    except OSError as error:
+        raise ConfigError(f"can't read the script {path}: {error.strerror}") from error
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{path} is not a Python script: {error}") from error
+
+
+def _claim_record(config: OffloadConfig, command: list[str]) -> None:
+    """A record directory is this command's own, to be continued, or it is new."""
+    if config.record is None:
+        return
+    note = config.record / "command.json"
+    if note.exists() and json.loads(note.read_text()) != command:
+        raise ConfigError(
+            f"{config.record} holds the record of another command: "
+            f"{' '.join(json.loads(note.read_text()))}; pass another --record directory"
+        )
+    try:
+        config.record.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(command))
+    except OSError as error:
+        raise ConfigError(f"can't write to {config.record}: {error.strerror}") from error

@@ -1,0 +1,178 @@
+"""The figures of a report: computed once, rendered many ways. Sizes in bytes, times in s."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from offload.report.reader import RunEvents
+from offload.tiers.events import (
+    Event,
+    Move,
+    Notice,
+    RunFinished,
+    RunStarted,
+    Stall,
+    StepFinished,
+)
+
+_TOP = 8
+_E = TypeVar("_E", bound=Event)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headline:
+    """Totals of the run; seconds and bytes per step are medians over its steps."""
+
+    command: str
+    status: str
+    starts: int
+    steps: int
+    step_s: float
+    compute_s: float
+    stall_s: float
+    optimizer_s: float
+    commit_s: float
+    read_nbytes: int
+    written_nbytes: int
+    peak_nbytes: int
+    budget_nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneRow:
+    """One role on one lane: what moved and how fast while it moved."""
+
+    lane: str
+    role: str
+    transfers: int
+    nbytes: int
+    busy_s: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Rate of a transfer while it is under way."""
+        return self.nbytes / self.busy_s if self.busy_s else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StallRow:
+    """Waits of the training thread for one role, by reason."""
+
+    role: str
+    reason: str
+    count: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRow:
+    """One of the tensors that moved most."""
+
+    key: str
+    role: str
+    transfers: int
+    nbytes: int
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything a reporter shows."""
+
+    headline: Headline
+    lanes: tuple[LaneRow, ...]
+    stalls: tuple[StallRow, ...]
+    tensors: tuple[TensorRow, ...]
+    notices: tuple[str, ...]
+    truncated: bool
+
+
+def summarise(run: RunEvents) -> Report:
+    """The report of a run; medians over the steps of all its segments."""
+    events = [event for segment in run.segments for event in segment]
+    return Report(
+        headline=_headline(run, events),
+        lanes=_lanes(events),
+        stalls=_stalls(events),
+        tensors=_tensors(events),
+        notices=tuple(f"{e.subject}: {e.message}" for e in _of(events, Notice)),
+        truncated=run.truncated,
+    )
+
+
+def _of(events: Iterable[Event], kind: type[_E]) -> list[_E]:
+    return [event for event in events if isinstance(event, kind)]
+
+
+def _headline(run: RunEvents, events: list[Event]) -> Headline:
+    steps, started = _of(events, StepFinished), _of(events, RunStarted)
+    finished = _of(run.segments[-1], RunFinished)
+
+    def median(name: str) -> float:
+        return statistics.median(getattr(step, name) for step in steps) if steps else 0.0
+
+    peaks = [event.peak_nbytes for event in (*steps, *finished)]
+    return Headline(
+        command=started[-1].command if started else "unknown",
+        status=finished[-1].status if finished else "cut off (killed, or still running)",
+        starts=len(run.segments),
+        steps=len(steps),
+        step_s=median("step_s"),
+        compute_s=median("compute_s"),
+        stall_s=median("stall_s"),
+        optimizer_s=median("optimizer_s"),
+        commit_s=median("commit_s"),
+        read_nbytes=int(median("read_nbytes")),
+        written_nbytes=int(median("written_nbytes")),
+        peak_nbytes=max(peaks, default=0),
+        budget_nbytes=started[-1].budget.get("host", 0) if started else 0,
+    )
+
+
+def _lanes(events: list[Event]) -> tuple[LaneRow, ...]:
+    groups: defaultdict[tuple[str, str], list[Move]] = defaultdict(list)
+    for move in _of(events, Move):
+        groups[move.lane, move.role].append(move)
+    return tuple(
+        LaneRow(
+            lane=lane,
+            role=role,
+            transfers=len(moves),
+            nbytes=sum(move.nbytes for move in moves),
+            busy_s=sum(move.duration_s for move in moves),
+        )
+        for (lane, role), moves in sorted(groups.items())
+    )
+
+
+def _stalls(events: list[Event]) -> tuple[StallRow, ...]:
+    groups: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
+    for stall in _of(events, Stall):
+        groups[stall.role, stall.reason].append(stall.duration_s)
+    rows = (
+        StallRow(role=role, reason=reason, count=len(waits), duration_s=sum(waits))
+        for (role, reason), waits in groups.items()
+    )
+    return tuple(sorted(rows, key=lambda row: -row.duration_s))
+
+
+def _tensors(events: list[Event]) -> tuple[TensorRow, ...]:
+    moved: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+    waited: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for move in _of(events, Move):
+        moved[move.key, move.role].append(move.nbytes)
+    for stall in _of(events, Stall):
+        waited[stall.key, stall.role] += stall.duration_s
+    rows = (
+        TensorRow(
+            key=key,
+            role=role,
+            transfers=len(sizes),
+            nbytes=sum(sizes),
+            stall_s=waited[key, role],
+        )
+        for (key, role), sizes in moved.items()
+    )
+    return tuple(sorted(rows, key=lambda row: (-row.nbytes, row.key))[:_TOP])
