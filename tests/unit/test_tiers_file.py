@@ -1,0 +1,383 @@
+"""The file of a tier: any offset, length and alignment; errors that say what and where."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload.allocator.errors import CapacityError, TierIOError
+from offload.tiers import file as file_module
+from offload.tiers import hostmem
+from offload.tiers.file import TierFile
+from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.hostmem import PAGE
+from offload.tiers.journal import Journal
+from offload.tiers.memory import HostBuffer
+from offload.tiers.testing import Memory, pattern
+
+FILE_NBYTES = 8 * PAGE
+
+
+@pytest.fixture(params=["direct", "cached"])
+def file(tmp_path, request, monkeypatch):
+    """A file of ``FILE_NBYTES`` patterned bytes, with and without ``O_DIRECT``."""
+    (tmp_path / "data").write_bytes(pattern(FILE_NBYTES))
+    if request.param == "cached":
+        monkeypatch.setattr(file_module, "_open_direct", lambda fd: fd)
+    with TierFile(tmp_path, "data") as file:
+        assert file.direct == (request.param == "direct")
+        yield file
+
+
+@pytest.fixture
+def lanes():
+    lanes = Lanes(Journal())
+    yield lanes
+    lanes.close()
+
+
+def on_disk(file):
+    return (file.directory / "data").read_bytes()
+
+
+def test_an_opened_file_has_its_size(file):
+    assert file.nbytes == FILE_NBYTES
+    assert file.label.endswith("/data")
+
+
+@pytest.fixture(scope="module")
+def shared_file(tmp_path_factory):
+    with TierFile(tmp_path_factory.mktemp("file"), "data") as file:
+        file.grow(FILE_NBYTES)
+        yield file
+
+
+@given(
+    offset=st.integers(0, FILE_NBYTES - 1) | st.sampled_from([0, PAGE, 3 * PAGE]),
+    nbytes=st.integers(0, FILE_NBYTES) | st.sampled_from([PAGE, 2 * PAGE]),
+    shift=st.integers(0, PAGE) | st.just(0),
+    seed=st.integers(0, 250),
+)
+def test_any_offset_length_and_alignment(shared_file, offset, nbytes, shift, seed):
+    file, nbytes = shared_file, min(nbytes, FILE_NBYTES - offset)
+    before = on_disk(file)
+    data = pattern(nbytes, seed)
+    with Memory.of(data, shift=shift) as memory:
+        file.write(offset, memory.address, nbytes)
+    assert on_disk(file) == before[:offset] + data + before[offset + nbytes :]
+    with Memory(nbytes, shift=shift) as memory:
+        file.read(offset, memory.address, nbytes)
+        assert memory.data() == data
+
+
+@pytest.mark.parametrize(
+    ("offset", "nbytes"),
+    [(FILE_NBYTES - 10, 11), (FILE_NBYTES - PAGE, 2 * PAGE), (FILE_NBYTES, 1), (2 * FILE_NBYTES, 5)],
+)
+def test_a_read_past_the_end_of_the_file_is_an_error(file, offset, nbytes):
+    with Memory(nbytes) as memory, pytest.raises(TierIOError) as raised:
+        file.read(offset, memory.address, nbytes)
+    end = max(offset, FILE_NBYTES)
+    early = offset + nbytes - end
+    assert f"{file.label} ends at byte {end}, {early} bytes early" in str(raised.value)
+    assert raised.value.errno == errno.EIO
+
+
+def test_a_file_that_shrank_to_an_odd_size_is_an_error(file):
+    os.truncate(file.directory / "data", PAGE + 100)
+    with HostBuffer_of(4 * PAGE) as memory, pytest.raises(TierIOError, match="ends at byte 4196"):
+        file.read(0, memory.address, 4 * PAGE)
+
+
+def HostBuffer_of(nbytes):
+    return Memory(nbytes)
+
+
+def test_scattered_reads_fill_their_ranges_in_order(file):
+    buffers = [HostBuffer(nbytes) for nbytes in (PAGE, 3 * PAGE, 2 * PAGE)]
+    file.read_scattered(PAGE, [(buffer.address, buffer.nbytes) for buffer in buffers])
+    got = b"".join(bytes(buffer.view()) for buffer in buffers)
+    assert got == pattern(FILE_NBYTES)[PAGE : 7 * PAGE]
+    for buffer in buffers:
+        buffer.release()
+
+
+def test_a_scattered_read_goes_on_after_a_short_one(file, monkeypatch):
+    """The kernel may return fewer bytes than asked: at a signal, at the end of an extent."""
+    whole = os.preadv
+    asked = []
+
+    def short(fd, views, offset):
+        asked.append(sum(len(view) for view in views))
+        if len(asked) == 1:
+            return whole(fd, [views[0], views[1][: PAGE]], offset)
+        return whole(fd, views, offset)
+
+    monkeypatch.setattr(file_module.os, "preadv", short)
+    buffers = [HostBuffer(nbytes) for nbytes in (PAGE, 3 * PAGE, 2 * PAGE)]
+    file.read_scattered(PAGE, [(buffer.address, buffer.nbytes) for buffer in buffers])
+    got = b"".join(bytes(buffer.view()) for buffer in buffers)
+    assert got == pattern(FILE_NBYTES)[PAGE : 7 * PAGE]
+    assert asked == [6 * PAGE, 2 * PAGE, 2 * PAGE]
+    for buffer in buffers:
+        buffer.release()
+
+
+def test_a_scattered_read_past_the_end_is_an_error(file):
+    buffer = HostBuffer(2 * PAGE)
+    with pytest.raises(TierIOError, match=f"ends at byte {FILE_NBYTES}, {PAGE} bytes early"):
+        file.read_scattered(FILE_NBYTES - PAGE, [(buffer.address, 2 * PAGE)])
+    buffer.release()
+
+
+def test_short_reads_and_writes_are_continued(file, monkeypatch):
+    for name in ("preadv", "pwritev"):
+        whole = getattr(os, name)
+        monkeypatch.setattr(
+            file_module.os,
+            name,
+            lambda fd, views, offset, whole=whole: whole(fd, [views[0][:PAGE]], offset),
+        )
+    data = pattern(3 * PAGE + 100, seed=9)
+    with Memory.of(data) as memory:
+        file.write(PAGE, memory.address, len(data))
+    assert on_disk(file)[PAGE : PAGE + len(data)] == data
+    with Memory(len(data)) as memory:
+        file.read(PAGE, memory.address, len(data))
+        assert memory.data() == data
+
+
+@pytest.mark.parametrize("verb", ["read", "write"])
+def test_an_error_of_the_kernel_says_what_failed_and_where(file, verb):
+    with Memory(PAGE) as memory:
+        file.close()
+        with pytest.raises(TierIOError) as raised:
+            getattr(file, verb)(2 * PAGE, memory.address, PAGE)
+    assert raised.value.errno == errno.EBADF
+    assert f"{verb} of 4096 bytes at byte 8192 of {file.label} failed" in str(raised.value)
+
+
+def test_a_scattered_read_of_a_closed_file_says_what_failed(file):
+    with Memory(PAGE) as memory:
+        file.close()
+        with pytest.raises(TierIOError, match="read of 4096 bytes at byte 0 of"):
+            file.read_scattered(0, [(memory.address, PAGE)])
+
+
+def test_a_closed_file_never_touches_the_next_owner_of_its_descriptor(file, tmp_path):
+    numbers = {file.fd, file.direct_fd}
+    file.close()
+    others = [os.open(tmp_path / f"other{index}", os.O_RDWR | os.O_CREAT) for index in range(3)]
+    assert numbers & set(others)  # the kernel gives out the lowest free number
+    with Memory.of(pattern(PAGE)) as memory, pytest.raises(TierIOError):
+        file.write(0, memory.address, PAGE)
+    file.close()  # twice is safe, and closes nobody else's
+    assert [os.fstat(other).st_size for other in others] == [0, 0, 0]
+    for other in others:
+        os.close(other)
+
+
+def test_cached_writes_and_direct_reads_agree(file):
+    """A tail goes by the page cache, the next read of its page does not."""
+    with Memory.of(pattern(100, seed=7)) as memory:
+        file.write(PAGE, memory.address, 100)
+    with Memory(PAGE) as memory:
+        file.read(PAGE, memory.address, PAGE)
+        assert memory.data() == pattern(100, seed=7) + pattern(FILE_NBYTES)[PAGE + 100 : 2 * PAGE]
+
+
+def test_mappings_and_direct_writes_agree(file):
+    address = hostmem.map_anonymous(PAGE)
+    file.map(address, PAGE, 2 * PAGE, shared=True)
+    with Memory.of(pattern(PAGE, seed=8)) as memory:
+        file.write(2 * PAGE, memory.address, PAGE)
+        assert bytes(hostmem_view(address)) == pattern(PAGE, seed=8)
+    hostmem_view(address)[:3] = b"new"
+    with Memory(PAGE) as memory:
+        file.read(2 * PAGE, memory.address, PAGE)
+        assert memory.data() == b"new" + pattern(PAGE, seed=8)[3:]
+    hostmem.unmap(address, PAGE)
+
+
+def hostmem_view(address):
+    from offload.tiers.memory import memory_at
+
+    return memory_at(address, PAGE)
+
+
+@pytest.mark.parametrize("can_zero", [True, False])
+def test_clear_makes_exactly_its_range_zeros(file, can_zero, monkeypatch):
+    if not can_zero:
+        monkeypatch.setattr(hostmem, "zero_range", lambda *_: False)
+        monkeypatch.setattr(file_module, "_ZEROS_NBYTES", PAGE)
+    file.clear(2 * PAGE, 3 * PAGE)
+    before = pattern(FILE_NBYTES)
+    assert on_disk(file) == before[: 2 * PAGE] + bytes(3 * PAGE) + before[5 * PAGE :]
+
+
+def test_clear_reports_the_disk_s_errors(file, monkeypatch):
+    monkeypatch.setattr(hostmem, "zero_range", lambda *_: False)
+    file.close()
+    with pytest.raises(TierIOError, match="of .*data failed"):
+        file.clear(0, PAGE)
+
+
+def test_uncache_drops_pages_but_no_bytes(file):
+    file.sync()
+    file.uncache(0, FILE_NBYTES)
+    assert on_disk(file) == pattern(FILE_NBYTES)
+
+
+def test_sync_reports_the_disk_s_errors(file):
+    file.close()
+    with pytest.raises(TierIOError, match=r"sync of .*data failed"):
+        file.sync()
+
+
+def test_grow_takes_the_room_at_once_and_never_shrinks(tmp_path):
+    with TierFile(tmp_path, "data") as file:
+        file.grow(1 << 20)
+        facts = os.stat(tmp_path / "data")
+        assert facts.st_size == file.nbytes == 1 << 20
+        assert facts.st_blocks * 512 >= 1 << 20  # not a hole
+        file.grow(PAGE)
+        assert file.nbytes == os.stat(tmp_path / "data").st_size == 1 << 20
+
+
+def test_grow_reports_what_is_not_about_room(file):
+    file.close()
+    with pytest.raises(TierIOError, match=r"can't grow .*data") as raised:
+        file.grow(2 * FILE_NBYTES)
+    assert not isinstance(raised.value, CapacityError)
+
+
+def test_files_are_the_owner_s_alone(tmp_path):
+    os.umask(old := os.umask(0))
+    assert old is not None
+    with TierFile(tmp_path, "data"):
+        assert stat.S_IMODE(os.stat(tmp_path / "data").st_mode) == 0o600
+    with TierFile(tmp_path, None) as scratch:
+        assert stat.S_IMODE(os.fstat(scratch.fd).st_mode) == 0o600
+
+
+def test_a_symbolic_link_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"precious")
+    (tmp_path / "data").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(TierIOError, match=r"can't open .*data for writing") as raised:
+        TierFile(tmp_path, "data")
+    assert raised.value.errno == errno.ELOOP
+    assert (tmp_path / "elsewhere").read_bytes() == b"precious"
+
+
+def test_a_missing_directory_says_so(tmp_path):
+    with pytest.raises(TierIOError, match="No such file or directory"):
+        TierFile(tmp_path / "nowhere", None)
+
+
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_scratch_leaves_no_name_on_the_disk(tmp_path, unnamed, monkeypatch):
+    if not unnamed:  # as on file systems without O_TMPFILE
+        whole = os.open
+
+        def refuse(path, flags, *mode):
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, "no unnamed files here")
+            return whole(path, flags, *mode)
+
+        monkeypatch.setattr(file_module.os, "open", refuse)
+    with TierFile(tmp_path, None) as scratch:
+        scratch.grow(1 << 20)
+        with Memory.of(pattern(PAGE)) as memory:
+            scratch.write(0, memory.address, PAGE)
+        assert list(tmp_path.iterdir()) == []
+        with Memory(PAGE) as memory:
+            scratch.read(0, memory.address, PAGE)
+            assert memory.data() == pattern(PAGE)
+        assert scratch.label == f"scratch in {tmp_path}"
+
+
+def test_a_file_system_without_direct_io_is_used_through_the_cache(tmp_path, monkeypatch):
+    whole = os.open
+
+    def refuse(path, flags, *mode):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no O_DIRECT here")
+        return whole(path, flags, *mode)
+
+    monkeypatch.setattr(file_module.os, "open", refuse)
+    with TierFile(tmp_path, "data") as file:
+        assert not file.direct
+
+
+# The tier that cuts the file into blocks.
+
+
+def test_room_is_taken_when_blocks_are_allocated_not_when_they_are_written(tmp_path, lanes):
+    with FileTier(tmp_path, "data", lanes) as tier:
+        tier.reserve_room(10 << 20)
+        assert os.stat(tmp_path / "data").st_blocks * 512 >= 10 << 20
+        capacity = tier.arena.capacity
+        blocks = [tier.allocate(5 << 20) for _ in range(2)]
+        assert tier.arena.capacity == capacity
+        tier.reserve_room(5 << 20)
+        assert tier.arena.capacity >= capacity + (5 << 20)
+        for block in blocks:
+            block.release()
+        capacity = tier.arena.capacity
+        tier.reserve_room(10 << 20)
+        assert tier.arena.capacity == capacity  # released room counts
+
+
+def test_a_reopened_tier_finds_its_bytes_again(tmp_path, lanes):
+    with FileTier(tmp_path, "data", lanes) as tier:
+        block = tier.allocate(5000)
+        with Memory.of(pattern(5000)) as memory:
+            tier.write(block, memory.address).wait()
+        extent = block.extent
+    with FileTier(tmp_path, "data", lanes) as tier:
+        adopted = tier.adopt(extent, 5000)
+        with Memory(5000) as memory:
+            tier.read(adopted, memory.address).wait()
+            assert memory.data() == pattern(5000)
+        assert not tier.allocate(5000).extent.overlaps(extent)
+        with pytest.raises(CapacityError, match="are not free"):
+            tier.adopt(extent, 5000)
+
+
+def test_adopting_beyond_the_end_of_the_file_is_refused(tmp_path, lanes):
+    from offload.allocator.extent import Extent
+
+    with FileTier(tmp_path, "data", lanes) as tier, pytest.raises(
+        CapacityError, match="holds 0 bytes, its record names byte 4096"
+    ):
+        tier.adopt(Extent(0, 4096), 100)
+
+
+def test_a_cleared_block_reads_zeros(tmp_path, lanes):
+    with FileTier(tmp_path, "data", lanes) as tier:
+        first, second = tier.allocate(PAGE), tier.allocate(5000)
+        with Memory.of(pattern(5000)) as memory:
+            tier.write(first, memory.address, nbytes=PAGE).wait()
+            tier.write(second, memory.address).wait()
+            tier.clear(second)
+            tier.read(second, memory.address).wait()
+            assert memory.data() == bytes(5000)
+            tier.read(first, memory.address, nbytes=PAGE).wait()
+            assert memory.data()[:PAGE] == pattern(PAGE)
+
+
+def test_moves_are_counted_by_what_they_read_and_wrote(tmp_path):
+    journal = Journal()
+    lanes = Lanes(journal)
+    with FileTier(tmp_path, "data", lanes) as tier:
+        block = tier.allocate(5000)
+        with Memory.of(pattern(5000)) as memory:
+            tier.write(block, memory.address).wait()
+            tier.read(block, memory.address, nbytes=1000).wait()
+        assert (journal.totals.written_nbytes, journal.totals.read_nbytes) == (5000, 1000)
+    lanes.close()
+    assert isinstance(tier.file.directory, Path)
