@@ -53,7 +53,7 @@ def pack(lifetimes: Sequence[Lifetime], *, align: int = 4096) -> Packing:
     best_peak = 0
     for order in _ORDERS:
         extents = _place(sorted(lifetimes, key=lambda life: (*order(life), life.key)), align)
-        peak = max((extent.end for extent in extents.values()), default=0)
+        peak = max((align_up(extent.end, align) for extent in extents.values()), default=0)
         if best is None or peak < best_peak:
             best, best_peak = extents, peak
         if best_peak == bound:

@@ -293,6 +293,11 @@ class Engine:
             written_bytes_per_step=int(median("written_nbytes")),
         )
 
+    @property
+    def notices(self) -> list[str]:
+        """What the user should know: fallbacks taken, tensors left alone, and why."""
+        return self._journal.notices
+
     def keep_streaming(self) -> None:
         """Keep no weight resident from now on, whatever the budget has to spare."""
         self._may_grow = False

@@ -33,17 +33,21 @@ class StepHooks:
         self._after_step = after_step
         self._groups: list[dict[str, Any]] | None = None
         self._times = (0.0, 0.0)
+        self._stepping = False
         self._before = optimizer.register_step_pre_hook(self._borrow)
         self._after = optimizer.register_step_post_hook(self._give_back)
 
     def be_innermost(self) -> None:
         """Let the user's pre-hooks run before ours and their post-hooks after ours."""
+        if self._stepping:
+            return  # a closure's forward: the hooks are being iterated over
         self._optimizer._optimizer_step_pre_hooks.move_to_end(self._before.id)
         self._optimizer._optimizer_step_post_hooks.move_to_end(self._after.id, last=False)
 
     def _borrow(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._stepping = True
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
             with torch.enable_grad():
@@ -65,6 +69,7 @@ class StepHooks:
         self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]
     ) -> None:
         assert self._groups is not None
+        self._stepping = False
         optimizer.param_groups, self._groups = self._groups, None
         self._after_step(*self._times)
 

@@ -115,7 +115,7 @@ def take_census(model: nn.Module) -> Census:
             dict.fromkeys(
                 names[id(parameter)]
                 for parameter in module._parameters.values()
-                if parameter is not None
+                if parameter is not None and parameter.numel()
             )
         )
         if used and not uses_rows_only(module) and not isinstance(module, _CONTAINERS):

@@ -84,6 +84,7 @@ class StreamedOptimizer:
             TierIOError: a read or write failed; the last commit stays whole.
         """
         for group in self.optimizer.param_groups:
+            known = set(self.optimizer.state)
             stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
             streamed = [
                 parameter
@@ -97,6 +98,9 @@ class StreamedOptimizer:
                 for parameter in streamed:
                     self._step_whole(group, parameter)
             self._step_here(group, [other for other in stepped if other not in chosen])
+            for parameter in stepped:  # first states stand in the order of the parameters
+                if parameter not in known and parameter in self.optimizer.state:
+                    self.optimizer.state[parameter] = self.optimizer.state.pop(parameter)
 
     def _streams(self, parameter: nn.Parameter) -> bool:
         """Whether a parameter is large enough for its step to be streamed."""

@@ -6,6 +6,7 @@ unaligned tails. The kernel keeps the two coherent: a direct read first flushes 
 pages of its range, a direct write drops cached ones.
 """
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -62,6 +63,7 @@ class TierFile:
         try:
             os.posix_fallocate(self.fd, self.nbytes, nbytes - self.nbytes)
         except OSError as error:
+            self._give_back_partial_growth()
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise TierIOError(error.errno, f"can't grow {self.label}: {error}") from error
             stats = os.fstatvfs(self.fd)
@@ -72,6 +74,11 @@ class TierFile:
                 "free that much, or pass another directory with nvme="
             ) from error
         self.nbytes = nbytes
+
+    def _give_back_partial_growth(self) -> None:
+        """Some file systems keep what they had allocated when the room ran out."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self.fd, self.nbytes)
 
     def read(self, offset: int, address: int, nbytes: int) -> None:
         """Fill ``nbytes`` at ``address`` from ``offset``; blocks, without the GIL.
@@ -133,11 +140,18 @@ class TierFile:
         hostmem.map_file(address, nbytes, self.fd, offset, shared=shared)
 
     def clear(self, offset: int, nbytes: int) -> None:
-        """Make a range of whole pages read as zeros."""
-        if not hostmem.zero_range(self.fd, offset, nbytes):
-            zeros = bytes(min(nbytes, _ZEROS_NBYTES))
-            for at in range(0, nbytes, len(zeros)):
-                os.pwrite(self.fd, zeros[: nbytes - at], offset + at)
+        """Make a range of whole pages read as zeros.
+
+        Raises:
+            TierIOError: the kernel reported an error.
+        """
+        if hostmem.zero_range(self.fd, offset, nbytes):
+            return
+        zeros = memoryview(bytes(min(nbytes, _ZEROS_NBYTES)))
+        done = 0
+        while done < nbytes:
+            part = zeros[: nbytes - done]
+            done += self._call("clear", os.pwritev, self.fd, part, offset + done)
 
     def sync(self) -> None:
         """Make all written bytes durable.

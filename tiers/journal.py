@@ -48,7 +48,7 @@ class Journal:
         self.totals = Totals()
         self._lock = threading.Lock()
         self._start = time.perf_counter()
-        self._noticed: set[tuple[str, str]] = set()
+        self.notices: list[str] = []
 
     def now(self) -> float:
         """Seconds since the run began."""
@@ -106,6 +106,6 @@ class Journal:
 
     def notice(self, subject: str, message: str) -> None:
         """Something the user should know; the same notice is recorded once."""
-        if (subject, message) not in self._noticed:
-            self._noticed.add((subject, message))
+        if (text := f"{subject}: {message}") not in self.notices:
+            self.notices.append(text)
             self.record(Notice(t_s=self.now(), subject=subject, message=message))

@@ -2,16 +2,14 @@
 
 [Note: alternating slots] A tensor has up to two blocks. ``current`` holds its newest bytes; when
 those are committed, the next version is written to the other block, so the committed one stays
-whole until a newer commit record stands. A commit is: flush the data, write the record beside
-the old one, flush, rename. A crash at any moment leaves one record whose bytes are all there.
+whole until a newer commit record stands. A commit is: flush the data, then replace the record
+(``commit``). A crash at any moment leaves one record whose bytes are all there.
 """
 
 import base64
 import fcntl
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +18,27 @@ import xxhash
 
 from offload.allocator.errors import (
     StoreCorruptError,
+    StoreError,
     StoreInUseError,
     StoreMismatchError,
     TierIOError,
 )
 from offload.allocator.extent import Extent
 from offload.tiers.base import Block
+from offload.tiers.commit import (
+    CommitRecord,
+    read_record,
+    remove_record,
+    sync_directory,
+    write_record,
+)
 from offload.tiers.filetier import FileTier, Lanes
-from offload.tiers.hostmem import page_ceil
+from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.journal import Label
 from offload.tiers.memory import HostBuffer, memory_at
 
-FORMAT = 1
 DIRECTORY = "offload-store"
 _DATA, _RECORD, _LOCK = "data", "commit.json", "lock"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommitRecord:
-    """What the last commit said; ``state`` is the engine's JSON (step, RNG, scalars, extra)."""
-
-    step: int
-    signature: Mapping[str, Any]
-    tensors: Mapping[str, Mapping[str, Any]]
-    state: Mapping[str, Any]
 
 
 def checksum(address: int, nbytes: int) -> int:
@@ -114,35 +109,52 @@ class Store:
     Args:
         directory: created where missing; the store's own folder gets mode 0700, files 0600.
         lanes: the links that its tier uses.
+        discard_damaged: start anew where the last commit can't be read (``resume="never"``).
 
     Raises:
         StoreInUseError: another process holds it.
-        StoreCorruptError: the commit record is damaged.
+        StoreCorruptError: the commit record is damaged, or data that it names is missing.
+        StoreMismatchError: another version of Offload wrote the commit record.
         TierIOError: the directory can't be written.
     """
 
-    def __init__(self, directory: Path, lanes: Lanes) -> None:
+    def __init__(self, directory: Path, lanes: Lanes, *, discard_damaged: bool = False) -> None:
         self.directory = directory / DIRECTORY
         self._prepare_directory()
         self._lock_fd = self._lock()
+        self.tensors: dict[str, StoredTensor] = {}
+        self._closed = False
+        self._condemned: list[Block] = []
+        # Blocks of the last commit that no tensor has adopted yet: nobody may reuse them.
+        self._held: dict[str, Block] = {}
         try:
-            self.committed = self._read_record()
-            if self.committed is None:
-                (self.directory / _DATA).unlink(missing_ok=True)
-            self.tier = FileTier(self.directory, _DATA, lanes)
+            try:
+                self._open(lanes)
+            except StoreError:
+                if not discard_damaged:
+                    raise
+                remove_record(self.directory / _RECORD)
+                self._open(lanes)
         except BaseException:
             os.close(self._lock_fd)
             raise
-        self.tensors: dict[str, StoredTensor] = {}
-        self._closed = False
-        # Blocks of the last commit that no tensor has adopted yet: nobody may reuse them.
-        self._held = self._hold_committed()
-        self._condemned: list[Block] = []
+
+    def _open(self, lanes: Lanes) -> None:
+        self.committed = read_record(self.directory / _RECORD)
+        if self.committed is None:
+            (self.directory / _DATA).unlink(missing_ok=True)
+        self.tier = FileTier(self.directory, _DATA, lanes)
+        try:
+            self._held = self._hold_committed()
+        except BaseException:
+            self.tier.close()
+            raise
 
     def _prepare_directory(self) -> None:
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             self.directory.mkdir(mode=0o700, exist_ok=True)
+            sync_directory(self.directory.parent)  # the store's own name is durable too
             if self.directory.is_symlink():
                 raise TierIOError(
                     f"{self.directory} is a symbolic link: remove it, or pass another directory"
@@ -180,22 +192,6 @@ class Store:
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         return fd
 
-    def _read_record(self) -> CommitRecord | None:
-        path = self.directory / _RECORD
-        try:
-            digest, _, body = path.read_bytes().partition(b"\n")
-        except FileNotFoundError:
-            return None
-        if digest.decode(errors="replace") != xxhash.xxh3_64_hexdigest(body):
-            raise StoreCorruptError(
-                f"the commit record {path} ({len(body)} bytes) does not match its checksum: "
-                "restore it from a copy, or start anew with resume='never'"
-            )
-        fields = json.loads(body)
-        if fields.pop("format") != FORMAT:
-            raise StoreMismatchError(f"{path} was written by another version of Offload")
-        return CommitRecord(**fields)
-
     def _hold_committed(self) -> dict[str, Block]:
         if self.committed is None:
             return {}
@@ -212,8 +208,7 @@ class Store:
 
     def forget(self) -> None:
         """Give up the last commit: the store starts anew (``resume="never"``)."""
-        (self.directory / _RECORD).unlink(missing_ok=True)
-        _sync_directory(self.directory)
+        remove_record(self.directory / _RECORD)
         for block in self._held.values():
             block.release()
         self._held = {}
@@ -222,7 +217,15 @@ class Store:
     def add(
         self, name: str, dtype: torch.dtype, shape: tuple[int, ...], chunk_nbytes: int
     ) -> StoredTensor:
-        """A new tensor without any bytes yet."""
+        """A new tensor without any bytes yet.
+
+        Raises:
+            ValueError: ``chunk_nbytes`` is not a positive multiple of the page size.
+        """
+        if chunk_nbytes <= 0 or chunk_nbytes % PAGE:
+            raise ValueError(
+                f"chunks of {name} must be whole pages of {PAGE} bytes, not {chunk_nbytes} bytes"
+            )
         tensor = StoredTensor(name, dtype, shape, chunk_nbytes)
         self.tensors[name] = tensor
         return tensor
@@ -280,12 +283,11 @@ class Store:
         """
         target = tensor.target(self.tier)
         label = Label(tensor.name, _role(tensor), "host", self.tier.spec.name)
-        flat = source.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.nbytes else None
+        flat = _bytes_of(source)
         sums: list[int] = []
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
         try:
             for at, nbytes in tensor.chunks():
-                assert flat is not None
                 staged = staging.tensor(torch.uint8, (nbytes,))
                 staged.copy_(flat[at : at + nbytes])
                 sums.append(checksum(staging.address, nbytes))
@@ -345,16 +347,15 @@ class Store:
             TierIOError: the disk could not take it; the previous commit stays.
         """
         self.tier.file.sync()
-        body = json.dumps(
-            {
-                "format": FORMAT,
-                "step": step,
-                "signature": signature,
-                "tensors": {name: tensor.record() for name, tensor in self.tensors.items()},
-                "state": state,
-            }
-        ).encode()
-        _replace(self.directory / _RECORD, xxhash.xxh3_64_hexdigest(body).encode() + b"\n" + body)
+        write_record(
+            self.directory / _RECORD,
+            CommitRecord(
+                step=step,
+                signature=signature,
+                tensors={name: tensor.record() for name, tensor in self.tensors.items()},
+                state=state,
+            ),
+        )
         for tensor in self.tensors.values():
             tensor.committed = True
         condemned, self._condemned = self._condemned, []
@@ -373,13 +374,18 @@ def _role(tensor: StoredTensor) -> str:
     return "state" if "#" in tensor.name else "weight"
 
 
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of ``tensor`` in order, as 1-D uint8; shares memory where it can."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    return plain.contiguous().reshape(-1).view(torch.uint8)
+
+
 def pack_tensor(tensor: torch.Tensor) -> dict[str, Any]:
     """A small tensor as JSON, bit for bit."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return {
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
-        "data": base64.b64encode(data).decode(),
+        "data": base64.b64encode(_bytes_of(tensor).numpy().tobytes()).decode(),
     }
 
 
@@ -395,33 +401,3 @@ def unpack_tensor(packed: Mapping[str, Any]) -> torch.Tensor:
 def _record_nbytes(entry: Mapping[str, Any]) -> int:
     dtype: torch.dtype = getattr(torch, entry["dtype"])
     return torch.Size(entry["shape"]).numel() * dtype.itemsize
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write ``path`` atomically and durably: beside it, flush, rename, flush the folder."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-        try:
-            written = 0
-            while written < len(content):
-                written += os.write(fd, content[written:])
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        temporary.replace(path)
-        _sync_directory(path.parent)
-    except OSError as error:
-        raise TierIOError(
-            error.errno,
-            f"can't write the commit record {path} ({len(content)} bytes): {error.strerror}; "
-            "the previous commit stays valid",
-        ) from error
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

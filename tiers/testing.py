@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import ClassVar
+from typing import ClassVar, Self
 from unittest import TestCase
 
 import pytest
@@ -55,7 +55,7 @@ class Memory:
         self.address = self._buffer.address + shift
 
     @classmethod
-    def of(cls, data: bytes, *, shift: int = 0) -> "Memory":
+    def of(cls, data: bytes, *, shift: int = 0) -> Self:
         """Memory that holds ``data``."""
         memory = cls(len(data), shift=shift)
         memory_at(memory.address, memory.nbytes)[:] = data
@@ -65,7 +65,7 @@ class Memory:
         """What the memory holds now."""
         return bytes(memory_at(self.address, self.nbytes))
 
-    def __enter__(self) -> "Memory":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

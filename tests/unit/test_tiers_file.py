@@ -3,20 +3,20 @@
 import errno
 import os
 import stat
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.allocator.errors import CapacityError, TierIOError
+from offload.allocator.extent import Extent
 from offload.tiers import file as file_module
 from offload.tiers import hostmem
 from offload.tiers.file import TierFile
 from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.hostmem import PAGE
 from offload.tiers.journal import Journal
-from offload.tiers.memory import HostBuffer
+from offload.tiers.memory import memory_at
 from offload.tiers.testing import Memory, pattern
 
 FILE_NBYTES = 8 * PAGE
@@ -38,6 +38,15 @@ def lanes():
     lanes = Lanes(Journal())
     yield lanes
     lanes.close()
+
+
+def refuse(code):
+    """A system call that fails."""
+
+    def call(*_args):
+        raise OSError(code, os.strerror(code))
+
+    return call
 
 
 def on_disk(file):
@@ -89,49 +98,8 @@ def test_a_read_past_the_end_of_the_file_is_an_error(file, offset, nbytes):
 
 def test_a_file_that_shrank_to_an_odd_size_is_an_error(file):
     os.truncate(file.directory / "data", PAGE + 100)
-    with HostBuffer_of(4 * PAGE) as memory, pytest.raises(TierIOError, match="ends at byte 4196"):
+    with Memory(4 * PAGE) as memory, pytest.raises(TierIOError, match="ends at byte 4196"):
         file.read(0, memory.address, 4 * PAGE)
-
-
-def HostBuffer_of(nbytes):
-    return Memory(nbytes)
-
-
-def test_scattered_reads_fill_their_ranges_in_order(file):
-    buffers = [HostBuffer(nbytes) for nbytes in (PAGE, 3 * PAGE, 2 * PAGE)]
-    file.read_scattered(PAGE, [(buffer.address, buffer.nbytes) for buffer in buffers])
-    got = b"".join(bytes(buffer.view()) for buffer in buffers)
-    assert got == pattern(FILE_NBYTES)[PAGE : 7 * PAGE]
-    for buffer in buffers:
-        buffer.release()
-
-
-def test_a_scattered_read_goes_on_after_a_short_one(file, monkeypatch):
-    """The kernel may return fewer bytes than asked: at a signal, at the end of an extent."""
-    whole = os.preadv
-    asked = []
-
-    def short(fd, views, offset):
-        asked.append(sum(len(view) for view in views))
-        if len(asked) == 1:
-            return whole(fd, [views[0], views[1][: PAGE]], offset)
-        return whole(fd, views, offset)
-
-    monkeypatch.setattr(file_module.os, "preadv", short)
-    buffers = [HostBuffer(nbytes) for nbytes in (PAGE, 3 * PAGE, 2 * PAGE)]
-    file.read_scattered(PAGE, [(buffer.address, buffer.nbytes) for buffer in buffers])
-    got = b"".join(bytes(buffer.view()) for buffer in buffers)
-    assert got == pattern(FILE_NBYTES)[PAGE : 7 * PAGE]
-    assert asked == [6 * PAGE, 2 * PAGE, 2 * PAGE]
-    for buffer in buffers:
-        buffer.release()
-
-
-def test_a_scattered_read_past_the_end_is_an_error(file):
-    buffer = HostBuffer(2 * PAGE)
-    with pytest.raises(TierIOError, match=f"ends at byte {FILE_NBYTES}, {PAGE} bytes early"):
-        file.read_scattered(FILE_NBYTES - PAGE, [(buffer.address, 2 * PAGE)])
-    buffer.release()
 
 
 def test_short_reads_and_writes_are_continued(file, monkeypatch):
@@ -161,13 +129,6 @@ def test_an_error_of_the_kernel_says_what_failed_and_where(file, verb):
     assert f"{verb} of 4096 bytes at byte 8192 of {file.label} failed" in str(raised.value)
 
 
-def test_a_scattered_read_of_a_closed_file_says_what_failed(file):
-    with Memory(PAGE) as memory:
-        file.close()
-        with pytest.raises(TierIOError, match="read of 4096 bytes at byte 0 of"):
-            file.read_scattered(0, [(memory.address, PAGE)])
-
-
 def test_a_closed_file_never_touches_the_next_owner_of_its_descriptor(file, tmp_path):
     numbers = {file.fd, file.direct_fd}
     file.close()
@@ -195,18 +156,12 @@ def test_mappings_and_direct_writes_agree(file):
     file.map(address, PAGE, 2 * PAGE, shared=True)
     with Memory.of(pattern(PAGE, seed=8)) as memory:
         file.write(2 * PAGE, memory.address, PAGE)
-        assert bytes(hostmem_view(address)) == pattern(PAGE, seed=8)
-    hostmem_view(address)[:3] = b"new"
+        assert bytes(memory_at(address, PAGE)) == pattern(PAGE, seed=8)
+    memory_at(address, PAGE)[:3] = b"new"
     with Memory(PAGE) as memory:
         file.read(2 * PAGE, memory.address, PAGE)
         assert memory.data() == b"new" + pattern(PAGE, seed=8)[3:]
     hostmem.unmap(address, PAGE)
-
-
-def hostmem_view(address):
-    from offload.tiers.memory import memory_at
-
-    return memory_at(address, PAGE)
 
 
 @pytest.mark.parametrize("can_zero", [True, False])
@@ -221,9 +176,9 @@ def test_clear_makes_exactly_its_range_zeros(file, can_zero, monkeypatch):
 
 def test_clear_reports_the_disk_s_errors(file, monkeypatch):
     monkeypatch.setattr(hostmem, "zero_range", lambda *_: False)
-    file.close()
-    with pytest.raises(TierIOError, match="of .*data failed"):
-        file.clear(0, PAGE)
+    monkeypatch.setattr(file_module.os, "pwritev", refuse(errno.EIO))
+    with pytest.raises(TierIOError, match=r"clear of 4096 bytes at byte 8192 of .*data failed"):
+        file.clear(2 * PAGE, PAGE)
 
 
 def test_uncache_drops_pages_but_no_bytes(file):
@@ -232,10 +187,11 @@ def test_uncache_drops_pages_but_no_bytes(file):
     assert on_disk(file) == pattern(FILE_NBYTES)
 
 
-def test_sync_reports_the_disk_s_errors(file):
-    file.close()
-    with pytest.raises(TierIOError, match=r"sync of .*data failed"):
+def test_sync_reports_the_disk_s_errors(file, monkeypatch):
+    monkeypatch.setattr(file_module.os, "fdatasync", refuse(errno.EIO))
+    with pytest.raises(TierIOError, match=r"sync of .*data failed") as raised:
         file.sync()
+    assert raised.value.errno == errno.EIO
 
 
 def test_grow_takes_the_room_at_once_and_never_shrinks(tmp_path):
@@ -248,16 +204,27 @@ def test_grow_takes_the_room_at_once_and_never_shrinks(tmp_path):
         assert file.nbytes == os.stat(tmp_path / "data").st_size == 1 << 20
 
 
-def test_grow_reports_what_is_not_about_room(file):
-    file.close()
-    with pytest.raises(TierIOError, match=r"can't grow .*data") as raised:
+def test_grow_reports_what_is_not_about_room(file, monkeypatch):
+    monkeypatch.setattr(file_module.os, "posix_fallocate", refuse(errno.EIO))
+    with pytest.raises(TierIOError, match=r"can't grow .*data"):
         file.grow(2 * FILE_NBYTES)
-    assert not isinstance(raised.value, CapacityError)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_growth_that_finds_no_room_keeps_none(file, monkeypatch, code):
+    """ext4 keeps the extents that it had found before the disk was full."""
+
+    def partial(fd, offset, nbytes):
+        os.ftruncate(fd, offset + PAGE)
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(file_module.os, "posix_fallocate", partial)
+    with pytest.raises(CapacityError, match=r"needs 4.00 MiB more \(4194304 bytes\).* free"):
+        file.grow(FILE_NBYTES + (4 << 20))
+    assert os.stat(file.directory / "data").st_size == FILE_NBYTES == file.nbytes
 
 
 def test_files_are_the_owner_s_alone(tmp_path):
-    os.umask(old := os.umask(0))
-    assert old is not None
     with TierFile(tmp_path, "data"):
         assert stat.S_IMODE(os.stat(tmp_path / "data").st_mode) == 0o600
     with TierFile(tmp_path, None) as scratch:
@@ -283,12 +250,12 @@ def test_scratch_leaves_no_name_on_the_disk(tmp_path, unnamed, monkeypatch):
     if not unnamed:  # as on file systems without O_TMPFILE
         whole = os.open
 
-        def refuse(path, flags, *mode):
+        def named_only(path, flags, *mode):
             if flags & os.O_TMPFILE == os.O_TMPFILE:
                 raise OSError(errno.EOPNOTSUPP, "no unnamed files here")
             return whole(path, flags, *mode)
 
-        monkeypatch.setattr(file_module.os, "open", refuse)
+        monkeypatch.setattr(file_module.os, "open", named_only)
     with TierFile(tmp_path, None) as scratch:
         scratch.grow(1 << 20)
         with Memory.of(pattern(PAGE)) as memory:
@@ -303,12 +270,12 @@ def test_scratch_leaves_no_name_on_the_disk(tmp_path, unnamed, monkeypatch):
 def test_a_file_system_without_direct_io_is_used_through_the_cache(tmp_path, monkeypatch):
     whole = os.open
 
-    def refuse(path, flags, *mode):
+    def cached_only(path, flags, *mode):
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "no O_DIRECT here")
         return whole(path, flags, *mode)
 
-    monkeypatch.setattr(file_module.os, "open", refuse)
+    monkeypatch.setattr(file_module.os, "open", cached_only)
     with TierFile(tmp_path, "data") as file:
         assert not file.direct
 
@@ -349,8 +316,6 @@ def test_a_reopened_tier_finds_its_bytes_again(tmp_path, lanes):
 
 
 def test_adopting_beyond_the_end_of_the_file_is_refused(tmp_path, lanes):
-    from offload.allocator.extent import Extent
-
     with FileTier(tmp_path, "data", lanes) as tier, pytest.raises(
         CapacityError, match="holds 0 bytes, its record names byte 4096"
     ):
@@ -380,4 +345,3 @@ def test_moves_are_counted_by_what_they_read_and_wrote(tmp_path):
             tier.read(block, memory.address, nbytes=1000).wait()
         assert (journal.totals.written_nbytes, journal.totals.read_nbytes) == (5000, 1000)
     lanes.close()
-    assert isinstance(tier.file.directory, Path)

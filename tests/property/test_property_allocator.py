@@ -1,0 +1,121 @@
+"""The allocator against a plain list of extents; packing against its own definition."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from offload.allocator.errors import CapacityError, StaleBlockError
+from offload.allocator.extent import Extent
+from offload.allocator.packing import Lifetime, check, live_peak_nbytes, pack
+from offload.allocator.tlsf import TLSF
+
+
+class TlsfMachine(RuleBasedStateMachine):
+    """Random allocate, free, reserve and grow; the model is the list of living extents."""
+
+    extents = Bundle("extents")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arena = TLSF(1 << 16)
+        self.living: list[Extent] = []
+        self.peak = 0
+
+    def _fits(self, nbytes: int, align: int) -> bool:
+        edges = sorted(self.living)
+        starts = [0, *(extent.end for extent in edges)]
+        ends = [*(extent.offset for extent in edges), self.arena.capacity]
+        return any(-(-s // align) * align + nbytes <= e for s, e in zip(starts, ends, strict=True))
+
+    @rule(target=extents, nbytes=st.integers(1, 1 << 14), power=st.integers(0, 12))
+    def allocate(self, nbytes: int, power: int) -> Extent:
+        try:
+            extent = self.arena.allocate(nbytes, align=1 << power)
+        except CapacityError:
+            assert not self._fits(nbytes, 1 << power)
+            return Extent(0, 0)
+        assert extent.nbytes == nbytes
+        assert extent.offset % (1 << power) == 0
+        self.living.append(extent)
+        self.peak = max(self.peak, sum(other.nbytes for other in self.living))
+        return extent
+
+    @rule(target=extents, offset=st.integers(0, 1 << 16), nbytes=st.integers(1, 1 << 12))
+    def reserve(self, offset: int, nbytes: int) -> Extent:
+        extent = Extent(offset, nbytes)
+        free = extent.end <= self.arena.capacity and not any(
+            extent.overlaps(other) for other in self.living
+        )
+        if not free:
+            with pytest.raises(CapacityError):
+                self.arena.reserve(extent)
+            return Extent(0, 0)
+        self.arena.reserve(extent)
+        self.living.append(extent)
+        self.peak = max(self.peak, sum(other.nbytes for other in self.living))
+        return extent
+
+    @rule(extent=consumes(extents))
+    def free(self, extent: Extent) -> None:
+        if extent in self.living:
+            self.arena.free(extent)
+            self.living.remove(extent)
+        with pytest.raises(StaleBlockError):
+            self.arena.free(extent)
+
+    @rule(nbytes=st.integers(1, 1 << 12))
+    def grow(self, nbytes: int) -> None:
+        self.arena.grow(nbytes)
+
+    @invariant()
+    def agrees_with_the_model(self) -> None:
+        ordered = sorted(self.living)
+        for left, right in zip(ordered, ordered[1:], strict=False):
+            assert not left.overlaps(right)
+        stats = self.arena.stats()
+        assert stats.current_nbytes == sum(extent.nbytes for extent in self.living)
+        assert stats.current_count == len(self.living)
+        assert stats.peak_nbytes == self.peak
+
+    def teardown(self) -> None:
+        for extent in self.living:
+            self.arena.free(extent)
+        assert self.arena.stats().largest_free_nbytes == self.arena.capacity
+
+
+TestTlsf = TlsfMachine.TestCase
+TestTlsf.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+lifetimes = st.lists(
+    st.tuples(st.integers(1, 10_000), st.integers(0, 30), st.integers(0, 10)), max_size=40
+).map(
+    lambda rows: [
+        Lifetime(f"t{index}", nbytes, first, first + length)
+        for index, (nbytes, first, length) in enumerate(rows)
+    ]
+)
+
+
+@given(lifetimes)
+@settings(deadline=None)
+def test_packing_never_overlaps_and_respects_its_bound(lives: list[Lifetime]) -> None:
+    packing = pack(lives, align=64)
+    check(packing, lives)
+    assert packing.peak_nbytes >= packing.lower_bound_nbytes == live_peak_nbytes(lives, align=64)
+    assert pack(lives, align=64) == packing
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=20))
+def test_buffers_that_never_meet_share_their_bytes(sizes: list[int]) -> None:
+    lives = [Lifetime(f"t{tick}", nbytes, tick, tick) for tick, nbytes in enumerate(sizes)]
+    assert pack(lives, align=1).peak_nbytes == max(sizes)
+
+
+def test_check_finds_an_overlap() -> None:
+    lives = [Lifetime("a", 10, 0, 2), Lifetime("b", 10, 1, 3)]
+    packing = pack(lives, align=1)
+    packing.extents["b"] = packing.extents["a"]
+    with pytest.raises(ValueError, match="a and b overlap"):
+        check(packing, lives)

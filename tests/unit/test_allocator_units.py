@@ -1,0 +1,65 @@
+"""Sizes, rates and times as people write them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload.allocator.tlsf import TLSF
+from offload.allocator.units import (
+    format_nbytes,
+    format_rate,
+    format_seconds,
+    parse_nbytes,
+    parse_rate,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("24GiB", 24 << 30),
+        ("1.5 GB", 1_500_000_000),
+        ("512MiB", 512 << 20),
+        ("7k", 7000),
+        ("12", 12),
+        ("0", 0),
+        (4096, 4096),
+    ],
+)
+def test_sizes_are_read(text: str | int, nbytes: int) -> None:
+    assert parse_nbytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1 XB", "nan", "1GiBs", -1, True, None])
+def test_what_is_no_size_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match=r"size"):
+        parse_nbytes(text)  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 1 << 60))
+def test_formatting_keeps_three_digits(nbytes: int) -> None:
+    assert parse_nbytes(format_nbytes(nbytes)) == pytest.approx(nbytes, rel=0.006)
+
+
+def test_rates_and_times() -> None:
+    assert parse_rate("7GB/s") == 7e9
+    assert format_rate(2.814e9) == "2.81 GB/s"
+    assert [format_seconds(value) for value in (12.34, 0.0456, 7.8e-6)] == [
+        "12.3 s",
+        "45.6 ms",
+        "7.8 us",
+    ]
+    with pytest.raises(ValueError, match="rate"):
+        parse_rate("7GB")
+
+
+def test_the_arena_reports_exact_numbers() -> None:
+    arena = TLSF(100 << 10)
+    first = arena.allocate(10 << 10)
+    arena.allocate(20 << 10)
+    arena.free(first)
+    stats = arena.stats()
+    assert (stats.current_nbytes, stats.peak_nbytes) == (20 << 10, 30 << 10)
+    assert (stats.current_count, stats.total_count) == (1, 2)
+    free, largest = (100 - 20) << 10, stats.largest_free_nbytes
+    assert stats.fragmentation == 1 - largest / free

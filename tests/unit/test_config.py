@@ -1,0 +1,53 @@
+"""Settings: where they come from, which wins, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from offload.allocator.errors import ConfigError
+from offload.config import OffloadConfig, make_config, parse_budget
+
+
+def test_defaults_file_environment_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "offload.yaml"
+    file.write_text("budget: {host: 1GiB}\nio_threads: 3\nresume: must\ncommit: manual\n")
+    monkeypatch.setenv("OFFLOAD_IO_THREADS", "5")
+    monkeypatch.setenv("OFFLOAD_RESUME", "never")
+    config = make_config(file, resume="auto")
+    assert config.budget == {"host": 1 << 30}
+    assert (config.io_threads, config.resume, config.commit) == (5, "auto", "manual")
+    assert config.min_swap_nbytes == OffloadConfig().min_swap_nbytes
+
+
+@pytest.mark.parametrize("value", ["1GiB", 1 << 30, "host=1GiB", {"host": "1GiB"}])
+def test_a_budget_can_be_written_in_four_ways(value: object) -> None:
+    assert parse_budget(value) == {"host": 1 << 30}
+
+
+def test_every_problem_is_told_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+    file = tmp_path / "offload.json"
+    file.write_text('{"budjet": "1GiB", "io_threads": 0}')
+    with pytest.raises(ConfigError) as caught:
+        make_config(file, budget="hots=1GiB", resume="perhaps")
+    text = str(caught.value)
+    assert len(caught.value.problems) == 4
+    assert "unknown key 'budjet'; did you mean 'budget'?" in text
+    assert "unknown tier 'hots'; did you mean 'host'?" in text
+    assert f"file {file}: io_threads" in text
+    assert "argument: resume" in text
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "offload.yaml"
+    file.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="holds a list"):
+        make_config(file)
+    with pytest.raises(ConfigError, match="No such file"):
+        make_config(tmp_path / "missing.yaml")
+
+
+def test_several_directories_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 directories"):
+        make_config(nvme=["a", "b"])

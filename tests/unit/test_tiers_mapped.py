@@ -1,0 +1,402 @@
+"""A mapped tensor reads right in every state, from every thread, at one address."""
+
+import gc
+import os
+import threading
+import weakref
+
+import pytest
+import torch
+
+from offload.allocator.errors import StaleBlockError, TierIOError
+from offload.tiers import file as file_module
+from offload.tiers import hostmem, pages
+from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.hostmem import HUGE_PAGE, PAGE
+from offload.tiers.journal import Journal, Label
+from offload.tiers.mapped import FETCH_NBYTES, MappedTensor
+from offload.tiers.pages import PagePool, alone
+
+LABEL = Label("w", "weight", "file", "host")
+PATIENCE_S = 60
+
+
+@pytest.fixture
+def lanes():
+    lanes = Lanes(Journal())
+    yield lanes
+    lanes.close()
+
+
+@pytest.fixture(params=["direct", "cached"])
+def any_tier(tmp_path, lanes, request, monkeypatch):
+    """A file tier, with and without ``O_DIRECT``."""
+    if request.param == "cached":
+        monkeypatch.setattr(file_module, "_open_direct", lambda fd: fd)
+    with FileTier(tmp_path, "data", lanes) as tier:
+        yield tier
+
+
+@pytest.fixture
+def tier(tmp_path, lanes):
+    with FileTier(tmp_path, "data", lanes) as tier:
+        yield tier
+
+
+def numbered(shape, dtype=torch.float32, first=0):
+    count = torch.Size(shape).numel()
+    return (torch.arange(first, first + count) % 251).to(dtype).reshape(shape)
+
+
+def on_disk(tier, block, nbytes):
+    return os.pread(tier.file.fd, nbytes, block.extent.offset)
+
+
+def stored(tier, values):
+    """A block that holds ``values``, written around the tier."""
+    block = tier.allocate(max(values.nbytes, 1))
+    data = values.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    assert os.pwrite(tier.file.fd, data, block.extent.offset) == len(data)
+    return block
+
+
+def filed(tier, values, *, shared=False):
+    mapped = MappedTensor(tier.file, values.dtype, values.shape, shared=shared)
+    mapped.file_as(stored(tier, values))
+    return mapped
+
+
+def fetch(tier, mapped, pool=None):
+    tier.lanes.reads.submit(mapped.fetch_jobs(pool), LABEL, mapped.nbytes).wait()
+
+
+def area_lines():
+    with open("/proc/self/maps") as maps:
+        return [line.split()[0] for line in maps]
+
+
+def is_mapped(address):
+    bounds = (map(lambda text: int(text, 16), line.split("-")) for line in area_lines())
+    return any(low <= address < high for low, high in bounds)
+
+
+SHAPES = [
+    (0,),
+    (),
+    (1,),
+    (3, 5),
+    (PAGE // 4,),
+    (PAGE // 4 + 1,),
+    (HUGE_PAGE // 4 - 1,),
+    (HUGE_PAGE // 4 + 3,),
+    (FETCH_NBYTES // 4 + 1000,),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_are_right_in_every_state(any_tier, shape):
+    values = numbered(shape)
+    mapped = filed(any_tier, values)
+    assert torch.equal(mapped.tensor, values)  # filed
+    for job in mapped.fetch_jobs():
+        assert torch.equal(mapped.tensor, values)  # fetching
+        job()
+    assert torch.equal(mapped.tensor, values)  # held
+    assert mapped.held == any_tier.file.direct
+    mapped.file_as(mapped.block)
+    assert torch.equal(mapped.tensor, values)  # given up
+    assert not mapped.held
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
+)
+def test_any_type_has_a_home(tier, dtype):
+    values = numbered((7, 11), dtype)
+    mapped = filed(tier, values)
+    assert mapped.tensor.dtype == dtype
+    assert mapped.nbytes == values.nbytes
+    assert torch.equal(mapped.tensor, values)
+    fetch(tier, mapped)
+    assert torch.equal(mapped.tensor, values)
+
+
+def test_a_new_tensor_is_held_zero_and_without_a_home(tier):
+    mapped = MappedTensor(tier.file, torch.float32, (100,))
+    assert mapped.held
+    assert mapped.block is None
+    assert torch.equal(mapped.tensor, torch.zeros(100))
+    assert not mapped.written_while_filed()
+
+
+def test_large_tensors_stand_on_huge_pages(tier):
+    assert MappedTensor(tier.file, torch.uint8, (HUGE_PAGE,)).address % HUGE_PAGE == 0
+    assert MappedTensor(tier.file, torch.uint8, (5,)).address % PAGE == 0
+
+
+def test_held_memory_is_apart_from_the_file(tier):
+    values = numbered((5000,))
+    mapped = filed(tier, values)
+    fetch(tier, mapped)
+    mapped.tensor.add_(1)
+    assert on_disk(tier, mapped.block, values.nbytes) == values.numpy().tobytes()
+    os.pwrite(tier.file.fd, bytes(100), mapped.block.extent.offset)
+    assert torch.equal(mapped.tensor, values + 1)
+
+
+def test_views_and_addresses_stay_valid(any_tier):
+    values = numbered((600, 1000))
+    mapped = filed(any_tier, values)
+    view, rows = mapped.tensor.t(), mapped.tensor[3:5]
+    address = mapped.tensor.data_ptr()
+    for _ in range(3):
+        fetch(any_tier, mapped)
+        assert torch.equal(view, values.t())
+        assert torch.equal(rows, values[3:5])
+        mapped.file_as(mapped.block)
+        assert torch.equal(view, values.t())
+        assert torch.equal(rows, values[3:5])
+    assert mapped.tensor.data_ptr() == rows.data_ptr() - 3 * 4000 == address == mapped.address
+
+
+def test_filing_at_another_block_shows_the_other_bytes(any_tier):
+    old, new = numbered((5000,)), numbered((5000,), first=7)
+    mapped = filed(any_tier, old)
+    view = mapped.tensor[10:20]
+    other = stored(any_tier, new)
+    mapped.file_as(other)
+    assert mapped.block is other
+    assert torch.equal(view, new[10:20])
+    fetch(any_tier, mapped)
+    assert torch.equal(mapped.tensor, new)
+
+
+def test_a_released_or_smaller_block_is_no_home(tier):
+    mapped = filed(tier, numbered((5000,)))
+    with pytest.raises(ValueError, match="leave a block of 4096 bytes"):
+        mapped.file_as(tier.allocate(PAGE))
+    block = tier.allocate(20_000)
+    block.release()
+    with pytest.raises(StaleBlockError):
+        mapped.file_as(block)
+    assert torch.equal(mapped.tensor, numbered((5000,)))
+
+
+@pytest.mark.parametrize("shape", [(5000,), (FETCH_NBYTES // 4 + 5000,)], ids=str)
+@pytest.mark.parametrize("pooled", [True, False])
+def test_another_thread_never_sees_a_wrong_byte(any_tier, shape, pooled):
+    """Reads go on in another thread while the tensor is fetched and evicted."""
+    values = numbered(shape)
+    mapped = filed(any_tier, values)
+    pool = PagePool() if pooled else None
+    samples = torch.randperm(values.numel())[:2000]
+    expected = values[samples]
+    stop, started, wrong, reads = threading.Event(), threading.Event(), [], []
+
+    def read():
+        while not stop.is_set():
+            seen = mapped.tensor[samples]
+            reads.append(1)
+            if not torch.equal(seen, expected):
+                wrong.append(seen)
+            started.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert started.wait(PATIENCE_S)
+    for _ in range(15):
+        fetch(any_tier, mapped, pool)
+        mapped.file_as(mapped.block, pool)
+    stop.set()
+    reader.join()
+    assert len(reads) > 1
+    assert not wrong
+    assert pool is None or pool.nbytes == 0  # [Note: recycled pages]: not while a reader lives
+
+
+def test_a_write_to_filed_private_memory_is_noticed_and_leaves_the_block_alone(any_tier):
+    values = numbered((5000,))
+    mapped = filed(any_tier, values)
+    mapped.tensor.sum()
+    assert not mapped.written_while_filed()
+    mapped.tensor[4321] = -1
+    assert mapped.written_while_filed()
+    assert on_disk(any_tier, mapped.block, values.nbytes) == values.numpy().tobytes()
+    mapped.file_as(mapped.block)
+    assert not mapped.written_while_filed()
+    assert torch.equal(mapped.tensor, values)
+
+
+def test_a_write_to_held_memory_is_not_the_page_map_s_to_notice(tier):
+    mapped = filed(tier, numbered((5000,)))
+    fetch(tier, mapped)
+    mapped.tensor.zero_()
+    assert not mapped.written_while_filed()
+
+
+def test_a_cached_fetch_is_no_write(tmp_path, lanes, monkeypatch):
+    monkeypatch.setattr(file_module, "_open_direct", lambda fd: fd)
+    with FileTier(tmp_path, "data", lanes) as tier:
+        mapped = filed(tier, numbered((5000,)))
+        fetch(tier, mapped)
+        assert not mapped.written_while_filed()
+        mapped.tensor[0] = 5
+        assert mapped.written_while_filed()
+
+
+def test_shared_writes_go_to_the_file(any_tier):
+    values = numbered((5000,))
+    mapped = filed(any_tier, values, shared=True)
+    mapped.tensor.mul_(2)
+    assert on_disk(any_tier, mapped.block, values.nbytes) == (values * 2).numpy().tobytes()
+    mapped.shed()
+    assert torch.equal(mapped.tensor, values * 2)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_shedding_keeps_values_in_every_state(any_tier, shared):
+    values = numbered((HUGE_PAGE // 4 + 3,))
+    mapped = filed(any_tier, values, shared=shared)
+    mapped.shed()
+    mapped.tensor[7] = -1
+    values[7] = -1
+    mapped.shed()
+    assert torch.equal(mapped.tensor, values)
+    mapped = MappedTensor(any_tier.file, torch.float32, (5000,))
+    mapped.tensor.fill_(3)
+    mapped.shed()  # held, the only copy
+    assert torch.equal(mapped.tensor, torch.full((5000,), 3.0))
+
+
+def test_shedding_gives_faulted_pages_back(tier):
+    values = numbered((8 << 20,))
+    mapped = filed(tier, values, shared=True)
+    tier.file.sync()
+    mapped.tensor.sum()
+    _, before = hostmem.resident_nbytes()
+    mapped.shed()
+    _, after = hostmem.resident_nbytes()
+    assert before - after > values.nbytes * 3 // 4
+
+
+def test_eviction_gives_held_memory_back(tier):
+    values = numbered((16 << 20,))
+    mapped = filed(tier, values)
+    fetch(tier, mapped)
+    held, _ = hostmem.resident_nbytes()
+    mapped.file_as(mapped.block)
+    filed_, _ = hostmem.resident_nbytes()
+    assert held - filed_ > values.nbytes * 7 // 8
+
+
+def test_memory_lives_as_long_as_the_last_view(tier):
+    values = numbered((100, 100))
+    mapped = filed(tier, values)
+    address, gone = mapped.address, weakref.ref(mapped)
+    view = mapped.tensor[50:]
+    del mapped
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(view, values[50:])
+    del view
+    gc.collect()
+    assert not is_mapped(address)
+
+
+def test_a_failed_fetch_is_an_error_and_filing_again_mends_it(tier):
+    values = numbered((FETCH_NBYTES // 4 + 5000,))
+    mapped = filed(tier, values)
+    tier.file.sync()
+    whole = os.fstat(tier.file.fd).st_size
+    os.truncate(f"/proc/self/fd/{tier.file.fd}", mapped.block.extent.offset + FETCH_NBYTES)
+    areas = len(area_lines())
+    with pytest.raises(TierIOError, match="bytes early"):
+        fetch(tier, mapped)
+    assert len(area_lines()) <= areas + 2  # the part that was read; no pages left over
+    os.truncate(f"/proc/self/fd/{tier.file.fd}", whole)
+    mapped.file_as(mapped.block)
+    assert torch.equal(mapped.tensor[: FETCH_NBYTES // 4], values[: FETCH_NBYTES // 4])
+
+
+# [Note: recycled pages]
+
+
+def test_evicted_pages_are_used_by_the_next_fetch(tier):
+    assert alone()
+    first, second = numbered((HUGE_PAGE,)), numbered((HUGE_PAGE,), first=9)
+    one, two = filed(tier, first), filed(tier, second)
+    pool = PagePool()
+    fetch(tier, one, pool)
+    assert pool.nbytes == 0
+    one.file_as(one.block, pool)
+    assert pool.nbytes == one.padded_nbytes
+    assert torch.equal(one.tensor, first)
+    fetch(tier, two, pool)
+    assert pool.nbytes == 0
+    assert torch.equal(two.tensor, second)
+    assert torch.equal(one.tensor, first)
+
+
+def test_a_tensor_that_never_had_a_home_gives_no_pages(tier):
+    mapped = MappedTensor(tier.file, torch.uint8, (HUGE_PAGE,))
+    pool = PagePool()
+    mapped.file_as(tier.allocate(HUGE_PAGE), pool)
+    assert pool.nbytes == 0
+
+
+def test_no_page_is_recycled_while_another_thread_could_be_reading(tier):
+    mapped, pool = filed(tier, numbered((HUGE_PAGE,))), PagePool()
+    fetch(tier, mapped, pool)
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait, args=(PATIENCE_S,))
+    thread.start()
+    try:
+        assert not alone()
+        mapped.file_as(mapped.block, pool)
+        assert pool.nbytes == 0
+    finally:
+        done.set()
+        thread.join()
+    assert alone()
+
+
+def test_offload_s_own_threads_and_progress_bars_are_no_readers(monkeypatch):
+    done = threading.Event()
+    own = threading.Thread(target=done.wait, args=(PATIENCE_S,), name=f"{pages.OWN_THREAD}x")
+    bar = type("TMonitor", (threading.Thread,), {"__module__": "tqdm._monitor"})(
+        target=done.wait, args=(PATIENCE_S,)
+    )
+    for thread in (own, bar):
+        thread.start()
+    try:
+        assert alone()
+    finally:
+        done.set()
+        own.join()
+        bar.join()
+
+
+def test_a_trimmed_pool_keeps_at_most_its_limit(tier):
+    pool, nbytes = PagePool(), 4 * HUGE_PAGE
+    source = hostmem.map_anonymous(4 * nbytes)
+    for index in range(4):
+        pool.move_from(source + index * nbytes, nbytes)
+    assert pool.nbytes == 4 * nbytes
+    pool.trim(2 * nbytes + 1)
+    assert pool.nbytes == 2 * nbytes
+    pool.trim(-5)
+    assert pool.nbytes == 0
+    hostmem.unmap(source, 4 * nbytes)
+
+
+def test_a_kernel_that_can_not_move_pages_aside_recycles_none(tier, monkeypatch):
+    def refuse(*_args):
+        raise TierIOError(22, "mremap(MREMAP_DONTUNMAP) failed")
+
+    monkeypatch.setattr(hostmem, "move_leaving_zeros", refuse)
+    values = numbered((HUGE_PAGE,))
+    mapped, pool = filed(tier, values), PagePool()
+    fetch(tier, mapped, pool)
+    mapped.file_as(mapped.block, pool)
+    assert pool.nbytes == 0
+    assert torch.equal(mapped.tensor, values)
