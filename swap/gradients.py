@@ -138,7 +138,8 @@ class GradientSwapper:
         if gradient._version != left.version:
             self._leave(left.parameter, gradient)  # changed while it was written: again
             return
-        left.parameter.grad = left.home.tensor
+        # A tensor of its own over the same bytes: who keeps it is seen as an owner of them.
+        left.parameter.grad = left.home.tensor.detach()
 
     def _leaving_nbytes(self) -> int:
         return sum(left.tensor.nbytes for left in self._leaving)

@@ -71,7 +71,7 @@ class FileTier(Tier):
         try:
             extent = self.arena.allocate(asked, align=PAGE)
         except CapacityError:
-            self._grow(max(asked, min(_GROW_NBYTES, self.arena.capacity)))
+            self._grow_for(asked)
             extent = self.arena.allocate(asked, align=PAGE)
         return Block(self, extent, nbytes)
 
@@ -88,6 +88,16 @@ class FileTier(Tier):
     def clear(self, block: Block) -> None:
         """Make the bytes of ``block`` zeros, without writing them where the disk can do so."""
         self.file.clear(block.extent.offset, block.extent.nbytes)
+
+    def _grow_for(self, nbytes: int) -> None:
+        """Grow by as much again, within bounds; on a disk that is nearly full by ``nbytes`` only."""
+        generous = max(nbytes, min(_GROW_NBYTES, self.arena.capacity))
+        try:
+            self._grow(generous)
+        except CapacityError:
+            if generous == nbytes:
+                raise
+            self._grow(nbytes)
 
     def _grow(self, nbytes: int) -> None:
         total = page_ceil(self.arena.capacity + nbytes)
