@@ -22,7 +22,7 @@ def parse_nbytes(value: str | int) -> int:
         raise ValueError(f"{value!r} is not a size: write 24GiB, 1.5GB, 512MiB or bytes")
     number, prefix, binary = match.groups()
     base = 1024 if binary else 1000
-    return round(float(number) * base ** _BINARY[prefix.upper()])
+    return round(float(number) * float(base ** _BINARY[prefix.upper()]))
 
 
 def format_nbytes(nbytes: int) -> str:

@@ -9,7 +9,9 @@ from offload.allocator.errors import ConfigError, StoreMismatchError, Unsupporte
 from offload.building import built_weight, claim
 from offload.runtime import Runtime
 from offload.swap.census import named_weights, unmovable_reason
+from offload.swap.optim_kinds import state_nbytes
 from offload.swap.weights import Weight, WeightSwapper
+from offload.tiers.hostmem import page_ceil
 from offload.tiers.mapped import MappedTensor
 
 
@@ -68,17 +70,10 @@ def adopt_weights(
 
     Weights in memory move one by one, so their memory goes as the store grows.
 
-    Raises:
-        UnsupportedError: a parameter that can't be moved exactly.
-        CapacityError: the disk has not enough room.
+    Call ``reserve_room`` before: nothing here may fail for want of room.
     """
-    found = list(named_weights(model))
-    _refuse_unmovable(found)
-    if not resuming:
-        sizes = (parameters[0].nbytes for _, parameters in found)
-        runtime.store.tier.reserve_room(sum(size + 4096 for size in sizes))
     by_parameter: dict[nn.Parameter, Weight] = {}
-    for name, parameters in found:
+    for name, parameters in named_weights(model):
         if parameters[0].numel() == 0:
             continue
         weight = _adopt(name, parameters, runtime, resuming=resuming)
@@ -89,15 +84,42 @@ def adopt_weights(
     return by_parameter
 
 
-def _refuse_unmovable(found: list[tuple[str, list[nn.Parameter]]]) -> None:
+def refuse_unmovable(model: nn.Module) -> None:
+    """Raise unless every weight can be given a home.
+
+    Raises:
+        UnsupportedError: naming the weights that can't, and why.
+    """
     problems = [
         f"{name} {reason}"
-        for name, parameters in found
-        for parameter in parameters
+        for name, parameter in model.named_parameters()
         if (reason := unmovable_reason(parameter)) is not None
     ]
     if problems:
         raise UnsupportedError("weights that can't be moved exactly: " + "; ".join(problems[:5]))
+
+
+def reserve_room(model: nn.Module, optimizer: Optimizer | None, runtime: Runtime) -> None:
+    """Meet a full disk now, before anything moves, rather than in the middle of a step.
+
+    Two slots for what is trained and for its states, one for what is frozen, and scratch for
+    the gradients. A resumed store has its first slots already.
+
+    Raises:
+        CapacityError: the disk has not enough room.
+    """
+    absent = trained = 0
+    for _, (source, *others) in named_weights(model):
+        nbytes = page_ceil(source.nbytes)
+        if built_weight(source) is None:
+            absent += nbytes
+        if any(parameter.requires_grad for parameter in (source, *others)):
+            trained += nbytes
+    states = state_nbytes(optimizer) if optimizer is not None else 0
+    if runtime.store.committed is not None:
+        absent, states = 0, states // 2
+    runtime.store.tier.reserve_room(absent + trained + 2 * states)
+    runtime.scratch.reserve_room(trained)
 
 
 def _adopt(

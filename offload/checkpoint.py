@@ -16,9 +16,16 @@ from offload.swap.census import storage_key
 
 _PART_NBYTES = 16 << 20
 _DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 DTYPES_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
@@ -38,7 +45,7 @@ def save_pretrained(model: nn.Module, directory: Path) -> None:
         raise TierIOError(error.errno, f"can't save to {directory}: {error}") from error
     for name in ("config", "generation_config"):
         settings = getattr(model, name, None)
-        if hasattr(settings, "save_pretrained"):
+        if settings is not None and hasattr(settings, "save_pretrained"):
             settings.save_pretrained(directory)
 
 

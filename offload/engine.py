@@ -1,13 +1,10 @@
 """The engine: attaches to a model and an optimizer, and runs their steps within a budget."""
 
 import atexit
-import dataclasses
 import platform
-import statistics
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +13,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from offload.adopting import adopt_weights, check_resume, signature_of
+from offload.adopting import (
+    adopt_weights,
+    check_resume,
+    refuse_unmovable,
+    reserve_room,
+    signature_of,
+)
+from offload.allocator.errors import BudgetError, ConfigError
+from offload.allocator.units import format_nbytes
 from offload.building import built_weight, drop_unclaimed, runtime_of
 from offload.checkpoint import save_pretrained
 from offload.config import OffloadConfig, make_config
@@ -29,37 +34,18 @@ from offload.progress import (
     restore_rng,
 )
 from offload.runtime import Runtime
+from offload.steplog import Stats, StepLog
 from offload.stepping import StepHooks
 from offload.swap.activations import ActivationCache
 from offload.swap.census import take_census
 from offload.swap.gradients import GradientSwapper
 from offload.swap.optim_kinds import kind_of
 from offload.swap.optimizer import StreamedOptimizer
-from offload.swap.plan import Plan, grow, make_plan
+from offload.swap.plan import MARGIN_NBYTES, Plan, grow, make_plan, shrink
 from offload.swap.states import StateKeeper
 from offload.swap.weights import WeightSwapper
 from offload.tiers import hostmem
-from offload.tiers.events import RunFinished, RunStarted, StepFinished
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
-    """Totals of a run; seconds and bytes per step are medians over its steps."""
-
-    steps: int
-    peak_nbytes: int
-    budget_nbytes: int
-    step_s: float
-    compute_s: float
-    stall_s: float
-    optimizer_s: float
-    read_bytes_per_step: int
-    written_bytes_per_step: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """The kernel's peak resident set of the process, in bytes."""
-        return self.peak_nbytes
+from offload.tiers.events import RunFinished, RunStarted
 
 
 class Engine:
@@ -83,7 +69,7 @@ class Engine:
         self.extra: dict[str, Any] = {}
         self._runtime = runtime
         self._journal = runtime.journal
-        self._steps: list[StepFinished] = []
+        self._steps = StepLog(self._journal)
         self._attached = False
         self._may_grow = True
         census = take_census(model)
@@ -91,6 +77,8 @@ class Engine:
         self.weights = WeightSwapper(
             runtime.store, self._journal, plan.window_nbytes, runtime.governor.room
         )
+        refuse_unmovable(model)
+        reserve_room(model, optimizer, runtime)
         self._signature = signature_of(model, optimizer)
         resuming = check_resume(runtime, self._signature)
         by_parameter = adopt_weights(model, runtime, self.weights, resuming=resuming)
@@ -139,30 +127,14 @@ class Engine:
                 chunk_numel=runtime.chunk_numel,
                 staging_nbytes=plan.staging_nbytes,
             )
-            self._reserve(streamed)
-            self._step_hooks = StepHooks(optimizer, streamed, self._after_step)
+            self._step_hooks = StepHooks(optimizer, streamed, self._check_fits, self._after_step)
         if resuming:
             self._restore()
         self._begin_record()
         self._attached = True
+        _models.add(model)
         self._at_exit = weakref.WeakMethod(self._exit)
         atexit.register(_call, self._at_exit)
-
-    def _reserve(self, streamed: StreamedOptimizer) -> None:
-        """Meet a full disk now rather than in the middle of the first step."""
-        store = self._runtime.store
-        weights = self.weights.weights.values()
-        trained = sum(
-            weight.mapped.padded_nbytes
-            for weight in weights
-            if any(parameter.requires_grad for parameter in weight.parameters)
-        )
-        present = sum(
-            stored.spare is not None for stored in store.tensors.values()
-        )  # a resumed store has its second blocks already
-        if not present:
-            store.tier.reserve_room(trained + 2 * streamed.state_nbytes())
-        self._runtime.scratch.reserve_room(self.gradients.watched_nbytes())
 
     def _restore(self) -> None:
         record = self._runtime.store.committed
@@ -195,8 +167,8 @@ class Engine:
             (config.record / "plan.json").write_text(self.plan.to_json())
             (config.record / "config.json").write_text(config.model_dump_json(indent=2))
         self._journal.recorder.flush()
-        self._step_began_s = self._journal.now()
-        self._at_step = dataclasses.replace(self._journal.totals)
+        self._steps.begin()
+        hostmem.trim_heap()
         self._runtime.governor.restart_peak()
 
     # What the hooks call.
@@ -212,39 +184,45 @@ class Engine:
         began_s = self._journal.now()
         if self._runtime.config.commit == "step":
             self.commit()
-        now_s = self._journal.now()
-        totals, before = self._journal.totals, self._at_step
-        step_s = now_s - self._step_began_s
-        waited_s = totals.stall_s - before.stall_s - stall_s
-        finished = StepFinished(
-            t_s=now_s,
-            step=self.step,
-            step_s=step_s,
-            compute_s=step_s - waited_s - optimizer_s - (now_s - began_s),
-            stall_s=waited_s,
+        self._steps.finish(
+            self.step,
             optimizer_s=optimizer_s,
-            commit_s=now_s - began_s,
-            read_nbytes=totals.read_nbytes - before.read_nbytes,
-            written_nbytes=totals.written_nbytes - before.written_nbytes,
-            peak_nbytes=hostmem.peak_resident_nbytes(),
+            optimizer_stall_s=stall_s,
+            commit_s=self._journal.now() - began_s,
             resident_nbytes={
                 "weight": self.weights.resident_nbytes(),
                 "activation": self.activations.kept_nbytes,
             },
         )
-        self._steps.append(finished)
-        self._journal.record(finished)
-        self._journal.recorder.flush()
         self._replan()
-        self._step_began_s = now_s
-        self._at_step = dataclasses.replace(totals)
+
+    def _check_fits(self) -> None:
+        """The first passes have shown what activations and kernels need: stop if it is too much.
+
+        Nothing has been stepped yet, so nothing is lost.
+        """
+        peak, budget = self._runtime.governor.peak_nbytes, self.plan.budget_nbytes
+        if not self._steps and peak > budget:
+            needed = peak + MARGIN_NBYTES
+            raise BudgetError(
+                f"the host budget of {format_nbytes(budget)} is too small: with this batch, "
+                f"forward and backward took {format_nbytes(peak)}. Take a smaller batch, or a "
+                f"budget of host={-(-needed // (1 << 20))}MiB",
+                needed_nbytes=needed,
+                budget_nbytes=budget,
+            )
 
     def _replan(self) -> None:
-        """After the first step its measured peak tells what can stay resident."""
-        if len(self._steps) == 1 and self._may_grow:
-            peak = self._runtime.governor.peak_nbytes
+        """Measured peaks tell what can stay resident."""
+        peak = self._runtime.governor.peak_nbytes
+        self._runtime.governor.restart_peak()
+        if not self._may_grow:
+            return
+        if len(self._steps) == 1:
             self.plan = grow(self.plan, self._census, peak_nbytes=peak)
-            self.weights.keep(self.plan.resident)
+        elif (excess := peak - self.plan.budget_nbytes + MARGIN_NBYTES // 2) > 0:
+            self.plan = shrink(self.plan, self._census, excess_nbytes=excess)
+        self.weights.keep(self.plan.resident)
 
     # The public surface.
 
@@ -277,21 +255,7 @@ class Engine:
     @property
     def stats(self) -> Stats:
         """Totals so far."""
-
-        def median(name: str) -> Any:
-            return statistics.median([getattr(step, name) for step in self._steps] or [0])
-
-        return Stats(
-            steps=len(self._steps),
-            peak_nbytes=hostmem.peak_resident_nbytes(),
-            budget_nbytes=self.plan.budget_nbytes,
-            step_s=median("step_s"),
-            compute_s=median("compute_s"),
-            stall_s=median("stall_s"),
-            optimizer_s=median("optimizer_s"),
-            read_bytes_per_step=int(median("read_nbytes")),
-            written_bytes_per_step=int(median("written_nbytes")),
-        )
+        return self._steps.stats(self.plan.budget_nbytes)
 
     @property
     def notices(self) -> list[str]:
@@ -329,12 +293,15 @@ class Engine:
         if not self._attached:
             return
         self._attached = False
+        _models.discard(self.model)
         if self._step_hooks is not None:
             self._step_hooks.remove()
         self._hooks.remove()
-        self.activations.close()
-        self.gradients.close()
-        self.weights.evict_streaming()
+        self.gradients.stop()
+        if status == "done":
+            self.activations.close()
+            self.gradients.materialise()
+            self.weights.evict_streaming()
         self._journal.record(
             RunFinished(
                 t_s=self._journal.now(),
@@ -345,7 +312,7 @@ class Engine:
             )
         )
         self._journal.recorder.flush()
-        if self._materialise():
+        if status != "done" or self._materialise():
             self._runtime.close()
 
     def _materialise(self) -> bool:
@@ -363,7 +330,9 @@ class Engine:
         return True
 
     def _exit(self) -> None:
-        self._detach("interrupted")
+        """The interpreter ends: there is no one left to use the model."""
+        if self._attached:
+            self._detach("failed" if hasattr(sys, "last_value") else "ended")
 
     def __enter__(self) -> Self:
         return self
@@ -374,7 +343,13 @@ class Engine:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._detach("done" if error is None or isinstance(error, SystemExit) else "failed")
+        if error is None or isinstance(error, SystemExit):
+            self._detach("done")
+        else:
+            self._detach("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+
+
+_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # attached ones
 
 
 def _call(method: weakref.WeakMethod[Any]) -> None:
@@ -422,6 +397,8 @@ def attach(
     )
     if optimizer is not None:
         kind_of(optimizer)
+    if model in _models:
+        raise ConfigError("this model is attached already: detach its engine first")
     runtime = runtime_of(model)
     if runtime is None:
         runtime = Runtime(settings)

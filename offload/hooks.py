@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
 from offload.swap.activations import ActivationCache
 from offload.swap.census import Census

@@ -12,8 +12,8 @@ import signal
 import sys
 import weakref
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ class _Session:
         self._attaching = False
         self._plain_init = Optimizer.__init__
 
-    def __enter__(self) -> "_Session":
+    def __enter__(self) -> Self:
         self._building.__enter__()
         session = self
 
@@ -89,7 +89,12 @@ class _Session:
                 "optimizer a model; put its parameters into groups of one optimizer"
             )
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         Optimizer.__init__ = self._plain_init  # type: ignore[method-assign]
         for hook in self._hooks:
             hook.remove()
@@ -141,5 +146,5 @@ def _exit_code(request: SystemExit) -> int:
         return 0
     if isinstance(request.code, int):
         return request.code
-    print(request.code, file=sys.stderr)
+    sys.stderr.write(f"{request.code}\n")
     return 1

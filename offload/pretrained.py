@@ -134,7 +134,7 @@ def load_pretrained(
     """
     directory = Path(path)
     tensors = read_checkpoint(directory)
-    model = _build_on_meta(directory, dtype or _common_dtype(tensors))
+    model: nn.Module = _build_on_meta(directory, dtype or _common_dtype(tensors))
     runtime = Runtime(make_config(config, budget=budget, nvme=nvme))
     try:
         _fill(model, tensors, Building(runtime))
@@ -156,7 +156,7 @@ def _common_dtype(tensors: Mapping[str, ShardTensor]) -> torch.dtype:
 def _build_on_meta(directory: Path, dtype: torch.dtype) -> Any:
     """The model with parameters on the meta device and real buffers."""
     try:
-        import transformers  # noqa: PLC0415  (an extra)
+        import transformers
     except ImportError as error:
         raise ConfigError(
             "load_pretrained needs transformers: pip install 'offload[hf]'"
@@ -165,12 +165,13 @@ def _build_on_meta(directory: Path, dtype: torch.dtype) -> Any:
         raise CheckpointError(f"{directory} has no config.json: not a Hugging Face checkpoint")
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
 
-    def to_meta(module: nn.Module, name: str, parameter: Any) -> nn.Parameter | None:
+    def to_meta(_module: nn.Module, _name: str, parameter: Any) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(to_meta)
+    # The hook may return the parameter to register; torch's annotation does not say so.
+    hook = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     finally:

@@ -1,5 +1,7 @@
-"""What a commit keeps beside weights and optimizer states: random number generators,
-optimizer settings, buffers. All of it as JSON, bit for bit."""
+"""What a commit keeps beside weights and optimizer states.
+
+Random number generators, optimizer settings, buffers: all of it as JSON, bit for bit.
+"""
 
 import random
 from typing import Any

@@ -15,6 +15,10 @@ from offload.tiers.journal import Journal
 from offload.tiers.store import Store
 
 DEFAULT_DIRECTORY = Path("offload-nvme")
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 
 
@@ -95,12 +99,10 @@ def _soft_limit(budget_nbytes: int) -> int:
 
 def default_budget() -> int:
     """Most of the memory that is available now, a memory cgroup's limit respected."""
-    pages = os.sysconf("SC_AVPHYS_PAGES") * hostmem.PAGE
-    limits = [pages]
-    for path in (
-        Path("/sys/fs/cgroup/memory.max"),
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-    ):
-        if path.exists() and (text := path.read_text().strip()).isdigit():
-            limits.append(int(text))
+    limits = [os.sysconf("SC_AVPHYS_PAGES") * hostmem.PAGE]
+    limits += [
+        int(text)
+        for path in _CGROUP_LIMITS
+        if path.exists() and (text := path.read_text().strip()).isdigit()
+    ]
     return int(min(limits) * _DEFAULT_SHARE)

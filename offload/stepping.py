@@ -19,6 +19,7 @@ class StepHooks:
     """Installs the step hooks of one optimizer; ``remove`` takes them off again.
 
     Args:
+        before_step: called when the gradients are complete; may refuse the step.
         after_step: called with (seconds in the optimizer, seconds of it spent waiting).
     """
 
@@ -26,10 +27,12 @@ class StepHooks:
         self,
         optimizer: Optimizer,
         streamed: StreamedOptimizer,
+        before_step: Callable[[], None],
         after_step: Callable[[float, float], None],
     ) -> None:
         self._optimizer = optimizer
         self._streamed = streamed
+        self._before_step = before_step
         self._after_step = after_step
         self._groups: list[dict[str, Any]] | None = None
         self._times = (0.0, 0.0)
@@ -41,8 +44,10 @@ class StepHooks:
         """Let the user's pre-hooks run before ours and their post-hooks after ours."""
         if self._stepping:
             return  # a closure's forward: the hooks are being iterated over
-        self._optimizer._optimizer_step_pre_hooks.move_to_end(self._before.id)
-        self._optimizer._optimizer_step_post_hooks.move_to_end(self._after.id, last=False)
+        before: Any = self._optimizer._optimizer_step_pre_hooks  # OrderedDicts, typed as dict
+        after: Any = self._optimizer._optimizer_step_post_hooks
+        before.move_to_end(self._before.id)
+        after.move_to_end(self._after.id, last=False)
 
     def _borrow(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -52,9 +57,11 @@ class StepHooks:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            args, kwargs = (args[0], lambda: loss), {
-                key: value for key, value in kwargs.items() if key != "closure"
-            }
+            args, kwargs = (
+                (args[0], lambda: loss),
+                {key: value for key, value in kwargs.items() if key != "closure"},
+            )
+        self._before_step()
         journal = self._streamed.weights.journal
         began_s, waited_s = time.perf_counter(), journal.totals.stall_s
         self._streamed.weights.trace.end()

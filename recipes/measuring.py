@@ -12,7 +12,7 @@ import xxhash
 from torch import nn
 
 if TYPE_CHECKING:  # plain PyTorch is measured without loading the engine
-    from offload.engine import Stats
+    from offload.steplog import Stats
 
 HASH_NBYTES = 4 << 20
 

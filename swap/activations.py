@@ -36,7 +36,14 @@ class _Storage:
     """
 
     __slots__ = (
-        "__weakref__", "block", "cache", "index", "memory", "nbytes", "packed", "residency",
+        "__weakref__",
+        "block",
+        "cache",
+        "index",
+        "memory",
+        "nbytes",
+        "packed",
+        "residency",
         "transfer",
     )
 
@@ -265,9 +272,7 @@ class ActivationCache:
             lane = self.scratch.lanes.reads
             if not storage.transfer.done():
                 lane.expedite(storage.transfer)
-                with self.journal.stall(
-                    f"saved {storage.index}", "activation", lane.name, "late"
-                ):
+                with self.journal.stall(f"saved {storage.index}", "activation", lane.name, "late"):
                     storage.transfer.settle()
             storage.transfer.wait()
             storage.transfer = None

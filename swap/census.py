@@ -44,23 +44,24 @@ class Census:
         """Bytes of all weights."""
         return sum(weight.nbytes for weight in self.weights)
 
+    def module_nbytes(self, info: ModuleInfo) -> int:
+        """Bytes that ``info`` needs at once in backward: its weights and their gradients."""
+        return sum(
+            weight.nbytes * (1 + weight.trainable)
+            for weight in self.weights
+            if weight.name in info.weights
+        )
+
     def working_set_nbytes(self) -> int:
         """The largest bytes that one module needs at once: its weights and their gradients.
 
         In backward the module's weights, the gradient of each trainable one, and nothing else
         of the weight and gradient classes must be in memory at the same time.
         """
-        by_name = {weight.name: weight for weight in self.weights}
         largest_gradient = max(
             (weight.nbytes for weight in self.weights if weight.trainable), default=0
         )
-        return max(
-            (
-                sum(by_name[name].nbytes * (1 + by_name[name].trainable) for name in info.weights)
-                for info in self.modules
-            ),
-            default=0,
-        ) or largest_gradient
+        return max(map(self.module_nbytes, self.modules), default=0) or largest_gradient
 
 
 def unmovable_reason(parameter: nn.Parameter) -> str | None:
@@ -78,7 +79,7 @@ def unmovable_reason(parameter: nn.Parameter) -> str | None:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Identity of the storage behind ``tensor`` while it lives."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:

@@ -1,5 +1,6 @@
 """Moving the bytes of ordinary tensors, which the caller's allocator owns, to and from blocks."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,19 +17,21 @@ _BOUNCE_NBYTES = 4 << 20
 
 def write_jobs(file: TierFile, block: Block, address: int, nbytes: int) -> list[Job]:
     """Jobs that write ``nbytes`` at ``address`` (any alignment) to ``block``."""
-    return _jobs(file.write, _write_bounced, file, block, address, nbytes)
+    call = file.write if address % PAGE == 0 else partial(_write_bounced, file)
+    return _in_chunks(call, block, address, nbytes)
 
 
 def read_jobs(file: TierFile, block: Block, address: int, nbytes: int) -> list[Job]:
     """Jobs that read ``nbytes`` of ``block`` to ``address`` (any alignment)."""
-    return _jobs(file.read, _read_bounced, file, block, address, nbytes)
+    call = file.read if address % PAGE == 0 else partial(_read_bounced, file)
+    return _in_chunks(call, block, address, nbytes)
 
 
-def _jobs(direct, bounced, file, block, address, nbytes):  # type: ignore[no-untyped-def]
-    base = block.extent.offset
-    call = direct if address % PAGE == 0 else partial(bounced, file)
+def _in_chunks(
+    call: Callable[[int, int, int], None], block: Block, address: int, nbytes: int
+) -> list[Job]:
     return [
-        partial(call, base + at, address + at, min(_CHUNK_NBYTES, nbytes - at))
+        partial(call, block.extent.offset + at, address + at, min(_CHUNK_NBYTES, nbytes - at))
         for at in range(0, nbytes, _CHUNK_NBYTES)
     ]
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
-from offload.swap.governor import Governor
 from offload.swap.copying import storage_use_count, write_jobs
+from offload.swap.governor import Governor
 from offload.tiers import hostmem
 from offload.tiers.filetier import FileTier
 from offload.tiers.journal import Journal, Label
@@ -63,13 +63,7 @@ class GradientSwapper:
         """Take charge of the gradients of ``parameter`` from now on."""
         if parameter.requires_grad and parameter.nbytes >= MIN_NBYTES:
             self._names[parameter] = name
-            self._hooks.append(
-                parameter.register_post_accumulate_grad_hook(self._on_gradient)
-            )
-
-    def watched_nbytes(self) -> int:
-        """Bytes of scratch that the gradients of all watched parameters need."""
-        return sum(parameter.nbytes for parameter in self._names)
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -94,9 +88,7 @@ class GradientSwapper:
         assert home.block is not None
         name = self._names[parameter]
         label = Label(name, "gradient", "host", self.scratch.spec.name)
-        jobs = write_jobs(
-            self.scratch.file, home.block, gradient.data_ptr(), gradient.nbytes
-        )
+        jobs = write_jobs(self.scratch.file, home.block, gradient.data_ptr(), gradient.nbytes)
         transfer = self.scratch.lanes.writes.submit(jobs, label, gradient.nbytes)
         self._leaving.append(_Leaving(parameter, gradient, gradient._version, home, transfer))
 
@@ -172,10 +164,14 @@ class GradientSwapper:
 
         return job
 
-    def close(self) -> None:
-        """Stop watching; gradients that live in scratch become ordinary tensors."""
+    def stop(self) -> None:
+        """Stop watching."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks.clear()
+
+    def materialise(self) -> None:
+        """Make the gradients that live in scratch ordinary tensors."""
         self.drain()
         for parameter in self.homes:
             if self.home_of(parameter) is not None:

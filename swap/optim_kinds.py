@@ -113,3 +113,30 @@ def probe_states(
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and value.shape == parameter.shape
     )
+
+
+def state_specs(
+    optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor
+) -> tuple[StateSpec, ...]:
+    """The per-element states of ``parameter``: those it has, or those it will get."""
+    shown = optimizer.state.get(parameter)
+    if not shown:
+        return probe_states(optimizer, group, parameter.dtype)
+    return tuple(
+        StateSpec(name=name, dtype=value.dtype)
+        for name, value in shown.items()
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+    )
+
+
+def state_nbytes(optimizer: Optimizer) -> int:
+    """Bytes of all per-element states, as far as they are known before the first step."""
+    if kind_of(optimizer) is not Kind.ELEMENTWISE:
+        return 0
+    return sum(
+        parameter.numel() * spec.dtype.itemsize
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad and parameter.numel()
+        for spec in state_specs(optimizer, group, parameter)
+    )

@@ -13,11 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.swap.gradients import GradientSwapper
-from offload.swap.optim_kinds import Kind, StateSpec, kind_of, probe_states, step_on
+from offload.swap.optim_kinds import Kind, kind_of, state_specs, step_on
 from offload.swap.pipeline import Target, TilePipeline, Version
 from offload.swap.states import SMALL_NUMEL, StateKeeper, is_large
 from offload.swap.weights import Weight, WeightSwapper
-from offload.tiers.hostmem import page_ceil
 from offload.tiers.journal import Journal
 
 
@@ -64,18 +63,6 @@ class StreamedOptimizer:
                 type(optimizer).__name__,
                 "not known to be elementwise: its own step runs on one whole parameter at a time",
             )
-
-    def state_nbytes(self) -> int:
-        """Bytes of large states that one version of all parameters takes, as far as known."""
-        if self.kind is not Kind.ELEMENTWISE:
-            return 0
-        return sum(
-            page_ceil(parameter.numel() * spec.dtype.itemsize)
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if self._streams(parameter) and parameter.requires_grad
-            for spec in self._specs(group, parameter)
-        )
 
     def step(self) -> None:
         """One optimizer step over all groups; gradients must be complete.
@@ -135,17 +122,6 @@ class StreamedOptimizer:
         for target in targets:
             self._publish(target)
 
-    def _specs(self, group: dict[str, Any], parameter: nn.Parameter) -> tuple[StateSpec, ...]:
-        """The per-element states of ``parameter``: those it has, or those it will get."""
-        shown = self.optimizer.state.get(parameter)
-        if not shown:
-            return probe_states(self.optimizer, group, parameter.dtype)
-        return tuple(
-            StateSpec(name=name, dtype=value.dtype)
-            for name, value in shown.items()
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        )
-
     def _target(self, group: dict[str, Any], parameter: nn.Parameter) -> Target:
         weight = self._by_parameter[parameter]
         self.weights.absorb(weight)
@@ -153,7 +129,7 @@ class StreamedOptimizer:
         shown = self.optimizer.state.get(parameter, {})
         states = {
             spec.name: self.keeper.large(parameter, spec.name, spec.dtype)
-            for spec in self._specs(group, parameter)
+            for spec in state_specs(self.optimizer, group, parameter)
         }
         assert parameter.grad is not None
         return Target(

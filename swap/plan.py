@@ -14,10 +14,13 @@ from offload.swap.census import Census, ModuleInfo
 # What Offload itself and glibc need beside the classes below: thread stacks, page tables of the
 # mappings, heap below the mmap threshold.
 OVERHEAD_NBYTES = 24 << 20
+# Kept free when spare bytes are handed out: steps differ a little.
+MARGIN_NBYTES = 12 << 20
 _CHUNK_NUMELS = (2 << 20, 1 << 18)
 _STAGED_PER_TILE = 4  # parameter, gradient and two states: the Adam family
 _STAGED_ITEMSIZE = 4
 _TILES_IN_FLIGHT = 6
+_NO_MODULE = ModuleInfo(name="none", weights=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,24 +75,21 @@ def make_plan(
         BudgetError: the largest module does not fit; names the smallest budget that does.
     """
     working = census.working_set_nbytes()
-    smallest_tile = _staging(chunk_numel) // _TILES_IN_FLIGHT
-    needed = baseline_nbytes + OVERHEAD_NBYTES + max(working, smallest_tile)
-    if budget_nbytes < needed:
-        largest = max(
-            census.modules,
-            key=lambda info: _module_nbytes(census, info.weights),
-            default=ModuleInfo(name="none", weights=()),
-        )
+    fixed = baseline_nbytes + OVERHEAD_NBYTES
+    if budget_nbytes < fixed + max(working, _tile(chunk_numel)):
+        needed = _smallest_budget(fixed, working, chunk_numel)
+        largest = max(census.modules, key=census.module_nbytes, default=_NO_MODULE)
         raise BudgetError(
             f"the host budget of {format_nbytes(budget_nbytes)} is too small: the process holds "
             f"{format_nbytes(baseline_nbytes)} before training, its largest layer "
-            f"({largest.name}) needs {format_nbytes(working)} for weights and gradients, the "
-            f"runtime {format_nbytes(OVERHEAD_NBYTES)}. The smallest budget that fits is "
-            f"host={-(-needed // (1 << 20))}MiB",
+            f"({largest.name}) needs {format_nbytes(working)} for weights and gradients, then a "
+            f"tile of the optimizer step {format_nbytes(_tile(chunk_numel))}, the runtime "
+            f"{format_nbytes(OVERHEAD_NBYTES)}. The smallest budget that fits is "
+            f"host={_mib_ceil(needed)}MiB",
             needed_nbytes=needed,
             budget_nbytes=budget_nbytes,
         )
-    spare = budget_nbytes - baseline_nbytes - OVERHEAD_NBYTES - working
+    spare = budget_nbytes - fixed - working
     largest_weight = max((weight.nbytes for weight in census.weights), default=0)
     return Plan(
         budget_nbytes=budget_nbytes,
@@ -108,8 +108,7 @@ def grow(plan: Plan, census: Census, *, peak_nbytes: int) -> Plan:
     Spare bytes hold weights resident, smallest first: each saves its reads in forward, backward
     and optimizer step, and a small transfer costs more per byte than a large one.
     """
-    margin = OVERHEAD_NBYTES // 2
-    spare = plan.budget_nbytes - margin - peak_nbytes
+    spare = plan.budget_nbytes - MARGIN_NBYTES - peak_nbytes
     resident: list[str] = []
     total = 0
     for weight in sorted(census.weights, key=lambda weight: (weight.nbytes, weight.name)):
@@ -120,9 +119,34 @@ def grow(plan: Plan, census: Census, *, peak_nbytes: int) -> Plan:
     return dataclasses.replace(plan, resident=tuple(resident), resident_nbytes=total)
 
 
+def shrink(plan: Plan, census: Census, *, excess_nbytes: int) -> Plan:
+    """The plan with so many bytes fewer resident, the largest weights given up first."""
+    sizes = {weight.name: weight.nbytes for weight in census.weights}
+    resident = sorted(plan.resident, key=lambda name: (sizes[name], name))
+    total = plan.resident_nbytes
+    while resident and total > plan.resident_nbytes - excess_nbytes:
+        total -= sizes[resident.pop()]
+    return dataclasses.replace(plan, resident=tuple(resident), resident_nbytes=total)
+
+
 def _staging(chunk_numel: int) -> int:
     return _TILES_IN_FLIGHT * _STAGED_PER_TILE * chunk_numel * _STAGED_ITEMSIZE
 
 
-def _module_nbytes(census: Census, names: tuple[str, ...]) -> int:
-    return sum(weight.nbytes for weight in census.weights if weight.name in names)
+def _tile(chunk_numel: int) -> int:
+    return _staging(chunk_numel) // _TILES_IN_FLIGHT
+
+
+def _smallest_budget(fixed_nbytes: int, working_nbytes: int, chunk_numel: int) -> int:
+    """Bytes that fit with the tiles that ``choose_chunk_numel`` picks for that very budget."""
+    needed = fixed_nbytes + max(working_nbytes, _tile(chunk_numel))
+    while True:
+        chosen = choose_chunk_numel(_mib_ceil(needed) << 20)
+        if fixed_nbytes + _tile(chosen) <= needed:
+            return needed
+        needed = fixed_nbytes + _tile(chosen)
+
+
+def _mib_ceil(nbytes: int) -> int:
+    """Whole MiB that hold ``nbytes``."""
+    return -(-nbytes // (1 << 20))

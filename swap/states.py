@@ -112,9 +112,9 @@ class StateKeeper:
                 continue
             state = self.known(parameter, name)
             mapped = state.mapped if state is not None else None
-            if mapped is not None and value.data_ptr() == mapped.address:
-                if not mapped.written_while_filed():
-                    continue
+            ours = mapped is not None and value.data_ptr() == mapped.address
+            if ours and mapped is not None and not mapped.written_while_filed():
+                continue
             state = self._state(parameter, name, value.dtype, tuple(value.shape))
             self.store.write(state.stored, value)
             shown[name] = self.show(state)

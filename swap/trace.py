@@ -5,6 +5,7 @@ recorded; the next pass of the same kind is predicted to repeat them. A wrong pr
 time, never correctness.
 """
 
+import contextlib
 from collections.abc import Hashable, Iterator, Sequence
 
 
@@ -44,10 +45,8 @@ class Trace:
         if self._now and self._now[-1] == key:
             return
         self._now.append(key)
-        try:
+        with contextlib.suppress(ValueError):  # unexpected: the prediction stays where it is
             self._position = self._expected.index(key, self._position) + 1
-        except ValueError:
-            pass  # an unexpected use: the prediction stays where it is
 
     def upcoming(self) -> Iterator[str]:
         """The keys expected next, nearest first; a key may come more than once."""

@@ -89,14 +89,24 @@ class Tier(ABC):
 
     @abstractmethod
     def read(
-        self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
+        self,
+        block: Block,
+        address: int,
+        *,
+        offset: int = 0,
+        nbytes: int | None = None,
         label: Label | None = None,
     ) -> Transfer:
         """Copy bytes of ``block`` from ``offset`` on to ``address``."""
 
     @abstractmethod
     def write(
-        self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
+        self,
+        block: Block,
+        address: int,
+        *,
+        offset: int = 0,
+        nbytes: int | None = None,
         label: Label | None = None,
     ) -> Transfer:
         """Copy bytes from ``address`` into ``block`` from ``offset`` on."""

@@ -19,7 +19,6 @@ from offload.tiers import hostmem
 from offload.tiers.hostmem import PAGE
 from offload.tiers.memory import memory_at
 
-
 _ZEROS_NBYTES = 1 << 20
 
 

@@ -105,19 +105,34 @@ class FileTier(Tier):
         self.arena.grow(total - self.arena.capacity)
 
     def read(
-        self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
+        self,
+        block: Block,
+        address: int,
+        *,
+        offset: int = 0,
+        nbytes: int | None = None,
         label: Label | None = None,
     ) -> Transfer:
         return self._submit(self.lanes.reads, block, address, offset, nbytes, label)
 
     def write(
-        self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
+        self,
+        block: Block,
+        address: int,
+        *,
+        offset: int = 0,
+        nbytes: int | None = None,
         label: Label | None = None,
     ) -> Transfer:
         return self._submit(self.lanes.writes, block, address, offset, nbytes, label)
 
     def _submit(
-        self, lane: Lane, block: Block, address: int, offset: int, nbytes: int | None,
+        self,
+        lane: Lane,
+        block: Block,
+        address: int,
+        offset: int,
+        nbytes: int | None,
         label: Label | None,
     ) -> Transfer:
         nbytes = block.nbytes - offset if nbytes is None else nbytes

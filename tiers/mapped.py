@@ -42,7 +42,14 @@ class MappedTensor:
     """
 
     __slots__ = (
-        "__weakref__", "address", "block", "file", "held", "nbytes", "padded_nbytes", "shared",
+        "__weakref__",
+        "address",
+        "block",
+        "file",
+        "held",
+        "nbytes",
+        "padded_nbytes",
+        "shared",
         "tensor",
     )
 

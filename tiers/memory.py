@@ -33,7 +33,7 @@ def tensor_at(
     ``on_release=(address, nbytes)`` unmaps that range when the last tensor that shares the
     storage dies: numpy's array, not ``torch.frombuffer``, keeps it alive until then.
     """
-    import torch  # noqa: PLC0415  (tiers stay importable without torch)
+    import torch
 
     nbytes = math.prod(shape) * dtype.itemsize
     array = np.frombuffer(memory_at(address, nbytes), dtype=np.uint8)

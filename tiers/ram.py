@@ -50,7 +50,12 @@ class RamTier(Tier):
         return buffer.address
 
     def read(
-        self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
+        self,
+        block: Block,
+        address: int,
+        *,
+        offset: int = 0,
+        nbytes: int | None = None,
         label: Label | None = None,
     ) -> Transfer:
         nbytes = block.nbytes - offset if nbytes is None else nbytes
@@ -59,7 +64,12 @@ class RamTier(Tier):
         return self._moved(label, nbytes)
 
     def write(
-        self, block: Block, address: int, *, offset: int = 0, nbytes: int | None = None,
+        self,
+        block: Block,
+        address: int,
+        *,
+        offset: int = 0,
+        nbytes: int | None = None,
         label: Label | None = None,
     ) -> Transfer:
         nbytes = block.nbytes - offset if nbytes is None else nbytes

@@ -50,7 +50,14 @@ class StoredTensor:
     """A tensor in the store: its blocks and one checksum per ``chunk_nbytes`` of its bytes."""
 
     __slots__ = (
-        "checksums", "chunk_nbytes", "committed", "current", "dtype", "name", "nbytes", "shape",
+        "checksums",
+        "chunk_nbytes",
+        "committed",
+        "current",
+        "dtype",
+        "name",
+        "nbytes",
+        "shape",
         "spare",
     )
 

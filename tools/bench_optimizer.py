@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import torch
-from benchlib import Result, arguments, finish, quantiles
-from iolimit import DiskLimit
 from torch import nn
 
 import offload
+from benchlib import Result, arguments, finish, quantiles
+from iolimit import DiskLimit
 
 REPEATS = 5
 
@@ -25,7 +25,9 @@ class Weights(nn.Module):
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
-        self.matrices = nn.ParameterList(nn.Parameter(torch.zeros(width, width)) for _ in range(count))
+        self.matrices = nn.ParameterList(
+            nn.Parameter(torch.zeros(width, width)) for _ in range(count)
+        )
 
     def forward(self) -> torch.Tensor:
         return torch.stack([matrix.sum() for matrix in self.matrices]).sum()

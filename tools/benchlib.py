@@ -86,7 +86,7 @@ def median_of(repeats: int, measure: Callable[[], float]) -> float:
 
 def finish(result: Result, path: Path | None) -> int:
     """Print the table and checks, write the JSON; the exit code."""
-    console = Console(width=110)
+    console = Console(width=150)
     table = Table(title=result.title)
     names = list(dict.fromkeys(name for row in result.rows for name in row))
     for name in names:

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
 
 
-class CgroupUnavailable(RuntimeError):
+class CgroupUnavailableError(RuntimeError):
     """No memory cgroup can be made here; the message names the reason."""
 
 
@@ -30,7 +31,7 @@ class MemoryCgroup:
     """A new cgroup with a limit of ``limit_nbytes``; removed on exit.
 
     Raises:
-        CgroupUnavailable: neither version's hierarchy is writable.
+        CgroupUnavailableError: neither version's hierarchy is writable.
     """
 
     def __init__(self, name: str, limit_nbytes: int) -> None:
@@ -38,7 +39,7 @@ class MemoryCgroup:
         self.version, parent = _hierarchy()
         self.path = parent / f"{name}-{os.getpid()}"
 
-    def __enter__(self) -> "MemoryCgroup":
+    def __enter__(self) -> Self:
         self.path.mkdir()
         if self.version == 1:
             self._set("memory.limit_in_bytes", self.limit_nbytes)
@@ -88,4 +89,4 @@ def _hierarchy() -> tuple[int, Path]:
         controllers = (_V2 / "cgroup.subtree_control").read_text().split()
         if "memory" in controllers:
             return 2, _V2
-    raise CgroupUnavailable("no writable memory cgroup (version 1 or 2) on this machine")
+    raise CgroupUnavailableError("no writable memory cgroup (version 1 or 2) on this machine")

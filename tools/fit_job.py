@@ -59,7 +59,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, sequence, width))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+        y: torch.Tensor = x + self.down(F.gelu(self.up(self.mlp_norm(x))))
+        return y
 
 
 class Decoder(nn.Module):
@@ -76,7 +77,8 @@ class Decoder(nn.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits: torch.Tensor = self.head(self.norm(x))
+        return logits
 
 
 def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

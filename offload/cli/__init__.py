@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
-        return _VERBS[arguments.verb].run(arguments)
+        return int(_VERBS[arguments.verb].run(arguments))
     except OffloadError as error:
         print(f"offload: {error}", file=sys.stderr)
         return error.exit_code

@@ -19,9 +19,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: no record there, or one of another version.
     """
-    from offload.report.model import summarise  # noqa: PLC0415  (keeps --help instant)
-    from offload.report.reader import read_run  # noqa: PLC0415
-    from offload.report.text import print_report, to_json  # noqa: PLC0415
+    from offload.report.model import summarise
+    from offload.report.reader import read_run
+    from offload.report.text import print_report, to_json
 
     report = summarise(read_run(arguments.run))
     if arguments.json:

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         raise ConfigError("offload run needs a script: offload run [options] script.py args…")
     _claim_record(config, [target, *argv])
-    from offload.launcher import launch  # noqa: PLC0415  (torch: only once all is checked)
+    from offload.launcher import launch
 
     code = launch(config, target, argv, is_module=bool(arguments.module))
     if config.record is not None:

@@ -113,7 +113,7 @@ def _headline(run: RunEvents, events: list[Event]) -> Headline:
     def median(name: str) -> float:
         return statistics.median(getattr(step, name) for step in steps) if steps else 0.0
 
-    peaks = [event.peak_nbytes for event in (*steps, *finished)]
+    peaks = [step.peak_nbytes for step in steps] + [end.peak_nbytes for end in finished]
     return Headline(
         command=started[-1].command if started else "unknown",
         status=finished[-1].status if finished else "cut off (killed, or still running)",

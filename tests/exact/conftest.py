@@ -103,6 +103,4 @@ def assert_same_states(one: Any, other: Any) -> None:
                 assert torch.equal(value, found), (index, name)
             else:
                 assert value == found, (index, name)
-    assert [
-        {key: value for key, value in group.items()} for group in mine["param_groups"]
-    ] == [{key: value for key, value in group.items()} for group in theirs["param_groups"]]
+    assert mine["param_groups"] == theirs["param_groups"]

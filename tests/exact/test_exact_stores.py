@@ -141,8 +141,8 @@ def test_a_store_of_another_model_or_optimizer_is_refused(tmp_path: Path) -> Non
     other = nn.Linear(300, 300)
     with pytest.raises(StoreMismatchError, match="bias is None there"):
         offload.attach(other, adamw(other), nvme=tmp_path, budget="8GiB")
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(StoreMismatchError, match="its optimizer is AdamW, this one is SGD"):
-        sgd = torch.optim.SGD(model.parameters(), 0.1)
         offload.attach(model, sgd, nvme=tmp_path, budget="8GiB")
 
 
@@ -172,9 +172,7 @@ def test_load_pretrained_equals_transformers_own(name: str, shards: str, tmp_pat
     torch.manual_seed(5)
     CHECKPOINTS[name]().save_pretrained(tmp_path / "checkpoint", max_shard_size=shards)
     expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
-    model = offload.load_pretrained(
-        tmp_path / "checkpoint", budget="8GiB", nvme=tmp_path / "nvme"
-    )
+    model = offload.load_pretrained(tmp_path / "checkpoint", budget="8GiB", nvme=tmp_path / "nvme")
     assert type(model) is type(expected)
     assert same_state(expected, model)
     tokens = torch.randint(600, (2, 16))

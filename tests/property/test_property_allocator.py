@@ -1,5 +1,7 @@
 """The allocator against a plain list of extents; packing against its own definition."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,7 +73,7 @@ class TlsfMachine(RuleBasedStateMachine):
     @invariant()
     def agrees_with_the_model(self) -> None:
         ordered = sorted(self.living)
-        for left, right in zip(ordered, ordered[1:], strict=False):
+        for left, right in itertools.pairwise(ordered):
             assert not left.overlaps(right)
         stats = self.arena.stats()
         assert stats.current_nbytes == sum(extent.nbytes for extent in self.living)

@@ -19,6 +19,8 @@ from offload.tiers.events import (
     RunStarted,
     Stall,
     StepFinished,
+)
+from offload.tiers.events import (
     to_json as event_to_json,
 )
 

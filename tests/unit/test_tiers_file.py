@@ -85,7 +85,12 @@ def test_any_offset_length_and_alignment(shared_file, offset, nbytes, shift, see
 
 @pytest.mark.parametrize(
     ("offset", "nbytes"),
-    [(FILE_NBYTES - 10, 11), (FILE_NBYTES - PAGE, 2 * PAGE), (FILE_NBYTES, 1), (2 * FILE_NBYTES, 5)],
+    [
+        (FILE_NBYTES - 10, 11),
+        (FILE_NBYTES - PAGE, 2 * PAGE),
+        (FILE_NBYTES, 1),
+        (2 * FILE_NBYTES, 5),
+    ],
 )
 def test_a_read_past_the_end_of_the_file_is_an_error(file, offset, nbytes):
     with Memory(nbytes) as memory, pytest.raises(TierIOError) as raised:
@@ -316,8 +321,9 @@ def test_a_reopened_tier_finds_its_bytes_again(tmp_path, lanes):
 
 
 def test_adopting_beyond_the_end_of_the_file_is_refused(tmp_path, lanes):
-    with FileTier(tmp_path, "data", lanes) as tier, pytest.raises(
-        CapacityError, match="holds 0 bytes, its record names byte 4096"
+    with (
+        FileTier(tmp_path, "data", lanes) as tier,
+        pytest.raises(CapacityError, match="holds 0 bytes, its record names byte 4096"),
     ):
         tier.adopt(Extent(0, 4096), 100)
 

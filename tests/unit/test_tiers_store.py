@@ -7,7 +7,7 @@ import pytest
 import torch
 import xxhash
 
-from offload.allocator.errors import StoreError, StoreMismatchError, TierIOError
+from offload.allocator.errors import StoreMismatchError, TierIOError
 from offload.tiers.filetier import Lanes
 from offload.tiers.hostmem import PAGE
 from offload.tiers.journal import Journal
@@ -71,7 +71,9 @@ class Writes:
         )
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (CHUNK // 4,), (CHUNK // 4 + 1,), (70, 90)])
+@pytest.mark.parametrize(
+    "shape", [(), (0,), (1,), (3, 5), (CHUNK // 4,), (CHUNK // 4 + 1,), (70, 90)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_what_is_written_is_read(store, shape, dtype):
     data = (values(torch.Size(shape).numel()) * 9).to(dtype).reshape(shape)
@@ -339,12 +341,15 @@ def test_symbolic_links_are_refused(tmp_path, lanes, store, name):
     elsewhere = tmp_path / "elsewhere"
     target.rename(elsewhere)
     target.symlink_to(elsewhere)
-    before = {path: path.read_bytes() for path in elsewhere.parent.rglob("*") if path.is_file()}
+
+    def files():  # but for the lock, which holds our number
+        found = (path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock")
+        return {path: path.read_bytes() for path in found}
+
+    before = files()
     with pytest.raises(TierIOError, match="symbolic link"):
         Store(tmp_path, lanes)
-    after = {path: path.read_bytes() for path in elsewhere.parent.rglob("*") if path.is_file()}
-    del before[store.directory / "lock"], after[store.directory / "lock"]  # it holds our number
-    assert after == before
+    assert files() == before
 
 
 def test_close_may_come_twice_and_gives_the_lock_back(tmp_path, lanes, store):
@@ -410,11 +415,6 @@ def test_packed_views_come_back_by_value(tensor):
     plain = tensor.detach().clone().resolve_conj().resolve_neg()
     back = unpack_tensor(pack_tensor(tensor))
     assert back.shape == plain.shape
-    assert torch.equal(back, plain) or torch.equal(back.isnan(), plain.isnan())
-    assert torch.equal(back.signbit(), plain.signbit()) if not back.is_complex() else True
-
-
-def test_every_error_of_the_store_is_one_of_ours(tmp_path, lanes, store):
-    assert issubclass(StoreMismatchError, StoreError)
-    with pytest.raises(StoreError):
-        Store(tmp_path, lanes)
+    assert back.reshape(-1).view(torch.uint8).tolist() == (
+        plain.contiguous().reshape(-1).view(torch.uint8).tolist()
+    )

@@ -1,0 +1,139 @@
+"""``offload run`` and ``offload report`` on scripts that know nothing of Offload."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offload.cli import main
+
+SCRIPT = """
+import sys, torch, hashlib
+from torch import nn
+torch.manual_seed(0)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(300, 500)
+        self.d = nn.Dropout(0.2)
+        self.b = nn.Linear(500, 300)
+    def forward(self, x):
+        return self.b(self.d(torch.relu(self.a(x))))
+model = Net()
+with torch.no_grad():
+    print(model(torch.ones(2, 300)).sum().item())
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+for step in range(10):
+    x = torch.randn(64, 300)
+    loss = ((model(x) - x) ** 2).mean()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+    schedule.step()
+digest = hashlib.sha1()
+for parameter in model.parameters():
+    digest.update(parameter.detach().numpy().tobytes())
+print(sys.argv[1:], __name__, digest.hexdigest(), loss.item())
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def run(*command: object, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, *map(str, command)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def test_an_unmodified_script_gives_the_same_bits(script: Path, tmp_path: Path) -> None:
+    plain = run(script, "7", "--flag")
+    record = tmp_path / "record"
+    options = ["--budget=8GiB", "--nvme", tmp_path / "nvme", "--record", record]
+    offloaded = run("-m", "offload", "run", *options, script, "7", "--flag")
+    assert offloaded.returncode == plain.returncode == 7
+    assert offloaded.stdout == plain.stdout
+    assert f"offload report {record}" in offloaded.stderr
+    report = run("-m", "offload", "report", "--json", record)
+    document = json.loads(report.stdout)
+    assert document["headline"]["steps"] == 10
+    assert {row["role"] for row in document["lanes"]} >= {"weight", "gradient", "state"}
+    assert "10 steps; done" in run("-m", "offload", "report", record).stdout
+    other = run("-m", "offload", "run", *options, script, "0")
+    assert other.returncode == 2
+    assert "another command" in other.stderr
+
+
+def test_a_module_and_a_script_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text("import sys\nprint(__name__, sys.argv[1:])\n")
+    options = ["-m", "offload", "run", "--budget=8GiB", "--nvme", tmp_path]
+    done = run(*options, "-m", "job", "a", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "__main__ ['a']\n")
+    (tmp_path / "bad.py").write_text("raise KeyError('mine')\n")
+    failed = run(*options, tmp_path / "bad.py")
+    assert failed.returncode == 1
+    assert "KeyError: 'mine'" in failed.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupts_end_cleanly_and_the_run_continues(
+    number: int, code: int, tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        SCRIPT.replace("range(10)", "range(100_000)").replace(
+            "    schedule.step()", "    schedule.step()\n    print(step, flush=True)"
+        )
+    )
+    options = ["--budget=8GiB", "--nvme", str(tmp_path), "--record", str(tmp_path / "record")]
+    command = [sys.executable, "-m", "offload", "run", *options, str(script), "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(4):
+            process.stdout.readline()
+        os.kill(process.pid, number)
+        _, errors = process.communicate()
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    record = json.loads(
+        (tmp_path / "offload-store" / "commit.json").read_bytes().partition(b"\n")[2]
+    )
+    assert record["step"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run"], "needs a script"),
+        (["run", "missing.py"], "can't read the script missing.py"),
+        (["run", "--budget", "much", "x.py"], "'much' is not a size"),
+        (["run", "-m", "no.such.module"], "no module named"),
+        (["report", "nowhere"], "not a run directory"),
+    ],
+)
+def test_wrong_usage_is_told_without_a_traceback(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_is_instant_because_torch_stays_out() -> None:
+    code = (
+        "import sys\nfrom offload.cli import build_parser\nbuild_parser().format_help()\n"
+        "print('torch' in sys.modules)"
+    )
+    assert run("-c", code).stdout == "False\n"
+    assert "report" in run("-m", "offload", "--help").stdout

@@ -1,0 +1,86 @@
+"""kill -9 at random moments, again and again: the end is as if nothing had happened."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import torch, xxhash
+from torch import nn
+from torch.nn import functional as F
+import offload
+
+place, steps = Path(sys.argv[1]), int(sys.argv[2])
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Linear(400, 600), nn.Dropout(0.2), nn.Linear(600, 400))
+optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+engine = offload.attach(model, optimizer, budget="8GiB", nvme=place / "nvme", commit="manual")
+if engine.resumed:
+    schedule.load_state_dict(engine.extra["schedule"])
+while engine.step < steps:
+    generator = torch.Generator().manual_seed(engine.step)
+    x = torch.randn(32, 400, generator=generator)
+    F.mse_loss(model(x), x).backward()
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+    engine.commit({"schedule": schedule.state_dict()})
+    print(engine.step, flush=True)
+digest = xxhash.xxh3_64()
+for parameter in model.parameters():
+    digest.update(parameter.detach().numpy().tobytes())
+for state in optimizer.state.values():
+    digest.update(state["exp_avg_sq"].numpy().tobytes())
+print("digest", digest.hexdigest(), flush=True)
+"""
+
+
+def start(place: Path, steps: int) -> "subprocess.Popen[str]":
+    script = place / "train.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, str(script), str(place), str(steps)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: "subprocess.Popen[str]") -> str:
+    output, _ = process.communicate()
+    assert process.returncode == 0
+    return output.splitlines()[-1]
+
+
+def killed_and_resumed(place: Path, steps: int, kills: int, seed: int) -> str:
+    """Kill the run ``kills`` times, each a random instant after a random number of steps."""
+    moments = random.Random(seed)
+    for _ in range(kills):
+        process = start(place, steps)
+        assert process.stdout is not None
+        for _ in range(moments.randint(1, 3)):
+            process.stdout.readline()
+        try:
+            # Somewhere inside a later step: forward, optimizer, commit, whatever it meets.
+            process.wait(timeout=moments.uniform(0, 0.03))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.stdout.close()
+        process.wait()
+    return finish(start(place, steps))
+
+
+@pytest.mark.parametrize(
+    ("kills", "steps"),
+    [(4, 40), pytest.param(20, 200, marks=pytest.mark.slow)],
+)
+def test_killed_runs_end_like_an_undisturbed_one(kills: int, steps: int, tmp_path: Path) -> None:
+    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
+    for place in (calm, disturbed):
+        place.mkdir()
+    expected = finish(start(calm, steps))
+    assert expected.startswith("digest ")
+    assert killed_and_resumed(disturbed, steps, kills, seed=kills) == expected
