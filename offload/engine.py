@@ -1,6 +1,8 @@
 """The engine: attaches to a model and an optimizer, and runs their steps within a budget."""
 
 import atexit
+import json
+import os
 import platform
 import sys
 import weakref
@@ -154,16 +156,23 @@ class Engine:
 
     def _begin_record(self) -> None:
         config = self._runtime.config
+        machine = {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "memory_nbytes": os.sysconf("SC_PHYS_PAGES") * hostmem.PAGE,
+            "kernel": platform.release(),
+        }
         self._journal.record(
             RunStarted(
                 t_s=self._journal.now(),
                 command=" ".join(sys.argv),
                 versions={"torch": torch.__version__, "python": platform.python_version()},
-                host={"cpus": torch.get_num_threads(), "kernel": platform.release()},
+                host=machine,
                 budget={"host": self.plan.budget_nbytes},
             )
         )
         if config.record is not None:
+            (config.record / "machine.json").write_text(json.dumps({"format": 1, **machine}))
             (config.record / "plan.json").write_text(self.plan.to_json())
             (config.record / "config.json").write_text(config.model_dump_json(indent=2))
         self._journal.recorder.flush()

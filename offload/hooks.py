@@ -79,7 +79,8 @@ class ModelHooks:
             return
         self._on_pass()
         self._weights.trace.begin((name, torch.is_grad_enabled()))
-        if torch.is_grad_enabled():
+        # torch.func forbids such hooks inside its transforms: what it saves then stays in memory.
+        if torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled():
             torch._C._autograd._push_saved_tensors_default_hooks(
                 self._activations.pack, self._activations.unpack
             )
@@ -90,6 +91,8 @@ class ModelHooks:
         self._running[module]()
 
     def _leave(self) -> None:
+        if self._depth == 0:
+            return  # a global hook failed before ours: this call never entered
         self._depth -= 1
         if self._depth == 0 and self._pushed:
             self._pushed = False

@@ -44,13 +44,10 @@ class Census:
         """Bytes of all weights."""
         return sum(weight.nbytes for weight in self.weights)
 
-    def module_nbytes(self, info: ModuleInfo) -> int:
-        """Bytes that ``info`` needs at once in backward: its weights and their gradients."""
-        return sum(
-            weight.nbytes * (1 + weight.trainable)
-            for weight in self.weights
-            if weight.name in info.weights
-        )
+    def module_nbytes(self) -> dict[str, int]:
+        """Bytes that each module needs at once in backward: its weights and their gradients."""
+        sizes = {weight.name: weight.nbytes * (1 + weight.trainable) for weight in self.weights}
+        return {info.name: sum(sizes[name] for name in info.weights) for info in self.modules}
 
     def working_set_nbytes(self) -> int:
         """The largest bytes that one module needs at once: its weights and their gradients.
@@ -61,7 +58,7 @@ class Census:
         largest_gradient = max(
             (weight.nbytes for weight in self.weights if weight.trainable), default=0
         )
-        return max(map(self.module_nbytes, self.modules), default=0) or largest_gradient
+        return max(self.module_nbytes().values(), default=0) or largest_gradient
 
 
 def unmovable_reason(parameter: nn.Parameter) -> str | None:
@@ -82,13 +79,20 @@ def storage_key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def _weight_key(parameter: nn.Parameter) -> object:
+    """Equal for parameters over the same bytes; parts of one storage are weights of their own."""
+    if parameter.numel() == 0:
+        return id(parameter)
+    if parameter.is_meta:  # no bytes, so no address
+        return storage_key(parameter), parameter.storage_offset(), parameter.shape
+    return parameter.data_ptr(), parameter.shape
+
+
 def named_weights(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
     """(first name, parameters that share its bytes) for each distinct weight of ``model``."""
     by_storage: dict[object, tuple[str, list[nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
-        # Parameters that are parts of one storage are weights of their own.
-        key = (parameter.data_ptr(), parameter.shape) if parameter.numel() else id(parameter)
-        by_storage.setdefault(key, (name, []))[1].append(parameter)
+        by_storage.setdefault(_weight_key(parameter), (name, []))[1].append(parameter)
     yield from by_storage.values()
 
 

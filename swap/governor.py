@@ -22,13 +22,15 @@ class Governor:
         self.limit_nbytes = limit_nbytes
         self.peak_nbytes = 0  # since the last ``restart_peak``, as often as looked at
         self._mapped: weakref.WeakSet[MappedTensor] = weakref.WeakSet()
+        self._lock = threading.Lock()  # a set must not grow while it is listed
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="offload governor", daemon=True)
         self._thread.start()
 
     def watch(self, mapped: MappedTensor) -> None:
         """Shed the pages of ``mapped`` too, for as long as it lives."""
-        self._mapped.add(mapped)
+        with self._lock:
+            self._mapped.add(mapped)
 
     def room(self) -> int:
         """Bytes left below the limit; negative above it."""
@@ -50,7 +52,9 @@ class Governor:
 
     def shed(self) -> None:
         """Give back every page that was faulted in."""
-        for mapped in list(self._mapped):
+        with self._lock:
+            watched = list(self._mapped)
+        for mapped in watched:
             mapped.shed()
 
     def close(self) -> None:

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 
 from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
-from offload.swap.census import Census, ModuleInfo
+from offload.swap.census import Census
 
 # What Offload itself and glibc need beside the classes below: thread stacks, page tables of the
 # mappings, heap below the mmap threshold.
 OVERHEAD_NBYTES = 24 << 20
 # Kept free when spare bytes are handed out: steps differ a little.
 MARGIN_NBYTES = 12 << 20
-_CHUNK_NUMELS = (2 << 20, 1 << 18)
+_CHUNK_NUMELS = (2 << 20, 1 << 20, 1 << 18)
 _STAGED_PER_TILE = 4  # parameter, gradient and two states: the Adam family
 _STAGED_ITEMSIZE = 4
 _TILES_IN_FLIGHT = 6
-_NO_MODULE = ModuleInfo(name="none", weights=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +77,12 @@ def make_plan(
     fixed = baseline_nbytes + OVERHEAD_NBYTES
     if budget_nbytes < fixed + max(working, _tile(chunk_numel)):
         needed = _smallest_budget(fixed, working, chunk_numel)
-        largest = max(census.modules, key=census.module_nbytes, default=_NO_MODULE)
+        by_module = census.module_nbytes()
+        largest = max(by_module, key=lambda name: by_module[name], default="none")
         raise BudgetError(
             f"the host budget of {format_nbytes(budget_nbytes)} is too small: the process holds "
             f"{format_nbytes(baseline_nbytes)} before training, its largest layer "
-            f"({largest.name}) needs {format_nbytes(working)} for weights and gradients, then a "
+            f"({largest}) needs {format_nbytes(working)} for weights and gradients, then a "
             f"tile of the optimizer step {format_nbytes(_tile(chunk_numel))}, the runtime "
             f"{format_nbytes(OVERHEAD_NBYTES)}. The smallest budget that fits is "
             f"host={_mib_ceil(needed)}MiB",

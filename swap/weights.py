@@ -83,8 +83,8 @@ class WeightSwapper:
         return sum(weight.nbytes for weight in self._streaming.values())
 
     def _in_flight_nbytes(self) -> int:
-        """Minus the bytes that fetches in flight have still to take from the room."""
-        return -sum(
+        """Bytes that fetches in flight may still take from the room."""
+        return sum(
             weight.nbytes
             for weight in self._streaming.values()
             if weight.residency is Residency.FETCHING
@@ -176,7 +176,8 @@ class WeightSwapper:
         if weight.resident:
             return True
         beyond_window = self.streaming_nbytes + weight.nbytes - self.window_nbytes
-        beyond_budget = weight.nbytes - self._in_flight_nbytes() - self.pool.nbytes - self._room()
+        coming = weight.nbytes + self._in_flight_nbytes() - self.pool.nbytes
+        beyond_budget = coming - self._room()
         excess = max(beyond_window, beyond_budget)
         if excess <= 0:
             return True

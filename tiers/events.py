@@ -8,6 +8,7 @@ marks the *end* of what the record describes), sizes are bytes.
 import dataclasses
 import json
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,7 +168,7 @@ class JsonlRecorder:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO = path.open("a", encoding="utf-8")
-        self._pending: list[Event] = []
+        self._pending: deque[Event] = deque()
         self._lock = threading.Lock()
 
     def record(self, event: Event) -> None:
@@ -175,9 +176,10 @@ class JsonlRecorder:
 
     def flush(self) -> None:
         with self._lock:
-            pending, self._pending = self._pending, []
+            # Other threads record meanwhile: take what is there, one by one.
+            while self._pending and not self._file.closed:
+                self._file.write(to_json(self._pending.popleft()) + "\n")
             if not self._file.closed:
-                self._file.writelines(to_json(event) + "\n" for event in pending)
                 self._file.flush()
 
     def close(self) -> None:

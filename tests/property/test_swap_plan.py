@@ -126,7 +126,7 @@ def test_an_error_names_the_largest_layer_and_its_bytes(census, budget, baseline
     except BudgetError as error:
         message = str(error)
         assert "the host budget of" in message
-        needs = {f"({module.name})": census.module_nbytes(module) for module in census.modules}
+        needs = {f"({name})": nbytes for name, nbytes in census.module_nbytes().items()}
         named = [name for name in needs if name in message]
         assert [needs[name] for name in named] == [max(needs.values())] if needs else not named
         assert isinstance(error, MemoryError)

@@ -1,0 +1,378 @@
+"""Gradients leave memory behind the user's back, and are right whenever anyone looks."""
+
+import os
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from offload.allocator.errors import TierIOError
+from offload.swap.governor import Governor
+from offload.swap.gradients import MIN_NBYTES, GradientSwapper
+from offload.tiers.events import ListRecorder, Stall
+from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.journal import Journal, Label
+from offload.tiers.memory import HostBuffer
+
+SHAPE = (128, 128)  # float32: MIN_NBYTES exactly
+PATIENCE_S = 60
+PLENTY = 1 << 40
+
+
+class Waits(Journal):
+    """Tells ``on_stall`` when the training thread is about to wait."""
+
+    on_stall = staticmethod(lambda: None)
+
+    def stall(self, *args):
+        self.on_stall()
+        return super().stall(*args)
+
+
+@pytest.fixture
+def journal():
+    return Waits(ListRecorder())
+
+
+@pytest.fixture
+def scratch(tmp_path, journal):
+    lanes = Lanes(journal)
+    with FileTier(tmp_path, None, lanes) as scratch:
+        yield scratch
+    lanes.close()
+
+
+@pytest.fixture
+def governor():
+    governor = Governor(PLENTY)
+    yield governor
+    governor.close()
+
+
+@pytest.fixture
+def swapper(scratch, journal, governor):
+    swapper = GradientSwapper(scratch, journal, governor, PLENTY)
+    yield swapper
+    swapper.stop()
+
+
+@pytest.fixture
+def parameter(swapper):
+    parameter = nn.Parameter(torch.zeros(SHAPE))
+    swapper.watch("layer.weight", parameter)
+    return parameter
+
+
+class Gate:
+    """Holds the scratch file's writes until it is opened."""
+
+    def __init__(self, scratch, monkeypatch):
+        self.open_ = threading.Event()
+        self.begun = threading.Event()
+        whole = scratch.file.write
+
+        def write(*args):
+            self.begun.set()
+            assert self.open_.wait(PATIENCE_S)
+            whole(*args)
+
+        monkeypatch.setattr(scratch.file, "write", write)
+
+    def open(self):
+        self.open_.set()
+
+
+@pytest.fixture
+def gate(scratch, monkeypatch):
+    gate = Gate(scratch, monkeypatch)
+    yield gate
+    gate.open()
+
+
+def values(seed, shape=SHAPE):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def backward(parameter, gradient, **options):
+    """A backward pass whose gradient is ``gradient``."""
+    (parameter * gradient).sum().backward(**options)
+
+
+def stalls(journal):
+    return [event for event in journal.recorder.events if isinstance(event, Stall)]
+
+
+def test_a_gradient_that_has_left_is_a_mapping_of_its_bytes_in_scratch(swapper, parameter):
+    backward(parameter, values(1))
+    swapper.drain()
+    home = swapper.home_of(parameter)
+    assert parameter.grad.data_ptr() == home.address
+    assert not home.held
+    assert torch.equal(parameter.grad, values(1))
+    on_disk = os.pread(swapper.scratch.file.fd, home.nbytes, home.block.extent.offset)
+    assert on_disk == values(1).numpy().tobytes()
+
+
+def test_a_gradient_on_its_way_is_the_one_that_autograd_made(swapper, parameter, gate):
+    backward(parameter, values(1))
+    assert gate.begun.wait(PATIENCE_S)
+    made = parameter.grad
+    swapper.poll()
+    assert parameter.grad is made
+    assert swapper.home_of(parameter) is None
+    assert torch.equal(parameter.grad, values(1))
+    gate.open()
+    swapper.drain()
+    assert swapper.home_of(parameter) is not None
+    assert torch.equal(parameter.grad, values(1))
+
+
+def test_accumulation_goes_on_while_a_gradient_leaves(swapper, parameter, gate):
+    backward(parameter, values(1))
+    assert gate.begun.wait(PATIENCE_S)
+    backward(parameter, values(2))
+    gate.open()
+    swapper.drain()
+    assert swapper.home_of(parameter) is not None
+    assert torch.equal(parameter.grad, values(1) + values(2))
+
+
+def test_accumulation_goes_on_after_a_gradient_has_left(swapper, parameter):
+    backward(parameter, values(1))
+    swapper.drain()
+    address = parameter.grad.data_ptr()
+    backward(parameter, values(2))
+    swapper.drain()
+    assert parameter.grad.data_ptr() == address
+    assert torch.equal(parameter.grad, values(1) + values(2))
+
+
+def test_a_change_by_the_user_while_a_gradient_leaves_is_kept(swapper, parameter, gate):
+    backward(parameter, values(1))
+    assert gate.begun.wait(PATIENCE_S)
+    parameter.grad.mul_(0.5)
+    gate.open()
+    swapper.drain()
+    assert swapper.home_of(parameter) is not None
+    assert torch.equal(parameter.grad, values(1) * 0.5)
+
+
+def test_a_change_by_the_user_after_a_gradient_has_left_is_kept(swapper, parameter):
+    backward(parameter, values(1))
+    swapper.drain()
+    norm = nn.utils.clip_grad_norm_([parameter], 1.0)
+    expected = values(1)
+    expected.mul_(torch.clamp(1.0 / (values(1).norm() + 1e-6), max=1.0))
+    assert torch.equal(norm, values(1).norm())
+    assert torch.equal(parameter.grad, expected)
+    swapper.home_of(parameter).shed()
+    assert torch.equal(parameter.grad, expected)
+
+
+@pytest.mark.parametrize("replacement", [None, torch.ones(SHAPE)], ids=["dropped", "replaced"])
+def test_what_the_user_puts_in_place_of_a_leaving_gradient_stays(
+    swapper, parameter, gate, replacement
+):
+    backward(parameter, values(1))
+    assert gate.begun.wait(PATIENCE_S)
+    parameter.grad = replacement
+    gate.open()
+    swapper.drain()
+    assert parameter.grad is replacement
+
+
+def test_each_step_s_gradient_uses_the_same_room(swapper, parameter):
+    homes = set()
+    for seed in range(4):
+        parameter.grad = None
+        backward(parameter, values(seed))
+        swapper.drain()
+        assert torch.equal(parameter.grad, values(seed))
+        homes.add(swapper.home_of(parameter))
+    assert len(homes) == 1
+    assert swapper.scratch.arena.stats().current_count == 1
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [lambda gradient: gradient, lambda gradient: gradient[3:], lambda gradient: gradient.numpy()],
+    ids=["itself", "view", "array"],
+)
+def test_a_gradient_that_the_user_keeps_is_not_written_over(swapper, parameter, keep):
+    backward(parameter, values(1))
+    swapper.drain()
+    kept = keep(parameter.grad)
+    parameter.grad = None
+    backward(parameter, values(2))
+    swapper.drain()
+    assert torch.equal(torch.as_tensor(kept), torch.as_tensor(keep(values(1))))
+    assert torch.equal(parameter.grad, values(2))
+
+
+def test_room_of_gradients_that_the_user_kept_comes_back(swapper, parameter):
+    kept = []
+    for seed in range(5):
+        parameter.grad = None
+        backward(parameter, values(seed))
+        swapper.drain()
+        kept.append(parameter.grad)
+    assert all(torch.equal(gradient, values(seed)) for seed, gradient in enumerate(kept))
+    assert swapper.scratch.arena.stats().current_count == 5
+    kept.clear()
+    parameter.grad = None
+    backward(parameter, values(9))
+    swapper.drain()
+    assert torch.equal(parameter.grad, values(9))
+    assert swapper.scratch.arena.stats().current_count == 1
+
+
+def test_a_gradient_is_not_written_beside_an_older_one_on_its_way(
+    swapper, parameter, journal, scratch, monkeypatch
+):
+    """The older write is held up; it must not land last."""
+    first_may_end = threading.Event()
+    whole = scratch.file.write
+    begun = threading.Event()
+
+    def write(*args):
+        if not begun.is_set():
+            begun.set()
+            assert first_may_end.wait(PATIENCE_S)
+        whole(*args)
+
+    monkeypatch.setattr(scratch.file, "write", write)
+    journal.on_stall = first_may_end.set  # as soon as the training thread waits for it
+    backward(parameter, values(1))
+    assert begun.wait(PATIENCE_S)
+    parameter.grad = None
+    backward(parameter, values(2))
+    while swapper._leaving[-1].transfer.done() is False and not first_may_end.is_set():
+        pass  # the newer write passes the older one, if it may
+    first_may_end.set()
+    swapper.drain()
+    scratch.lanes.drain()
+    assert torch.equal(parameter.grad, values(2))
+
+
+@pytest.mark.parametrize("short_of", ["limit", "budget"])
+def test_gradients_that_may_not_wait_leave_at_once(swapper, journal, governor, short_of):
+    if short_of == "limit":
+        swapper.limit_nbytes = MIN_NBYTES
+    else:
+        governor.limit_nbytes = 0
+    parameters = [nn.Parameter(torch.zeros(SHAPE)) for _ in range(4)]
+    for index, parameter in enumerate(parameters):
+        swapper.watch(f"layer.{index}", parameter)
+    sum((parameter * values(index)).sum() for index, parameter in enumerate(parameters)).backward()
+    left = [swapper.home_of(parameter) is not None for parameter in parameters]
+    assert sum(left) >= (3 if short_of == "limit" else 4)
+    assert {(stall.role, stall.reason) for stall in stalls(journal)} <= {("gradient", "full")}
+    swapper.drain()
+    for index, parameter in enumerate(parameters):
+        assert torch.equal(parameter.grad, values(index))
+
+
+def test_waiting_for_a_gradient_is_a_stall_that_names_it(swapper, parameter, journal, gate):
+    journal.on_stall = gate.open
+    backward(parameter, values(1))
+    assert gate.begun.wait(PATIENCE_S)
+    swapper.drain()
+    (stall,) = stalls(journal)
+    assert (stall.key, stall.role, stall.lane, stall.reason) == (
+        "layer.weight",
+        "gradient",
+        "host→file",
+        "drain",
+    )
+
+
+def test_a_failed_write_is_raised_and_the_gradient_stays(swapper, parameter, scratch, monkeypatch):
+    def refuse(*_args):
+        raise TierIOError(28, "no room")
+
+    monkeypatch.setattr(scratch.file, "write", refuse)
+    backward(parameter, values(1))
+    with pytest.raises(TierIOError, match="no room"):
+        swapper.drain()
+    assert torch.equal(parameter.grad, values(1))
+    swapper.drain()  # told once
+
+
+def left_alone(swapper, parameter):
+    swapper.drain()
+    return not swapper.homes and swapper.home_of(parameter) is None
+
+
+def test_small_gradients_stay(swapper):
+    parameter = nn.Parameter(torch.zeros(MIN_NBYTES // 4 - 1))
+    swapper.watch("bias", parameter)
+    backward(parameter, torch.ones(MIN_NBYTES // 4 - 1))
+    assert left_alone(swapper, parameter)
+
+
+def test_frozen_parameters_have_no_gradient(swapper):
+    parameter = nn.Parameter(torch.zeros(SHAPE), requires_grad=False)
+    swapper.watch("frozen", parameter)
+    assert left_alone(swapper, parameter)
+
+
+def test_gradients_that_are_part_of_a_graph_stay(swapper, parameter):
+    (parameter**3).sum().backward(create_graph=True)
+    assert parameter.grad.requires_grad
+    assert left_alone(swapper, parameter)
+    parameter.grad = None
+
+
+def test_sparse_gradients_stay(swapper):
+    table = nn.Embedding(128, 128, sparse=True)
+    swapper.watch("table", table.weight)
+    table(torch.tensor([1, 5])).sum().backward()
+    assert table.weight.grad.is_sparse
+    assert left_alone(swapper, table.weight)
+
+
+def test_gradients_with_strides_of_their_own_stay(swapper, parameter):
+    parameter.grad = torch.zeros(SHAPE).t()
+    backward(parameter, values(1))
+    assert not parameter.grad.is_contiguous()
+    assert left_alone(swapper, parameter)
+    assert torch.equal(parameter.grad, values(1))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_tile_of_a_gradient_is_read_for_the_optimizer(swapper, cached):
+    parameter = nn.Parameter(torch.zeros(3 * 4096))
+    swapper.watch("layer.weight", parameter)
+    parameter.data = torch.zeros(40_000)
+    backward(parameter, values(1, (40_000,)))
+    swapper.drain()
+    home = swapper.home_of(parameter)
+    parameter.grad.mul_(3)
+    if cached:
+        assert torch.equal(parameter.grad, values(1, (40_000,)) * 3)
+    else:
+        swapper.scratch.file.sync()
+        home.shed()
+        swapper.scratch.file.uncache(home.block.extent.offset, home.block.extent.nbytes)
+    buffer = HostBuffer(8192 * 4)
+    staged = buffer.tensor(torch.float32, (8192,))
+    start = 4 * 8192
+    staged = staged[: 40_000 - start]
+    job = swapper.read_job(home, start, staged)
+    swapper.scratch.lanes.reads.submit([job], Label("", "gradient", "", ""), staged.nbytes).wait()
+    assert torch.equal(staged, values(1, (40_000,))[start:] * 3)
+    assert torch.equal(parameter.grad, values(1, (40_000,)) * 3)
+    buffer.release()
+
+
+def test_when_stopped_gradients_are_ordinary_again(swapper, parameter):
+    backward(parameter, values(1))
+    swapper.stop()
+    swapper.materialise()
+    assert swapper.home_of(parameter) is None
+    assert torch.equal(parameter.grad, values(1))
+    parameter.grad = None
+    backward(parameter, values(2))
+    assert not swapper._leaving
+    assert torch.equal(parameter.grad, values(2))
