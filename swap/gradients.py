@@ -55,7 +55,8 @@ class GradientSwapper:
         self.limit_nbytes = limit_nbytes
         self.homes: dict[nn.Parameter, MappedTensor] = {}
         self._names: dict[nn.Parameter, str] = {}
-        self._owners: dict[nn.Parameter, int] = {}  # storage owners of an unshared home
+        self._owners: dict[MappedTensor, int] = {}  # storage owners of an unshared home
+        self._outlived: list[MappedTensor] = []  # homes of old gradients that the user keeps
         self._leaving: deque[_Leaving] = deque()
         self._hooks: list[RemovableHandle] = []
 
@@ -77,6 +78,8 @@ class GradientSwapper:
             return
         if any(left.tensor.data_ptr() == gradient.data_ptr() for left in self._leaving):
             return  # accumulated in place while it leaves: ``_finish`` will see its version
+        while any(left.parameter is parameter for left in self._leaving):
+            self._await_oldest("drain")  # a dropped one must not land on top of this one
         self._leave(parameter, gradient)
         while self._leaving and (
             self._leaving_nbytes() > self.limit_nbytes or self.governor.room() < 0
@@ -94,15 +97,30 @@ class GradientSwapper:
 
     def _home(self, parameter: nn.Parameter) -> MappedTensor:
         """The parameter's place in scratch; a new one if the user still holds the old."""
+        self._reclaim()
         home = self.homes.get(parameter)
-        if home is not None and storage_use_count(home.tensor) <= self._owners[parameter]:
+        if home is not None and not self._is_kept(home):
             return home
+        if home is not None:
+            self._outlived.append(home)
         home = MappedTensor(self.scratch.file, parameter.dtype, parameter.shape, shared=True)
         home.file_as(self.scratch.allocate(home.nbytes))
         self.governor.watch(home)
         self.homes[parameter] = home
-        self._owners[parameter] = storage_use_count(home.tensor)
+        self._owners[home] = storage_use_count(home.tensor)
         return home
+
+    def _is_kept(self, home: MappedTensor) -> bool:
+        """Whether the user holds a tensor over the bytes of ``home``."""
+        return storage_use_count(home.tensor) > self._owners[home]
+
+    def _reclaim(self) -> None:
+        """Give back the room of old gradients that the user has let go of."""
+        for home in [home for home in self._outlived if not self._is_kept(home)]:
+            assert home.block is not None
+            home.block.release()
+            self._outlived.remove(home)
+            del self._owners[home]
 
     def poll(self) -> None:
         """Let go of the gradients whose write has ended; never blocks."""

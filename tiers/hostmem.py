@@ -25,6 +25,9 @@ _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_PAGEOUT, _MADV_POPULATE_READ = 4, 14, 21, 
 _FALLOC_FL_ZERO_RANGE = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+# The PAGEMAP_SCAN ioctl and its categories of pages.
+_PAGEMAP_SCAN = 0xC0606610
+_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
 # Bits of one 64-bit /proc/self/pagemap entry.
 _PAGEMAP_PRESENT, _PAGEMAP_SWAPPED, _PAGEMAP_FILE = 1 << 63, 1 << 62, 1 << 61
 
@@ -153,9 +156,29 @@ def has_private_copies(address: int, nbytes: int) -> bool:
     The kernel's page map tells: a page that is present (or swapped) and not backed by the
     file is a private copy. See Documentation/admin-guide/mm/pagemap.rst.
     """
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = _scan_pagemap(fd, address, page_ceil(nbytes))
+        return _read_pagemap(fd, address, nbytes) if found is None else found
+    finally:
+        os.close(fd)
+
+
+def _scan_pagemap(fd: int, address: int, nbytes: int) -> bool | None:
+    """The answer by ``PAGEMAP_SCAN``, which skips what is absent; None before Linux 6.7."""
+    region = (ctypes.c_uint64 * 3)()
+    argument = (ctypes.c_uint64 * 12)(
+        96, 0, address, address + nbytes, 0, ctypes.addressof(region), 1, 1,
+        _PAGE_IS_FILE, _PAGE_IS_FILE, _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED, _PAGE_IS_PRESENT,
+    )  # fmt: skip
+    regions = _libc.ioctl(fd, ctypes.c_ulong(_PAGEMAP_SCAN), argument)
+    return None if regions < 0 else regions > 0
+
+
+def _read_pagemap(fd: int, address: int, nbytes: int) -> bool:
+    """The answer by reading one entry for each page."""
     first, count = address // PAGE, page_ceil(nbytes) // PAGE
-    with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
-        bits = np.frombuffer(os.pread(pagemap.fileno(), 8 * count, 8 * first), dtype=np.uint64)
+    bits = np.frombuffer(os.pread(fd, 8 * count, 8 * first), dtype=np.uint64)
     held = (bits & np.uint64(_PAGEMAP_PRESENT | _PAGEMAP_SWAPPED)) != 0
     return bool((held & ((bits & np.uint64(_PAGEMAP_FILE)) == 0)).any())
 

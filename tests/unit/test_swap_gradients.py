@@ -3,6 +3,7 @@
 import os
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -65,27 +66,32 @@ def parameter(swapper):
 
 
 class Gate:
-    """Holds the scratch file's writes until it is opened."""
+    """Holds the scratch file's writes, before or after they touch the disk, until it is opened."""
 
-    def __init__(self, scratch, monkeypatch):
-        self.open_ = threading.Event()
-        self.begun = threading.Event()
+    def __init__(self, scratch, monkeypatch, when):
+        self.begun, self._open = threading.Event(), threading.Event()
         whole = scratch.file.write
 
         def write(*args):
-            self.begun.set()
-            assert self.open_.wait(PATIENCE_S)
+            if when == "before":
+                self._hold()
             whole(*args)
+            if when == "after":
+                self._hold()
 
         monkeypatch.setattr(scratch.file, "write", write)
 
+    def _hold(self):
+        self.begun.set()
+        assert self._open.wait(PATIENCE_S)
+
     def open(self):
-        self.open_.set()
+        self._open.set()
 
 
-@pytest.fixture
-def gate(scratch, monkeypatch):
-    gate = Gate(scratch, monkeypatch)
+@pytest.fixture(params=["before", "after"])
+def gate(scratch, monkeypatch, request):
+    gate = Gate(scratch, monkeypatch, request.param)
     yield gate
     gate.open()
 
@@ -148,13 +154,57 @@ def test_accumulation_goes_on_after_a_gradient_has_left(swapper, parameter):
     assert torch.equal(parameter.grad, values(1) + values(2))
 
 
-def test_a_change_by_the_user_while_a_gradient_leaves_is_kept(swapper, parameter, gate):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda gradient: gradient.mul_(0.5),
+        lambda gradient: gradient.data.mul_(0.5),  # tells no version counter
+        lambda gradient: np.multiply(gradient.numpy(), 0.5, out=gradient.numpy()),
+    ],
+    ids=["in place", "data", "numpy"],
+)
+def test_a_change_by_the_user_while_a_gradient_leaves_is_kept(swapper, parameter, gate, change):
+    backward(parameter, values(1))
+    assert gate.begun.wait(PATIENCE_S)
+    change(parameter.grad)
+    gate.open()
+    swapper.drain()
+    assert swapper.home_of(parameter) is not None
+    assert torch.equal(parameter.grad, values(1) * 0.5)
+
+
+def test_changes_between_later_steps_are_kept_too(swapper, parameter, gate):
+    """A gradient that leaves again, outside of backward, is watched as the first time."""
     backward(parameter, values(1))
     assert gate.begun.wait(PATIENCE_S)
     parameter.grad.mul_(0.5)
     gate.open()
+    swapper._leaving[0].transfer.settle()
+    swapper.poll()  # leaves again
+    parameter.grad.data.mul_(0.5)
     swapper.drain()
-    assert swapper.home_of(parameter) is not None
+    assert torch.equal(parameter.grad, values(1) * 0.25)
+
+
+def test_a_failed_backward_does_not_end_the_watch(swapper, parameter, gate):
+    class Refuse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ValueError("no")
+
+    other = nn.Parameter(torch.zeros(SHAPE))
+    swapper.watch("other", other)
+    with pytest.raises(ValueError, match="no"):
+        (Refuse.apply(torch.ones((), requires_grad=True)) + other.sum()).backward()
+    backward(parameter, values(1))
+    assert gate.begun.wait(PATIENCE_S)
+    parameter.grad.data.mul_(0.5)
+    gate.open()
+    swapper.drain()
     assert torch.equal(parameter.grad, values(1) * 0.5)
 
 
@@ -317,6 +367,7 @@ def test_frozen_parameters_have_no_gradient(swapper):
     assert left_alone(swapper, parameter)
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_gradients_that_are_part_of_a_graph_stay(swapper, parameter):
     (parameter**3).sum().backward(create_graph=True)
     assert parameter.grad.requires_grad
@@ -332,6 +383,7 @@ def test_sparse_gradients_stay(swapper):
     assert left_alone(swapper, table.weight)
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 def test_gradients_with_strides_of_their_own_stay(swapper, parameter):
     parameter.grad = torch.zeros(SHAPE).t()
     backward(parameter, values(1))
@@ -342,9 +394,8 @@ def test_gradients_with_strides_of_their_own_stay(swapper, parameter):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_tile_of_a_gradient_is_read_for_the_optimizer(swapper, cached):
-    parameter = nn.Parameter(torch.zeros(3 * 4096))
+    parameter = nn.Parameter(torch.zeros(40_000))
     swapper.watch("layer.weight", parameter)
-    parameter.data = torch.zeros(40_000)
     backward(parameter, values(1, (40_000,)))
     swapper.drain()
     home = swapper.home_of(parameter)
