@@ -23,6 +23,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _hooks_allowed() -> bool:
+    """Whether saved-tensor hooks may be pushed here."""
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
+
+
 class ModelHooks:
     """Installs the hooks of one model; ``remove`` takes them off again."""
 
@@ -80,7 +85,7 @@ class ModelHooks:
         self._on_pass()
         self._weights.trace.begin((name, torch.is_grad_enabled()))
         # torch.func forbids such hooks inside its transforms: what it saves then stays in memory.
-        if torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled():
+        if torch.is_grad_enabled() and _hooks_allowed():
             torch._C._autograd._push_saved_tensors_default_hooks(
                 self._activations.pack, self._activations.unpack
             )

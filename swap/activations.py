@@ -63,11 +63,10 @@ class _Storage:
 
 @dataclass(slots=True)
 class _Remains:
-    """What a dead storage leaves until its transfer has ended."""
+    """What a dead storage leaves until its transfer, which owns its memory, has ended."""
 
     block: Block | None
     transfer: Transfer | None
-    memory: torch.UntypedStorage | None
 
 
 class _Packed:
@@ -144,7 +143,11 @@ class ActivationCache:
     def pack(self, tensor: torch.Tensor) -> _Saved:
         """Called by autograd for each tensor that it saves."""
         self._settle()
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not _plain(tensor):
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and _plain(tensor)
+        # An alias: the tensor itself would own the graph node that owns what is returned here,
+        # and a graph that nobody runs backward on would never be freed.
+        tensor = tensor.detach()
+        if not plain:
             return _Kept(tensor)
         memory = tensor.untyped_storage()
         name = self._weight_names.get(memory._cdata)
@@ -194,12 +197,17 @@ class ActivationCache:
     def _spill(self) -> None:
         """Write the oldest storages out until the rest fits."""
         excess = self.kept_nbytes - sum(storage.nbytes for storage in self._writing)
+        arriving: list[weakref.ref[_Storage]] = []
         while excess > self.limit_nbytes and self._order:
-            storage = self._order.popleft()()
+            known = self._order.popleft()
+            storage = known()
+            if storage is not None and storage.residency is Residency.FETCHING:
+                arriving.append(known)  # its turn comes
             if storage is None or storage.residency is not Residency.READY:
                 continue
             excess -= storage.nbytes
             self._write_out(storage)
+        self._order.extendleft(reversed(arriving))
         while self._writing and self.kept_nbytes > 2 * self.limit_nbytes:
             self._await_written("full")
 
@@ -213,7 +221,9 @@ class ActivationCache:
             self.scratch.file, storage.block, storage.memory.data_ptr(), storage.nbytes
         )
         label = Label(f"saved {storage.index}", "activation", "host", self.scratch.spec.name)
-        storage.transfer = self.scratch.lanes.writes.submit(jobs, label, storage.nbytes)
+        storage.transfer = self.scratch.lanes.writes.submit(
+            jobs, label, storage.nbytes, owner=storage.memory
+        )
         self._become(storage, Residency.WRITING)
         self._writing.append(storage)
 
@@ -224,7 +234,7 @@ class ActivationCache:
         for _ in range(len(self._dead)):
             remains = self._dead.popleft()
             if remains.transfer is not None and not remains.transfer.done():
-                self._dead.append(remains)  # its memory and block are still in use
+                self._dead.append(remains)  # its block is still in use
             elif remains.block is not None:
                 remains.block.release()
 
@@ -258,7 +268,9 @@ class ActivationCache:
             self.scratch.file, storage.block, storage.memory.data_ptr(), storage.nbytes
         )
         label = Label(f"saved {storage.index}", "activation", self.scratch.spec.name, "host")
-        storage.transfer = self.scratch.lanes.reads.submit(jobs, label, storage.nbytes)
+        storage.transfer = self.scratch.lanes.reads.submit(
+            jobs, label, storage.nbytes, owner=storage.memory
+        )
         self._count(storage.nbytes)
         self._become(storage, Residency.FETCHING)
         self._order.append(weakref.ref(storage))
@@ -283,7 +295,8 @@ class ActivationCache:
     def _prefetch(self, index: int) -> None:
         """Fetch what backward needs next: the storages packed just before ``index``."""
         for earlier in sorted(self._absent, reverse=True):
-            storage = self._absent[earlier]()
+            known = self._absent.get(earlier)  # a storage may die at any moment
+            storage = known() if known is not None else None
             if earlier >= index or storage is None:
                 continue
             if self.kept_nbytes + storage.nbytes > self.limit_nbytes:
@@ -312,7 +325,7 @@ class ActivationCache:
             known = self._by_memory.get(storage.memory._cdata)
             if known is not None and known() is None:
                 del self._by_memory[storage.memory._cdata]
-        self._dead.append(_Remains(storage.block, storage.transfer, storage.memory))
+        self._dead.append(_Remains(storage.block, storage.transfer))
 
     def close(self) -> None:
         """Wait for writes in flight; saved tensors that still live stay usable."""

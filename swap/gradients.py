@@ -1,10 +1,14 @@
 """Gradients leave memory as backward produces them, and stay visible as ``p.grad``.
 
 [Note: always a right gradient] While its write is in flight ``p.grad`` is the tensor that
-autograd made. When the write has ended, and nobody changed that tensor meanwhile (its version
-counter tells), ``p.grad`` becomes a shared mapping of the same bytes in scratch and the memory
-goes. Reading it faults pages in; writing to it, by ``clip_grad_norm_``, an accumulating second
-backward or a logger, writes through to scratch. Its pages can be shed at any moment.
+autograd made. When the write has ended, and nobody changed that tensor meanwhile, ``p.grad``
+becomes a shared mapping of the same bytes in scratch and the memory goes. Reading it faults pages
+in; writing to it, by ``clip_grad_norm_``, an accumulating second backward or a logger, writes
+through to scratch. Its pages can be shed at any moment.
+
+Whether it was changed, its version counter tells; but ``p.grad.data`` and numpy change bytes
+without counting. So gradients still on their way when backward gives control to the user's code
+have a checksum taken there, and only those.
 """
 
 import ctypes
@@ -22,6 +26,7 @@ from offload.tiers.filetier import FileTier
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Job, Transfer
 from offload.tiers.mapped import MappedTensor
+from offload.tiers.store import checksum
 
 MIN_NBYTES = 64 << 10  # smaller gradients cost more to move than to keep
 
@@ -35,6 +40,13 @@ class _Leaving:
     version: int
     home: MappedTensor
     transfer: Transfer
+    checksum: int | None = None  # of its bytes before the user's code could change them
+
+    def is_changed(self) -> bool:
+        """Whether the tensor was changed since it began to leave."""
+        if self.tensor._version != self.version:
+            return True
+        return self.checksum is not None and self.checksum != _checksum(self.tensor)
 
 
 class GradientSwapper:
@@ -58,6 +70,7 @@ class GradientSwapper:
         self._owners: dict[MappedTensor, int] = {}  # storage owners of an unshared home
         self._outlived: list[MappedTensor] = []  # homes of old gradients that the user keeps
         self._leaving: deque[_Leaving] = deque()
+        self._watched_task = -1  # of autograd; at its end ``_end_backward`` is called
         self._hooks: list[RemovableHandle] = []
 
     def watch(self, name: str, parameter: nn.Parameter) -> None:
@@ -80,6 +93,7 @@ class GradientSwapper:
             return  # accumulated in place while it leaves: ``_finish`` will see its version
         while any(left.parameter is parameter for left in self._leaving):
             self._await_oldest("drain")  # a dropped one must not land on top of this one
+        self._watch_backward()
         self._leave(parameter, gradient)
         while self._leaving and (
             self._leaving_nbytes() > self.limit_nbytes or self.governor.room() < 0
@@ -92,8 +106,24 @@ class GradientSwapper:
         name = self._names[parameter]
         label = Label(name, "gradient", "host", self.scratch.spec.name)
         jobs = write_jobs(self.scratch.file, home.block, gradient.data_ptr(), gradient.nbytes)
-        transfer = self.scratch.lanes.writes.submit(jobs, label, gradient.nbytes)
-        self._leaving.append(_Leaving(parameter, gradient, gradient._version, home, transfer))
+        version = gradient._version
+        digest = _checksum(gradient) if torch._C._current_graph_task_id() == -1 else None
+        transfer = self.scratch.lanes.writes.submit(jobs, label, gradient.nbytes, owner=gradient)
+        self._leaving.append(_Leaving(parameter, gradient, version, home, transfer, digest))
+
+    def _watch_backward(self) -> None:
+        """Be called at the end of the backward that runs now."""
+        task = torch._C._current_graph_task_id()
+        if task != self._watched_task:
+            self._watched_task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        """The user's code runs next: note the bytes of the gradients that it could change."""
+        self.poll()
+        for left in self._leaving:
+            if left.checksum is None:
+                left.checksum = _checksum(left.tensor)
 
     def _home(self, parameter: nn.Parameter) -> MappedTensor:
         """The parameter's place in scratch; a new one if the user still holds the old."""
@@ -145,7 +175,7 @@ class GradientSwapper:
         gradient = left.parameter.grad
         if gradient is None or gradient.data_ptr() != left.tensor.data_ptr():
             return  # the user dropped or replaced it meanwhile
-        if gradient._version != left.version:
+        if left.is_changed():
             self._leave(left.parameter, gradient)  # changed while it was written: again
             return
         # A tensor of its own over the same bytes: who keeps it is seen as an owner of them.
@@ -195,6 +225,10 @@ class GradientSwapper:
             if self.home_of(parameter) is not None:
                 assert parameter.grad is not None
                 parameter.grad = parameter.grad.clone()
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    return checksum(tensor.data_ptr(), tensor.nbytes)
 
 
 def _movable(gradient: torch.Tensor, parameter: nn.Parameter) -> bool:

@@ -90,7 +90,7 @@ class FileTier(Tier):
         self.file.clear(block.extent.offset, block.extent.nbytes)
 
     def _grow_for(self, nbytes: int) -> None:
-        """Grow by as much again, within bounds; on a disk that is nearly full by ``nbytes`` only."""
+        """Grow by as much again, within bounds; on a nearly full disk by ``nbytes`` only."""
         generous = max(nbytes, min(_GROW_NBYTES, self.arena.capacity))
         try:
             self._grow(generous)

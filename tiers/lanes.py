@@ -18,11 +18,25 @@ Job: TypeAlias = Callable[[], None]
 
 
 class Transfer:
-    """A move in flight: done when all of its jobs have ended."""
+    """A move in flight: done when all of its jobs have ended.
 
-    __slots__ = ("_event", "_left", "_lock", "error", "label", "nbytes", "observed", "started_s")
+    ``owner`` is kept alive until then: the memory that the jobs know by its address only.
+    """
 
-    def __init__(self, label: Label, nbytes: int, jobs: int) -> None:
+    __slots__ = (
+        "_event",
+        "_left",
+        "_lock",
+        "error",
+        "label",
+        "nbytes",
+        "observed",
+        "owner",
+        "started_s",
+    )
+
+    def __init__(self, label: Label, nbytes: int, jobs: int, owner: object = None) -> None:
+        self.owner = owner if jobs else None
         self.label = label
         self.nbytes = nbytes
         self.error: BaseException | None = None
@@ -61,6 +75,7 @@ class Transfer:
             return self._left == 0
 
     def _complete(self) -> None:
+        self.owner = None
         self._event.set()
 
 
@@ -89,13 +104,20 @@ class Lane:
             thread.start()
 
     def submit(
-        self, jobs: Sequence[Job], label: Label, nbytes: int, *, urgent: bool = False
+        self,
+        jobs: Sequence[Job],
+        label: Label,
+        nbytes: int,
+        *,
+        urgent: bool = False,
+        owner: object = None,
     ) -> Transfer:
         """Queue ``jobs`` as one transfer of ``nbytes``; never blocks.
 
-        ``urgent`` goes to the head of the queue: somebody is already waiting for it.
+        ``urgent`` goes to the head of the queue: somebody is already waiting for it. ``owner``
+        is kept alive until the last job has ended.
         """
-        transfer = Transfer(label, nbytes, len(jobs))
+        transfer = Transfer(label, nbytes, len(jobs), owner)
         entries = [(transfer, job) for job in jobs]
         with self._wake:
             if self._closed:

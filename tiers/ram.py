@@ -45,7 +45,8 @@ class RamTier(Tier):
         buffer = self._buffers.get(block.generation)
         if buffer is None:
             raise StaleBlockError(
-                f"block {block.generation} ({block.nbytes} bytes) outlived its {self.spec.name} tier"
+                f"block {block.generation} ({block.nbytes} bytes) outlived its tier, "
+                f"{self.spec.name}"
             )
         return buffer.address
 

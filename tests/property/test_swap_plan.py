@@ -50,9 +50,7 @@ FIELDS = ("window_nbytes", "gradients_nbytes", "activations_nbytes", "staging_nb
 @given(census=censuses(), budget=BUDGETS, baseline=BASELINES, chunk=CHUNKS)
 def test_shares_fit_the_budget(census, budget, baseline, chunk):
     try:
-        plan = make_plan(
-            census, budget_nbytes=budget, baseline_nbytes=baseline, chunk_numel=chunk
-        )
+        plan = make_plan(census, budget_nbytes=budget, baseline_nbytes=baseline, chunk_numel=chunk)
     except BudgetError:
         return
     assert all(getattr(plan, field) >= 0 for field in FIELDS)
@@ -81,7 +79,7 @@ def test_the_smallest_budget_that_an_error_names_fits(census, budget, baseline):
         )
     except BudgetError as error:
         named = error.needed_nbytes
-        assert error.budget_nbytes == budget < named
+        assert error.budget_nbytes == budget < named  # noqa: PT017 (not every budget fails)
         advice = parse_nbytes(str(error).rpartition("host=")[2])
         assert named <= advice < named + MIB
     else:
@@ -129,8 +127,8 @@ def test_an_error_names_the_largest_layer_and_its_bytes(census, budget, baseline
         needs = {f"({name})": nbytes for name, nbytes in census.module_nbytes().items()}
         named = [name for name in needs if name in message]
         assert [needs[name] for name in named] == [max(needs.values())] if needs else not named
-        assert isinstance(error, MemoryError)
-        assert error.exit_code == 3
+        assert isinstance(error, MemoryError)  # noqa: PT017 (not every budget fails)
+        assert error.exit_code == 3  # noqa: PT017 (as above)
 
 
 @given(budget=st.integers(0, 1 << 40))

@@ -1,5 +1,7 @@
 """Tiles cover every element once, in order, on the grid that keeps fused kernels exact."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,7 +52,7 @@ def test_a_tile_has_one_piece_of_a_parameter(numels, chunk_numel):
 @given(numels=st.lists(st.integers(1, 64), min_size=2, max_size=30))
 def test_small_parameters_share_tiles(numels):
     tiles = cut(numels, 128)
-    for first, second in zip(tiles, tiles[1:], strict=False):
+    for first, second in itertools.pairwise(tiles):
         together = sum(piece.numel for piece in (*first, second[0]))
         assert together > 128  # the next one did not fit
 

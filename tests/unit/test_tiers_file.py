@@ -202,11 +202,11 @@ def test_sync_reports_the_disk_s_errors(file, monkeypatch):
 def test_grow_takes_the_room_at_once_and_never_shrinks(tmp_path):
     with TierFile(tmp_path, "data") as file:
         file.grow(1 << 20)
-        facts = os.stat(tmp_path / "data")
+        facts = (tmp_path / "data").stat()
         assert facts.st_size == file.nbytes == 1 << 20
         assert facts.st_blocks * 512 >= 1 << 20  # not a hole
         file.grow(PAGE)
-        assert file.nbytes == os.stat(tmp_path / "data").st_size == 1 << 20
+        assert file.nbytes == (tmp_path / "data").stat().st_size == 1 << 20
 
 
 def test_grow_reports_what_is_not_about_room(file, monkeypatch):
@@ -226,12 +226,12 @@ def test_a_growth_that_finds_no_room_keeps_none(file, monkeypatch, code):
     monkeypatch.setattr(file_module.os, "posix_fallocate", partial)
     with pytest.raises(CapacityError, match=r"needs 4.00 MiB more \(4194304 bytes\).* free"):
         file.grow(FILE_NBYTES + (4 << 20))
-    assert os.stat(file.directory / "data").st_size == FILE_NBYTES == file.nbytes
+    assert (file.directory / "data").stat().st_size == FILE_NBYTES == file.nbytes
 
 
 def test_files_are_the_owner_s_alone(tmp_path):
     with TierFile(tmp_path, "data"):
-        assert stat.S_IMODE(os.stat(tmp_path / "data").st_mode) == 0o600
+        assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o600
     with TierFile(tmp_path, None) as scratch:
         assert stat.S_IMODE(os.fstat(scratch.fd).st_mode) == 0o600
 
@@ -291,7 +291,7 @@ def test_a_file_system_without_direct_io_is_used_through_the_cache(tmp_path, mon
 def test_room_is_taken_when_blocks_are_allocated_not_when_they_are_written(tmp_path, lanes):
     with FileTier(tmp_path, "data", lanes) as tier:
         tier.reserve_room(10 << 20)
-        assert os.stat(tmp_path / "data").st_blocks * 512 >= 10 << 20
+        assert (tmp_path / "data").stat().st_blocks * 512 >= 10 << 20
         capacity = tier.arena.capacity
         blocks = [tier.allocate(5 << 20) for _ in range(2)]
         assert tier.arena.capacity == capacity

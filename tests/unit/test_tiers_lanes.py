@@ -237,6 +237,20 @@ def test_an_idle_lane_holds_no_reference_to_its_jobs(lane):
     assert gone() is None
 
 
+def test_the_owner_of_the_memory_lives_until_the_last_job_has_ended(make_lane):
+    lane, held, gates = make_lane(workers=2), Held(), [threading.Event(), threading.Event()]
+    gone = weakref.ref(held)
+    jobs = [partial(gate.wait, PATIENCE_S) for gate in gates]
+    transfer = lane.submit(jobs, LABEL, 1, owner=held)
+    del held
+    gates[0].set()
+    assert gone() is not None
+    gates[1].set()
+    transfer.wait()
+    assert gone() is None
+    assert lane.submit([], LABEL, 0, owner=Held()).owner is None
+
+
 def test_finished_transfers_are_recorded_once_each(lane, recorder):
     moved = Label("layer.1", "state", "host", "file:/data")
     lane.submit([lambda: None, lambda: None], LABEL, 300).wait()

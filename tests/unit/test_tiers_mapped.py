@@ -4,6 +4,7 @@ import gc
 import os
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,12 +72,12 @@ def fetch(tier, mapped, pool=None):
 
 
 def area_lines():
-    with open("/proc/self/maps") as maps:
+    with Path("/proc/self/maps").open() as maps:
         return [line.split()[0] for line in maps]
 
 
 def is_mapped(address):
-    bounds = (map(lambda text: int(text, 16), line.split("-")) for line in area_lines())
+    bounds = ([int(text, 16) for text in line.split("-")] for line in area_lines())
     return any(low <= address < high for low, high in bounds)
 
 

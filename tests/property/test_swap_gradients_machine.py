@@ -50,12 +50,14 @@ class GradientMachine(RuleBasedStateMachine):
             elif parameters[which].grad is not None:
                 parameters[which].grad.zero_()
 
-    @rule(factor=st.sampled_from([0.5, -2.0]))
-    def scale(self, factor):
+    @rule(factor=st.sampled_from([0.5, -2.0]), counted=st.booleans())
+    def scale(self, factor, counted):
         for parameters in (self.swapped, self.plain):
             found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            if found:
+            if found and counted:
                 torch._foreach_mul_(found, factor)
+            for gradient in () if counted else found:
+                gradient.data.mul_(factor)  # tells no version counter
 
     @precondition(lambda self: any(parameter.grad is not None for parameter in self.plain))
     @rule()

@@ -1,0 +1,624 @@
+"""Saved tensors come back as they were saved, and go when nobody needs them."""
+
+import gc
+import itertools
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from offload.allocator.errors import TierIOError
+from offload.swap.activations import ActivationCache
+from offload.swap.census import storage_key
+from offload.swap.residency import Residency
+from offload.tiers.events import ListRecorder, ResidencyChange, Stall
+from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.journal import Journal
+
+NUMEL = 20_000
+NBYTES = 4 * NUMEL
+PATIENCE_S = 60
+
+
+class Waits(Journal):
+    """Tells ``on_stall`` when the training thread is about to wait."""
+
+    on_stall = staticmethod(lambda: None)
+
+    def stall(self, *args):
+        self.on_stall()
+        return super().stall(*args)
+
+
+class FakeWeights:
+    """Stands for the weight swapper: notes what backward asked for."""
+
+    def __init__(self):
+        self.used = []
+
+    def use(self, names):
+        self.used += names
+
+
+@pytest.fixture
+def journal():
+    return Waits(ListRecorder())
+
+
+@pytest.fixture
+def scratch(tmp_path, journal):
+    lanes = Lanes(journal)
+    with FileTier(tmp_path, None, lanes) as scratch:
+        yield scratch
+    lanes.close()
+
+
+@pytest.fixture
+def make_cache(scratch, journal):
+    def make(limit_nbytes, min_nbytes=1024):
+        return ActivationCache(
+            FakeWeights(), scratch, journal, limit_nbytes=limit_nbytes, min_nbytes=min_nbytes
+        )
+
+    return make
+
+
+class Gate:
+    """Holds the scratch file's reads or writes until it is opened."""
+
+    def __init__(self, scratch, monkeypatch, call):
+        self.begun, self._open = threading.Event(), threading.Event()
+        whole = getattr(scratch.file, call)
+
+        def held(*args):
+            self.begun.set()
+            assert self._open.wait(PATIENCE_S)
+            whole(*args)
+
+        monkeypatch.setattr(scratch.file, call, held)
+
+    def open(self):
+        self._open.set()
+
+
+@pytest.fixture
+def make_gate(scratch, monkeypatch):
+    gates = []
+
+    def make(call):
+        gates.append(Gate(scratch, monkeypatch, call))
+        return gates[-1]
+
+    yield make
+    for gate in gates:
+        gate.open()
+
+
+def values(seed, numel=NUMEL):
+    return torch.randn(numel, generator=torch.Generator().manual_seed(seed))
+
+
+def packed(cache, count):
+    """Handles of ``count`` tensors that nobody else holds."""
+    return [cache.pack(values(seed)) for seed in range(count)]
+
+
+def residencies(handles):
+    return [handle.storage.residency for handle in handles]
+
+
+def blocks(scratch):
+    return scratch.arena.stats().current_count
+
+
+def settle(cache):
+    """All transfers end, and the cache takes note."""
+    cache.scratch.lanes.settle()
+    cache.pack(torch.zeros(1))
+
+
+# While they fit.
+
+
+def test_what_fits_is_not_copied(make_cache):
+    cache = make_cache(10 * NBYTES)
+    tensor = values(1)
+    handle = cache.pack(tensor)
+    back = cache.unpack(handle)
+    assert back.data_ptr() == tensor.data_ptr()
+    assert torch.equal(back, values(1))
+    assert cache.kept_nbytes == cache.peak_nbytes == NBYTES
+
+
+def test_views_of_one_storage_count_once(make_cache):
+    cache = make_cache(10 * NBYTES)
+    base = values(1)
+    handles = [cache.pack(view) for view in (base, base[10:], base.view(100, 200).t(), base)]
+    assert cache.kept_nbytes == NBYTES
+    del handles[:3]
+    gc.collect()
+    assert cache.kept_nbytes == NBYTES
+    handles.clear()
+    gc.collect()
+    assert cache.kept_nbytes == 0
+
+
+def test_a_view_counts_the_storage_that_it_keeps_alive(make_cache):
+    cache = make_cache(10 * NBYTES)
+    handle = cache.pack(values(1)[:5])
+    assert cache.kept_nbytes == handle.storage.nbytes == NBYTES
+
+
+def test_memory_that_was_freed_and_used_again_is_a_new_storage(make_cache):
+    cache = make_cache(100 * NBYTES)
+    for seed in range(20):
+        handle = cache.pack(values(seed))
+        assert torch.equal(cache.unpack(handle), values(seed))
+        assert cache.kept_nbytes == NBYTES
+        del handle
+
+
+def test_small_tensors_stay_and_do_not_count(make_cache):
+    cache = make_cache(0, min_nbytes=1024)
+    small = torch.arange(255.0)
+    handle = cache.pack(small)
+    assert cache.unpack(handle).data_ptr() == small.data_ptr()
+    assert cache.kept_nbytes == 0
+    assert cache.pack(torch.arange(256.0)).storage.nbytes == 1024
+
+
+def test_weights_stay_and_are_asked_for(make_cache):
+    cache = make_cache(0)
+    weight = nn.Parameter(values(1).view(100, 200))
+    cache.know_weights({storage_key(weight): "layer.weight"})
+    handles = [cache.pack(weight), cache.pack(weight.detach().t())]
+    assert cache.kept_nbytes == 0
+    assert cache.weights.used == []
+    assert torch.equal(cache.unpack(handles[1]), weight.t())
+    assert cache.unpack(handles[0]).data_ptr() == weight.data_ptr()
+    assert cache.weights.used == ["layer.weight", "layer.weight"]
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(200).to_sparse(),
+        values(1).as_subclass(Wrapped),
+        torch.view_as_complex(values(1).view(-1, 2)).conj(),
+        torch.view_as_complex(values(1).view(-1, 2)).conj().imag,
+        torch.empty(NUMEL, device="meta"),
+    ],
+    ids=["sparse", "subclass", "conjugate", "negative", "meta"],
+)
+def test_tensors_that_are_more_than_their_bytes_are_left_alone(make_cache, tensor):
+    cache = make_cache(0)
+    back = cache.unpack(cache.pack(tensor))
+    assert cache.kept_nbytes == 0
+    assert type(back) is type(tensor)
+    assert (back.layout, back.device, back.is_conj(), back.is_neg()) == (
+        tensor.layout,
+        tensor.device,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+    if not tensor.is_meta:
+        assert torch.equal(back.to_dense(), tensor.to_dense())
+
+
+# Beyond the limit.
+
+VIEWS = {
+    "whole": lambda base: base,
+    "offset": lambda base: base[1000:],
+    "transposed": lambda base: base.view(100, 200).t(),
+    "strided": lambda base: base[5::7],
+    "expanded": lambda base: base[:50].view(50, 1).expand(50, 30),
+    "scalar": lambda base: base[77],
+    "empty": lambda base: base[:0],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_every_view_comes_back_with_its_shape_and_strides(make_cache, view):
+    cache = make_cache(0)
+    base = values(1)
+    expected = view(base).clone()
+    shape, strides = view(base).shape, view(base).stride()
+    offset = view(base).storage_offset()
+    handle = cache.pack(view(base))
+    del base
+    settle(cache)
+    assert handle.storage.residency is Residency.ABSENT
+    back = cache.unpack(handle)
+    assert torch.equal(back, expected)
+    assert (back.shape, back.stride(), back.storage_offset()) == (shape, strides, offset)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+)
+def test_every_type_comes_back(make_cache, dtype):
+    cache = make_cache(0)
+    tensor = (values(1) * 9).to(dtype)
+    handle = cache.pack(tensor.clone())
+    settle(cache)
+    back = cache.unpack(handle)
+    assert back.dtype == dtype
+    assert torch.equal(back, tensor)
+
+
+def test_views_of_one_storage_still_share_it_when_it_comes_back(make_cache):
+    cache = make_cache(0)
+    base = values(1)
+    handles = [cache.pack(base), cache.pack(base[100:])]
+    del base
+    settle(cache)
+    whole, part = (cache.unpack(handle) for handle in handles)
+    assert part.data_ptr() == whole.data_ptr() + 400
+    assert torch.equal(part, values(1)[100:])
+
+
+def test_the_oldest_go_first(make_cache):
+    cache = make_cache(2 * NBYTES)
+    handles = packed(cache, 5)
+    settle(cache)
+    assert residencies(handles) == [Residency.ABSENT] * 3 + [Residency.READY] * 2
+    assert cache.kept_nbytes == 2 * NBYTES
+    for seed, handle in reversed(list(enumerate(handles))):
+        assert torch.equal(cache.unpack(handle), values(seed))
+
+
+def test_unpacking_again_and_again_reads_once(make_cache, journal):
+    cache = make_cache(0)
+    handle = cache.pack(values(1))
+    settle(cache)
+    for _ in range(3):
+        assert torch.equal(cache.unpack(handle), values(1))
+    assert journal.totals.read_nbytes == NBYTES
+    assert journal.totals.written_nbytes == NBYTES
+
+
+def test_what_came_back_is_dropped_again_without_a_second_write(make_cache, journal):
+    cache = make_cache(NBYTES)
+    first = cache.pack(values(1))
+    second = cache.pack(values(2))
+    settle(cache)
+    assert torch.equal(cache.unpack(first), values(1))
+    third = cache.pack(values(3))
+    settle(cache)
+    assert first.storage.residency is Residency.ABSENT
+    assert torch.equal(cache.unpack(first), values(1))
+    assert [second.storage.index, third.storage.index] == [1, 2]
+    writes = {move.key: move.nbytes for move in journal.recorder.events if hasattr(move, "src")
+              and move.src == "host"}  # fmt: skip
+    assert writes["saved 0"] == NBYTES
+    keys = [
+        event.key
+        for event in journal.recorder.events
+        if hasattr(event, "src") and event.src == "host"
+    ]
+    assert keys.count("saved 0") == 1
+
+
+def test_what_was_arriving_takes_its_turn_to_go(make_cache, make_gate):
+    """A storage on its way in, passed over while others were spilled, is spilled later."""
+    cache = make_cache(2 * NBYTES)
+    handles = packed(cache, 4)
+    settle(cache)
+    del handles[3]
+    gate = make_gate("read")
+    cache.unpack(handles[2])  # fetches what comes before it
+    assert residencies(handles) == [Residency.ABSENT, Residency.FETCHING, Residency.READY]
+    newer = packed(cache, 3)  # passes the arriving one over
+    gate.open()
+    assert torch.equal(cache.unpack(handles[1]), values(1))
+    newer += packed(cache, 3)
+    settle(cache)
+    assert residencies(handles) == [Residency.ABSENT] * 3
+    assert cache.kept_nbytes <= 2 * NBYTES
+
+
+def test_backward_finds_the_next_ones_on_their_way(make_cache):
+    cache = make_cache(3 * NBYTES)
+    handles = packed(cache, 8)
+    settle(cache)
+    while handles:
+        handle = handles.pop()
+        seed = len(handles)
+        assert torch.equal(cache.unpack(handle), values(seed))
+        del handle
+        settle(cache)
+        arriving = [earlier.storage.residency for earlier in handles[-2:]]
+        assert Residency.ABSENT not in arriving
+        assert cache.kept_nbytes <= 3 * NBYTES
+    assert cache.kept_nbytes == 0
+
+
+def test_a_storage_may_die_while_others_are_fetched(make_cache, monkeypatch):
+    cache = make_cache(4 * NBYTES)
+    handles = packed(cache, 8)
+    settle(cache)
+    whole = cache._fetch
+
+    def fetch(storage):
+        if handles:
+            del handles[:2]  # as the garbage collector may do at any moment
+        whole(storage)
+
+    last = handles.pop()
+    del handles[4:]
+    monkeypatch.setattr(cache, "_fetch", fetch)
+    assert torch.equal(cache.unpack(last), values(7))
+
+
+def test_leaving_tensors_hold_the_training_thread_up_when_they_are_too_many(
+    make_cache, make_gate, journal
+):
+    cache = make_cache(2 * NBYTES)
+    gate = make_gate("write")
+    handles = packed(cache, 4)
+    assert cache.kept_nbytes == 4 * NBYTES
+    assert not stalls(journal)
+    journal.on_stall = gate.open
+    handles += [cache.pack(values(4))]
+    assert cache.kept_nbytes <= 4 * NBYTES
+    assert (stalls(journal)[0].role, stalls(journal)[0].reason) == ("activation", "full")
+    for seed, handle in reversed(list(enumerate(handles))):
+        assert torch.equal(cache.unpack(handle), values(seed))
+
+
+def stalls(journal):
+    return [event for event in journal.recorder.events if isinstance(event, Stall)]
+
+
+def test_a_late_tensor_is_a_stall_that_names_it(make_cache, make_gate, journal):
+    cache = make_cache(0)
+    handle = cache.pack(values(0))
+    settle(cache)
+    gate = make_gate("read")
+    journal.on_stall = gate.open
+    assert torch.equal(cache.unpack(handle), values(0))
+    (stall,) = stalls(journal)
+    assert (stall.key, stall.lane, stall.reason) == ("saved 0", "file→host", "late")
+
+
+def test_a_tensor_on_its_way_out_is_read_from_memory(make_cache, make_gate, journal):
+    cache = make_cache(0)
+    gate = make_gate("write")
+    tensor = values(1)
+    handle = cache.pack(tensor)
+    assert gate.begun.wait(PATIENCE_S)
+    assert handle.storage.residency is Residency.WRITING
+    assert cache.unpack(handle).data_ptr() == tensor.data_ptr()
+    assert journal.totals.read_nbytes == 0
+
+
+def test_changes_of_residency_are_recorded(make_cache, journal):
+    cache = make_cache(0)
+    handle = cache.pack(values(1))
+    settle(cache)
+    cache.unpack(handle)
+    changes = [
+        (event.old, event.new)
+        for event in journal.recorder.events
+        if isinstance(event, ResidencyChange)
+    ]
+    states = ["ready", "writing", "absent", "fetching", "ready"]
+    assert changes == list(itertools.pairwise(states))
+
+
+# When handles die.
+
+
+def test_a_dead_handle_gives_its_memory_back(make_cache):
+    cache = make_cache(10 * NBYTES)
+    handle = cache.pack(values(1))
+    del handle
+    assert cache.kept_nbytes == 0
+
+
+def test_a_dead_handle_gives_its_block_back(make_cache, scratch):
+    cache = make_cache(0)
+    handle = cache.pack(values(1))
+    settle(cache)
+    assert blocks(scratch) == 1
+    del handle
+    settle(cache)
+    assert blocks(scratch) == 0
+    assert cache.kept_nbytes == 0
+
+
+@pytest.mark.parametrize("call", ["write", "read"])
+def test_a_handle_that_dies_in_flight_leaves_nothing_behind(make_cache, scratch, make_gate, call):
+    cache = make_cache(NBYTES)
+    handles = packed(cache, 2)
+    if call == "read":
+        settle(cache)
+        assert residencies(handles) == [Residency.ABSENT, Residency.READY]
+        del handles[1]
+    gate = make_gate(call)
+    if call == "write":
+        handles.append(cache.pack(values(2)))  # the second leaves
+    else:
+        cache._fetch(handles[0].storage)
+    assert gate.begun.wait(PATIENCE_S)
+    handles.clear()
+    gc.collect()
+    cache.pack(torch.zeros(1))
+    assert blocks(scratch) > 0  # still in use by the transfer
+    other = scratch.allocate(NBYTES)
+    gate.open()
+    settle(cache)
+    other.release()
+    assert blocks(scratch) == 0
+    assert cache.kept_nbytes == 0
+
+
+@pytest.mark.parametrize("call", ["write", "read"])
+def test_memory_outlives_handle_and_cache_until_its_transfer_has_ended(make_cache, make_gate, call):
+    """Jobs know it by its address only: freed memory would be read, or written over."""
+    cache = make_cache(0)
+    handle = cache.pack(values(1))
+    if call == "read":
+        settle(cache)
+        gate = make_gate(call)
+        cache._fetch(handle.storage)
+    else:
+        settle(cache)
+        gate = make_gate(call)
+        handle = cache.pack(values(1))
+    assert gate.begun.wait(PATIENCE_S)
+    transfer, memory = handle.storage.transfer, handle.storage.memory
+    lanes = cache.scratch.lanes
+    del handle, cache
+    gc.collect()
+    assert transfer.owner is memory
+    gate.open()
+    lanes.settle()
+    assert transfer.owner is None
+
+
+@pytest.mark.parametrize("limit_nbytes", [0, 100 * NBYTES])
+@pytest.mark.parametrize("function", [torch.exp, torch.sigmoid, torch.relu])
+def test_a_graph_that_nobody_runs_backward_on_is_freed(make_cache, scratch, function, limit_nbytes):
+    """These functions save their own result: its handle must not keep the graph alive."""
+    cache = make_cache(limit_nbytes)
+    with torch.autograd.graph.saved_tensors_hooks(cache.pack, cache.unpack):
+        result = function(values(1).requires_grad_())
+    assert cache.kept_nbytes + blocks(scratch) > 0
+    del result
+    settle(cache)
+    assert cache.kept_nbytes == 0
+    assert blocks(scratch) == 0
+
+
+def test_a_small_graph_that_nobody_runs_backward_on_is_freed(make_cache):
+    """Tensors that stay must not keep their graph alive either."""
+    cache = make_cache(0)
+    leaf = values(1, 10).requires_grad_()
+    freed = []
+    with torch.autograd.graph.saved_tensors_hooks(cache.pack, cache.unpack):
+        result = Noted.apply(leaf.exp(), freed).exp()
+    assert result.numel() == 10
+    del result
+    gc.collect()
+    assert freed == ["context"]
+
+
+class Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, freed):
+        class Token:
+            def __del__(self):
+                freed.append("context")
+
+        ctx.token = Token()
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+# Changed in place.
+
+
+@pytest.mark.parametrize("limit_nbytes", [0, 10 * NBYTES], ids=["leaving", "kept"])
+def test_a_tensor_changed_in_place_is_an_error(make_cache, make_gate, limit_nbytes):
+    cache = make_cache(limit_nbytes)
+    gate = make_gate("write")
+    tensor = values(1)
+    handle = cache.pack(tensor)
+    tensor.add_(1)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace .* version 1; expected"):
+        cache.unpack(handle)
+    gate.open()
+    settle(cache)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cache.unpack(handle)
+
+
+def test_a_change_through_another_view_is_an_error_too(make_cache):
+    cache = make_cache(10 * NBYTES)
+    base = values(1)
+    handle = cache.pack(base[:100])
+    base[5000:].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cache.unpack(handle)
+
+
+def test_a_small_tensor_or_weight_changed_in_place_is_an_error(make_cache):
+    cache = make_cache(0)
+    small = torch.zeros(3)
+    handle = cache.pack(small)
+    small.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cache.unpack(handle)
+
+
+def test_a_change_after_the_bytes_have_left_does_not_reach_them(make_cache):
+    cache = make_cache(0)
+    tensor = values(1)
+    handle = cache.pack(tensor)
+    settle(cache)
+    tensor.zero_()
+    assert torch.equal(cache.unpack(handle), values(1))
+
+
+def test_each_view_has_the_version_at_which_it_was_saved(make_cache):
+    cache = make_cache(10 * NBYTES)
+    tensor = values(1)
+    before = cache.pack(tensor)
+    tensor.add_(1)
+    after = cache.pack(tensor)
+    assert torch.equal(cache.unpack(after), values(1) + 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cache.unpack(before)
+
+
+# Errors and the end.
+
+
+def test_a_failed_write_is_raised_and_the_tensor_stays(make_cache, scratch, monkeypatch):
+    def refuse(*_args):
+        raise TierIOError(28, "no room")
+
+    cache = make_cache(0)
+    monkeypatch.setattr(scratch.file, "write", refuse)
+    handle = cache.pack(values(1))
+    with pytest.raises(TierIOError, match="no room"):
+        settle(cache)
+    assert torch.equal(cache.unpack(handle), values(1))
+    del handle
+    cache.pack(torch.zeros(1))
+    assert cache.kept_nbytes == 0
+    assert blocks(scratch) == 0
+
+
+def test_a_failed_read_is_raised_each_time(make_cache, scratch, monkeypatch):
+    def refuse(*_args):
+        raise TierIOError(5, "bad disk")
+
+    cache = make_cache(0)
+    handle = cache.pack(values(1))
+    settle(cache)
+    monkeypatch.setattr(scratch.file, "read", refuse)
+    for _ in range(2):
+        with pytest.raises(TierIOError, match="bad disk"):
+            cache.unpack(handle)
+
+
+def test_close_waits_for_what_is_leaving_and_keeps_what_lives(make_cache, make_gate, journal):
+    cache = make_cache(0)
+    gate = make_gate("write")
+    handles = packed(cache, 1)
+    journal.on_stall = gate.open
+    cache.close()
+    assert residencies(handles) == [Residency.ABSENT]
+    assert stalls(journal)[0].reason == "drain"
+    assert torch.equal(cache.unpack(handles[0]), values(0))
