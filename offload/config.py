@@ -31,7 +31,7 @@ class OffloadConfig(BaseModel):
     """Whether to continue the store's last commit."""
     commit: Literal["step", "manual"] = "step"
     """Whether each optimizer step is made durable, or ``Engine.commit`` decides."""
-    io_threads: int = Field(default=2, ge=1, le=64)
+    io_threads: int = Field(default=4, ge=1, le=64)
     """Requests in flight in each direction."""
     min_swap_nbytes: int = Field(default=64 << 10, ge=0)
     """Saved activations smaller than this stay in memory."""

@@ -247,9 +247,15 @@ class ActivationCache:
         self._finish_write(storage)
 
     def _finish_write(self, storage: _Storage) -> None:
-        assert storage.transfer is not None
-        storage.transfer.wait()
+        transfer, block = storage.transfer, storage.block
+        assert transfer is not None
+        assert block is not None
         storage.transfer = None
+        if transfer.error is not None:  # memory is still whole: as if nothing had been begun
+            storage.block = None
+            block.release()
+            self._become(storage, Residency.READY)
+        transfer.wait()
         self._drop_memory(storage)
 
     def _drop_memory(self, storage: _Storage) -> None:

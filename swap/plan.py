@@ -16,7 +16,7 @@ from offload.swap.census import Census
 OVERHEAD_NBYTES = 24 << 20
 # Kept free when spare bytes are handed out: steps differ a little.
 MARGIN_NBYTES = 12 << 20
-_CHUNK_NUMELS = (4 << 20, 2 << 20, 1 << 20, 1 << 18)
+_CHUNK_NUMELS = (2 << 20, 1 << 20, 1 << 18)
 _STAGED_PER_TILE = 4  # parameter, gradient and two states: the Adam family
 _STAGED_ITEMSIZE = 4
 _TILES_IN_FLIGHT = 4
