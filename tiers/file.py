@@ -1,9 +1,9 @@
 """A file that holds a tier's bytes: direct I/O to and from memory, and mappings of it.
 
 Two descriptors stand on the same file. The direct one (``O_DIRECT``) moves bulk data between
-the disk and page-aligned memory without the page cache; the buffered one serves mappings and
-unaligned tails. The kernel keeps the two coherent: a direct read first flushes dirty cached
-pages of its range, a direct write drops cached ones.
+the disk and page-aligned memory without the page cache, by a file engine (``engines``); the
+buffered one serves mappings and unaligned tails. The kernel keeps the two coherent: a direct
+read first flushes dirty cached pages of its range, a direct write drops cached ones.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ from typing import Self
 from offload.allocator.errors import CapacityError, TierIOError
 from offload.allocator.units import format_nbytes
 from offload.tiers import hostmem
+from offload.tiers.engines.base import EngineFactory, OpenFile
+from offload.tiers.engines.threads import ThreadsEngine
 from offload.tiers.hostmem import PAGE
 from offload.tiers.memory import memory_at
 
@@ -29,12 +31,15 @@ class TierFile:
         directory: existing folder, mode 0700 recommended.
         name: file name inside it; ``None`` makes an unlinked file (scratch) whose bytes no
             crash can leave behind.
+        engine: makes the engine that moves whole pages.
 
     Raises:
         TierIOError: the file can't be opened for writing.
     """
 
-    def __init__(self, directory: Path, name: str | None) -> None:
+    def __init__(
+        self, directory: Path, name: str | None, engine: EngineFactory = ThreadsEngine
+    ) -> None:
         self.directory = directory
         self.label = str(directory / name) if name else f"scratch in {directory}"
         try:
@@ -45,6 +50,11 @@ class TierFile:
                 error.errno, f"can't open {self.label} for writing: {error.strerror}"
             ) from error
         self.direct_fd = _open_direct(self.fd)
+        try:
+            self.engine = engine(OpenFile(self.fd, self.direct_fd if self.direct else None))
+        except BaseException:
+            self._close_descriptors()
+            raise
 
     @property
     def direct(self) -> bool:
@@ -85,15 +95,13 @@ class TierFile:
         Raises:
             TierIOError: the kernel reported an error, or the file ended early.
         """
-        view = memory_at(address, nbytes)
         done = 0
         while done < nbytes:
-            fd, part = self._part(offset + done, address + done, nbytes - done)
-            count = self._call("read", os.preadv, fd, view[done : done + part], offset + done)
+            at, left = offset + done, nbytes - done
+            count = self._request("read", self.engine.read, os.preadv, at, address + done, left)
             if count == 0:
                 raise TierIOError(
-                    errno.EIO,
-                    f"{self.label} ends at byte {offset + done}, {nbytes - done} bytes early",
+                    errno.EIO, f"{self.label} ends at byte {at}, {left} bytes early"
                 )
             done += count
 
@@ -103,30 +111,28 @@ class TierFile:
         Raises:
             TierIOError: the kernel reported an error (a full disk among them).
         """
-        view = memory_at(address, nbytes)
         done = 0
         while done < nbytes:
-            fd, part = self._part(offset + done, address + done, nbytes - done)
-            done += self._call("write", os.pwritev, fd, view[done : done + part], offset + done)
+            at, left = offset + done, nbytes - done
+            done += self._request("write", self.engine.write, os.pwritev, at, address + done, left)
 
-    def _part(self, offset: int, address: int, nbytes: int) -> tuple[int, int]:
-        """Descriptor and byte count of the next request: whole pages directly, tails cached."""
-        if (offset | address) % PAGE == 0 and nbytes >= PAGE:
-            return self.direct_fd, nbytes // PAGE * PAGE
-        return self.fd, nbytes
-
-    def _call(
+    def _request(
         self,
         verb: str,
-        call: Callable[[int, list[memoryview], int], int],
-        fd: int,
-        view: memoryview,
+        by_engine: Callable[[int, int, int], int],
+        by_cache: Callable[[int, list[memoryview], int], int],
         offset: int,
+        address: int,
+        nbytes: int,
     ) -> int:
+        """Bytes moved by one request: whole pages by the engine, unaligned parts by the cache."""
+        whole = nbytes // PAGE * PAGE if (offset | address) % PAGE == 0 else 0
         try:
-            return call(fd, [view], offset)
+            if whole:
+                return by_engine(offset, address, whole)
+            return by_cache(self.fd, [memory_at(address, nbytes)], offset)
         except OSError as error:
-            raise self._error(verb, len(view), offset, error) from error
+            raise self._error(verb, whole or nbytes, offset, error) from error
 
     def _error(self, verb: str, nbytes: int, offset: int, error: OSError) -> TierIOError:
         return TierIOError(
@@ -149,8 +155,11 @@ class TierFile:
         zeros = memoryview(bytes(min(nbytes, _ZEROS_NBYTES)))
         done = 0
         while done < nbytes:
-            part = zeros[: nbytes - done]
-            done += self._call("clear", os.pwritev, self.fd, part, offset + done)
+            part, at = zeros[: nbytes - done], offset + done
+            try:
+                done += os.pwritev(self.fd, [part], at)
+            except OSError as error:
+                raise self._error("clear", len(part), at, error) from error
 
     def sync(self) -> None:
         """Make all written bytes durable.
@@ -169,6 +178,10 @@ class TierFile:
 
     def close(self) -> None:
         """Close both descriptors; mappings stay valid, reads and writes fail; once only."""
+        self.engine.close()
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
         descriptors = {self.fd, self.direct_fd}
         # Never a number that the next file opened by anyone may get.
         self.fd = self.direct_fd = -1

@@ -1,0 +1,1 @@
+"""File engines: how whole pages travel between a file and memory."""
