@@ -5,9 +5,9 @@
 # make clean   remove what the build and the tools left
 
 PYTHON ?= python3
-# Extra arguments for the installation of torch. On Linux the default package index serves torch
-# built for CUDA, several GB that a machine without an NVIDIA GPU has no use for; there, add the
-# package index of PyTorch's CPU builds: make setup TORCH_PIP_ARGS="--extra-index-url <URL>"
+# Extra arguments for the installation of torch. A machine without an NVIDIA GPU gets torch's CPU
+# build where pip can find one. The default package index has none on Linux, only the CUDA build of
+# several GB; add the index of PyTorch's CPU builds: make setup TORCH_PIP_ARGS="--extra-index-url <URL>"
 TORCH_PIP_ARGS ?=
 # Extra arguments for pytest, for example: make test PYTEST_ARGS="-k store -x"
 PYTEST_ARGS ?=
@@ -16,6 +16,8 @@ RUN_ARGS ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+NVIDIA := $(wildcard /dev/nvidiactl /dev/dxg)
 
 .PHONY: setup run test lint format clean
 
@@ -27,7 +29,8 @@ setup: .venv/.installed
 	  { echo "Offload needs Python 3.11 or newer: make setup PYTHON=python3.11" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "Installing torch and the other dependencies into .venv ..." >&2
-	@$(PIP) $(TORCH_PIP_ARGS) torch
+	@$(if $(NVIDIA),false,$(PIP) $(TORCH_PIP_ARGS) '$(TORCH)+cpu' 2>/dev/null) || \
+	  $(PIP) $(TORCH_PIP_ARGS) '$(TORCH)'
 	@$(PIP) setuptools
 	@$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@

@@ -9,13 +9,12 @@ from collections import defaultdict
 
 from offload.allocator.errors import CapacityError, StaleBlockError
 from offload.allocator.extent import Extent, align_up
-from offload.allocator.stats import AllocatorStats
 
 _SECOND_BITS = 4
 
 
 class TLSF:
-    """An arena of ``capacity`` bytes; integers only."""
+    """An arena of ``capacity`` bytes, ``current_nbytes`` of them in use; integers only."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = 0
@@ -25,8 +24,7 @@ class TLSF:
         self._classes: defaultdict[int, dict[int, None]] = defaultdict(dict)  # class -> offsets
         self._first = 0  # bitmap: which first levels have holes
         self._second: defaultdict[int, int] = defaultdict(int)
-        self._current = self._peak = self._total = 0
-        self._peak_count = self._total_count = 0
+        self.current_nbytes = 0
         self.grow(capacity)
 
     def allocate(self, nbytes: int, *, align: int = 4096) -> Extent:
@@ -40,10 +38,9 @@ class TLSF:
             raise ValueError(f"can't allocate {nbytes} bytes aligned to {align}")
         hole = self._find(nbytes, align)
         if hole is None:
-            largest = max((extent.nbytes for extent in self._holes.values()), default=0)
             raise CapacityError(
-                f"no room for {nbytes} bytes: {self.capacity - self._current} of "
-                f"{self.capacity} bytes are free, the largest hole has {largest}"
+                f"no room for {nbytes} bytes: {self.capacity - self.current_nbytes} of "
+                f"{self.capacity} bytes are free, the largest hole has {self.largest_free_nbytes}"
             )
         extent = Extent(align_up(hole.offset, align), nbytes)
         self._take(hole, extent)
@@ -70,7 +67,7 @@ class TLSF:
         if self._live.get(extent.offset) != extent:
             raise StaleBlockError(f"bytes {extent.offset}..{extent.end} are not in use")
         del self._live[extent.offset]
-        self._current -= extent.nbytes
+        self.current_nbytes -= extent.nbytes
         self._add_hole(extent)
 
     def grow(self, nbytes: int) -> None:
@@ -80,18 +77,15 @@ class TLSF:
             self.capacity += nbytes
             self._add_hole(added)
 
-    def stats(self) -> AllocatorStats:
-        """Bytes and counts, now and at their peaks."""
-        return AllocatorStats(
-            capacity=self.capacity,
-            current_nbytes=self._current,
-            peak_nbytes=self._peak,
-            total_nbytes=self._total,
-            current_count=len(self._live),
-            peak_count=self._peak_count,
-            total_count=self._total_count,
-            largest_free_nbytes=max((hole.nbytes for hole in self._holes.values()), default=0),
-        )
+    @property
+    def current_count(self) -> int:
+        """Extents in use."""
+        return len(self._live)
+
+    @property
+    def largest_free_nbytes(self) -> int:
+        """Bytes of the largest hole."""
+        return max((hole.nbytes for hole in self._holes.values()), default=0)
 
     def _find(self, nbytes: int, align: int) -> Extent | None:
         """A hole that holds ``nbytes`` aligned: by bitmap, else by looking at its own class."""
@@ -127,11 +121,7 @@ class TLSF:
         if extent.end < hole.end:
             self._insert_hole(Extent(extent.end, hole.end - extent.end))
         self._live[extent.offset] = extent
-        self._current += extent.nbytes
-        self._total += extent.nbytes
-        self._total_count += 1
-        self._peak = max(self._peak, self._current)
-        self._peak_count = max(self._peak_count, len(self._live))
+        self.current_nbytes += extent.nbytes
 
     def _add_hole(self, extent: Extent) -> None:
         """Insert a hole merged with its neighbours."""

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from offload.allocator.adaptors import StatisticsAdaptor
 from offload.allocator.errors import CapacityError
 from offload.allocator.extent import Extent
 from offload.allocator.tlsf import TLSF
@@ -50,7 +51,7 @@ class FileTier(Tier):
     def __init__(self, directory: Path, name: str | None, lanes: Lanes) -> None:
         self.file = TierFile(directory, name)
         self.lanes = lanes
-        self.arena = TLSF(self.file.nbytes // PAGE * PAGE)
+        self.arena = StatisticsAdaptor(TLSF(self.file.nbytes // PAGE * PAGE))
         self._closed = False
         self.spec = TierSpec(
             name=f"file:{directory}", kind="file", capacity=self.arena.capacity, align=PAGE
@@ -62,7 +63,7 @@ class FileTier(Tier):
         Raises:
             CapacityError: the disk has not enough room.
         """
-        free = self.arena.capacity - self.arena.stats().current_nbytes
+        free = self.arena.capacity - self.arena.current_nbytes
         if nbytes > free:
             self._grow(nbytes - free)
 

@@ -7,10 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from offload.allocator.adaptors import LimitAdaptor, StatisticsAdaptor
 from offload.allocator.errors import CapacityError, StaleBlockError
 from offload.allocator.extent import Extent
 from offload.allocator.packing import Lifetime, check, live_peak_nbytes, pack
 from offload.allocator.tlsf import TLSF
+
+LIMIT_NBYTES = 40_000
 
 
 class TlsfMachine(RuleBasedStateMachine):
@@ -20,11 +23,17 @@ class TlsfMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.arena = TLSF(1 << 16)
+        self.counted = StatisticsAdaptor(TLSF(1 << 16))
+        self.arena = LimitAdaptor(self.counted, LIMIT_NBYTES)
         self.living: list[Extent] = []
-        self.peak = 0
+        self.peak = self.total = 0
+
+    def _within_limit(self, nbytes: int) -> bool:
+        return sum(extent.nbytes for extent in self.living) + nbytes <= LIMIT_NBYTES
 
     def _fits(self, nbytes: int, align: int) -> bool:
+        if not self._within_limit(nbytes):
+            return False
         edges = sorted(self.living)
         starts = [0, *(extent.end for extent in edges)]
         ends = [*(extent.offset for extent in edges), self.arena.capacity]
@@ -40,14 +49,17 @@ class TlsfMachine(RuleBasedStateMachine):
         assert extent.nbytes == nbytes
         assert extent.offset % (1 << power) == 0
         self.living.append(extent)
+        self.total += 1
         self.peak = max(self.peak, sum(other.nbytes for other in self.living))
         return extent
 
     @rule(target=extents, offset=st.integers(0, 1 << 16), nbytes=st.integers(1, 1 << 12))
     def reserve(self, offset: int, nbytes: int) -> Extent:
         extent = Extent(offset, nbytes)
-        free = extent.end <= self.arena.capacity and not any(
-            extent.overlaps(other) for other in self.living
+        free = (
+            self._within_limit(nbytes)
+            and extent.end <= self.arena.capacity
+            and not any(extent.overlaps(other) for other in self.living)
         )
         if not free:
             with pytest.raises(CapacityError):
@@ -55,6 +67,7 @@ class TlsfMachine(RuleBasedStateMachine):
             return Extent(0, 0)
         self.arena.reserve(extent)
         self.living.append(extent)
+        self.total += 1
         self.peak = max(self.peak, sum(other.nbytes for other in self.living))
         return extent
 
@@ -75,15 +88,16 @@ class TlsfMachine(RuleBasedStateMachine):
         ordered = sorted(self.living)
         for left, right in itertools.pairwise(ordered):
             assert not left.overlaps(right)
-        stats = self.arena.stats()
+        stats = self.counted.stats()
         assert stats.current_nbytes == sum(extent.nbytes for extent in self.living)
         assert stats.current_count == len(self.living)
-        assert stats.peak_nbytes == self.peak
+        assert stats.peak_nbytes == self.peak <= LIMIT_NBYTES
+        assert stats.total_count == self.total
 
     def teardown(self) -> None:
         for extent in self.living:
             self.arena.free(extent)
-        assert self.arena.stats().largest_free_nbytes == self.arena.capacity
+        assert self.arena.largest_free_nbytes == self.arena.capacity
 
 
 TestTlsf = TlsfMachine.TestCase

@@ -4,6 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload.allocator.adaptors import LimitAdaptor, StatisticsAdaptor
+from offload.allocator.errors import CapacityError
+from offload.allocator.extent import Extent
 from offload.allocator.tlsf import TLSF
 from offload.allocator.units import (
     format_nbytes,
@@ -54,7 +57,7 @@ def test_rates_and_times() -> None:
 
 
 def test_the_arena_reports_exact_numbers() -> None:
-    arena = TLSF(100 << 10)
+    arena = StatisticsAdaptor(TLSF(100 << 10))
     first = arena.allocate(10 << 10)
     arena.allocate(20 << 10)
     arena.free(first)
@@ -63,3 +66,18 @@ def test_the_arena_reports_exact_numbers() -> None:
     assert (stats.current_count, stats.total_count) == (1, 2)
     free, largest = (100 - 20) << 10, stats.largest_free_nbytes
     assert stats.fragmentation == 1 - largest / free
+
+
+def test_a_limit_refuses_what_the_arena_would_give() -> None:
+    arena = LimitAdaptor(TLSF(100 << 10), 30 << 10)
+    first = arena.allocate(20 << 10)
+    message = r"20.00 KiB \(20480 bytes\) were asked, .* 10.00 KiB left: raise it by 10.00 KiB"
+    with pytest.raises(CapacityError, match=message):
+        arena.allocate(20 << 10)
+    arena.free(first)
+    arena.grow(100 << 10)  # the limit stays
+    assert (arena.capacity, arena.largest_free_nbytes) == (200 << 10, 200 << 10)
+    with pytest.raises(CapacityError):
+        arena.reserve(Extent(0, 31 << 10))
+    arena.reserve(Extent(0, 30 << 10))
+    assert (arena.current_nbytes, arena.current_count) == (30 << 10, 1)
