@@ -102,8 +102,8 @@ def refuse_unmovable(model: nn.Module) -> None:
 def reserve_room(model: nn.Module, optimizer: Optimizer | None, runtime: Runtime) -> None:
     """Meet a full disk now, before anything moves, rather than in the middle of a step.
 
-    Two slots for what is trained and for its states, one for what is frozen, and scratch for
-    the gradients. A resumed store has its first slots already.
+    Two slots for what is trained and for its states (one if nothing is ever committed), one for
+    what is frozen, and scratch for the gradients. A resumed store has its first slots already.
 
     Raises:
         CapacityError: the disk has not enough room.
@@ -117,8 +117,12 @@ def reserve_room(model: nn.Module, optimizer: Optimizer | None, runtime: Runtime
             trained += nbytes
     states = state_nbytes(optimizer) if optimizer is not None else 0
     if runtime.store.committed is not None:
-        absent, states = 0, states // 2
-    runtime.store.tier.reserve_room(absent + trained + 2 * states)
+        needed = trained + states
+    elif runtime.config.commit == "never":
+        needed = absent + states
+    else:
+        needed = absent + trained + 2 * states
+    runtime.store.tier.reserve_room(needed)
     runtime.scratch.reserve_room(trained)
 
 

@@ -29,8 +29,11 @@ class OffloadConfig(BaseModel):
     """Run directory for ``offload report``."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Whether to continue the store's last commit."""
-    commit: Literal["step", "manual"] = "step"
-    """Whether each optimizer step is made durable, or ``Engine.commit`` decides."""
+    commit: Literal["step", "manual", "never"] = "step"
+    """Whether each optimizer step is made durable, ``Engine.commit`` decides, or nothing is.
+
+    ``never`` keeps one slot of weights and states instead of two: half the room on the drive.
+    """
     io_threads: int = Field(default=4, ge=1, le=64)
     """Requests in flight in each direction."""
     min_swap_nbytes: int = Field(default=64 << 10, ge=0)

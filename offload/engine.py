@@ -193,6 +193,8 @@ class Engine:
         began_s = self._journal.now()
         if self._runtime.config.commit == "step":
             self.commit()
+        else:
+            self._runtime.lanes.drain()  # errors that nobody waited for
         self._steps.finish(
             self.step,
             optimizer_s=optimizer_s,
@@ -242,8 +244,11 @@ class Engine:
             extra: JSON values that ``engine.extra`` gives back after a resume.
 
         Raises:
+            ConfigError: the engine was attached with ``commit="never"``.
             TierIOError: the disk could not take it; the previous commit stays.
         """
+        if self._runtime.config.commit == "never":
+            raise ConfigError("commit='never' keeps no slot to commit to: attach with 'manual'")
         self._runtime.lanes.drain()
         self.weights.absorb_all()
         state: dict[str, Any] = {
@@ -392,7 +397,8 @@ def attach(
         resume: ``auto`` continues the store's last commit if there is one, ``never`` starts
             anew, ``must`` raises without one.
         commit: ``step`` makes every optimizer step durable, ``manual`` leaves it to
-            ``Engine.commit``.
+            ``Engine.commit``, ``never`` makes nothing durable and takes half the room on the
+            drive.
 
     Raises:
         BudgetError: the largest layer does not fit; names the smallest budget that does.

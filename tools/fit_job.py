@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--budget", help="host budget; without it the run is plain PyTorch")
     parser.add_argument("--nvme", type=Path)
+    parser.add_argument("--commit", choices=["step", "never"], default="step")
     parser.add_argument("--record", type=Path)
     parser.add_argument("--compute", action="store_true", help="measure resident compute only")
     arguments = parser.parse_args()
@@ -137,7 +138,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     engine = None
     if not plain:
-        engine = offload.attach(model, optimizer, record=arguments.record)
+        engine = offload.attach(model, optimizer, record=arguments.record, commit=arguments.commit)
     losses = []
     step_s = []
     for step in range(arguments.steps):

@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nvme", metavar="DIR", help="directory of the store and of scratch")
     parser.add_argument("--record", metavar="DIR", help="run directory for offload report")
     parser.add_argument("--resume", choices=["auto", "never", "must"], help="default: auto")
+    parser.add_argument(
+        "--commit",
+        choices=["step", "never"],
+        help="never: nothing is durable, half the room on the drive (default: step)",
+    )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module as a script")
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py args…")
 
@@ -43,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         nvme=arguments.nvme,
         record=arguments.record,
         resume=arguments.resume,
+        commit=arguments.commit,
     )
     rest = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
     if arguments.module:

@@ -119,6 +119,43 @@ def test_uncommitted_steps_are_discarded(tmp_path: Path) -> None:
         assert all(torch.equal(v, committed[name]) for name, v in other.state_dict().items())
 
 
+def test_without_commits_there_is_one_slot_and_nothing_to_resume(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    plain = Net()
+    model = copy.deepcopy(plain)
+    torch.manual_seed(4)
+    expected = train(plain, adamw(plain), 0, STEPS)
+    optimizer = adamw(model)
+    with offload.attach(model, optimizer, nvme=tmp_path, budget="8GiB", commit="never") as engine:
+        torch.manual_seed(4)
+        assert train(model, optimizer, 0, STEPS) == expected
+        with pytest.raises(ConfigError, match="keeps no slot"):
+            engine.commit()
+        one_slot = sum(stored.nbytes for stored in engine.weights.store.tensors.values())
+        used = engine.weights.store.tier.arena.current_nbytes
+        assert one_slot <= used < 1.2 * one_slot  # whole pages
+    assert same_state(plain, model)
+    other = Net()
+    with offload.attach(other, adamw(other), nvme=tmp_path, budget="8GiB") as engine:
+        assert not engine.resumed
+
+
+def test_going_on_without_commits_keeps_the_last_one(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = adamw(model)
+    with offload.attach(model, optimizer, nvme=tmp_path, budget="8GiB"):
+        train(model, optimizer, 0, 2)
+        committed = copy.deepcopy(model.state_dict())
+    again = Net()
+    optimizer = adamw(again)
+    with offload.attach(again, optimizer, nvme=tmp_path, budget="8GiB", commit="never"):
+        train(again, optimizer, 2, 5)
+    last = Net()
+    with offload.attach(last, adamw(last), nvme=tmp_path, budget="8GiB") as engine:
+        assert engine.step == 2
+        assert all(torch.equal(v, committed[name]) for name, v in last.state_dict().items())
+
+
 def test_resume_never_and_must(tmp_path: Path) -> None:
     model = Net()
     with pytest.raises(ConfigError, match="holds no commit"):
