@@ -1,0 +1,1 @@
+"""Token-wise recompute: of what a block saves, some rows are swapped and the rest is rebuilt."""

@@ -1,0 +1,239 @@
+"""One forward of one block: what it saves, and what backward rebuilds of it.
+
+[Note: one forward of a block] The first forward with inputs of some shape is recorded and swaps
+everything whole; at its end the chain is found and its rows are rebuilt and compared, while what
+was saved is still at hand. A cut that has verified is used from then on. Tensors that the chain
+starts from are handed to the home at the next moment outside an operation: inside one, their
+version counters are not up to date.
+
+[Note: versions] Saved-tensor hooks switch off autograd's check for tensors changed in place. A
+handle therefore keeps a *witness*: an alias whose storage is taken away, so that it holds no
+bytes, but still shares the version counter of what was saved. The parameters that are read again
+in backward are checked by version and storage.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from offload.swap.tokenwise.home import Home
+from offload.swap.tokenwise.program import Slot, Value
+from offload.swap.tokenwise.record import Recorder
+from offload.swap.tokenwise.replay import Replay, rows_of
+
+_MODIFIED = (
+    "one of the variables needed for gradient computation has been modified by an inplace "
+    "operation after it was saved"
+)
+
+
+class Weights:
+    """The parameters and buffers of a block, by name and by storage, as they are now."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.tensors: dict[str, torch.Tensor] = {
+            **dict(module.named_parameters()),
+            **dict(module.named_buffers()),
+        }
+        self.by_storage = {
+            tensor.untyped_storage()._cdata: key
+            for key, tensor in self.tensors.items()
+            if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
+            and tensor.layout is torch.strided
+        }
+        self.prefix = f"{name}." if name else ""
+
+
+class Measured(Protocol):
+    """Takes what backward measures."""
+
+    def measured(self, rebuild_s: float, cut: int) -> None:
+        """The rows behind ``cut`` were rebuilt in ``rebuild_s``."""
+
+    def measured_backward(self, backward_s: float) -> None:
+        """Backward of the block has ended; waits and the rebuild are not in it."""
+
+
+class BlockPass:
+    """One forward of a block.
+
+    Args:
+        replay: what backward rebuilds; without it everything is swapped whole.
+        keeps: whether saved tensors and sources are kept until the forward ends, to be
+            compared with what is rebuilt from them.
+    """
+
+    def __init__(
+        self,
+        home: Home,
+        weights: Weights,
+        recorder: Recorder,
+        replay: Replay | None,
+        plan: Measured,
+        *,
+        device: torch.device,
+        keeps: bool,
+        previous: "BlockPass | None",
+    ) -> None:
+        self.plan = plan
+        self.device = device
+        self.handed_out: set[int] = set()  # storages of which rows are to be rebuilt
+        self.home = home
+        self.weights = weights
+        self.recorder: Recorder | None = recorder
+        self.replay = replay
+        self.keeps = keeps
+        self.previous = weakref.ref(previous) if previous is not None else None
+        self.saved: dict[int, torch.Tensor] = {}  # by storage, while they are kept
+        self.sources: dict[int, torch.Tensor] = {}  # by value, while they are kept
+        self.packed_sources: dict[int, Any] = {}
+        self.packed_heads: dict[int, Any] = {}
+        self._pending: list[tuple[int, torch.Tensor]] = []
+        self._targets = (
+            {target.storage: target for target in replay.chain.targets} if replay else {}
+        )
+        self._versions = {
+            name: (weights.tensors[name]._version, _storage_of(weights.tensors[name]))
+            for name in (replay.weights if replay else ())
+        }
+
+    def wanted(self, value: int, tensor: torch.Tensor) -> None:
+        """The recorder has met a tensor that the chain may start from."""
+        self._pending.append((value, tensor))
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """Autograd saves ``tensor`` during this forward."""
+        assert self.recorder is not None
+        slot = self.recorder.saved(tensor)
+        self._take_sources()
+        if self.keeps:
+            self.saved.setdefault(slot.storage, tensor.detach())
+        elif slot.storage in self._targets and self.recorder.diverged is None:
+            return self._rows_handle(slot, tensor)
+        return self.home.pack(tensor)
+
+    def leave(self) -> None:
+        """The forward has ended."""
+        self._take_sources()
+        self.recorder = None
+
+    def _take_sources(self) -> None:
+        for value, tensor in self._pending:
+            if self.keeps:
+                self.sources[value] = tensor.detach()
+            else:
+                self.packed_sources[value] = self.home.pack(tensor)
+        self._pending.clear()
+
+    def _rows_handle(self, slot: Slot, tensor: torch.Tensor) -> "RowsHandle":
+        assert self.replay is not None
+        target = self._targets[slot.storage]
+        cut = self.replay.cut
+        if cut and slot.storage not in self.packed_heads:
+            root = root_of(tensor, self.replay.chain.program.values[target.root])
+            head = rows_of(root, target.axis, 0, cut)
+            self.packed_heads[slot.storage] = self.home.pack(
+                head.clone(memory_format=torch.contiguous_format)
+            )
+        self.handed_out.add(slot.storage)
+        return RowsHandle(self, slot, tensor)
+
+    def packed(self) -> list[Any]:
+        """Everything that backward needs from the home, in the order of need."""
+        return [*self.packed_sources.values(), *self.packed_heads.values()]
+
+    def check_weights(self) -> None:
+        """Raises RuntimeError if a parameter was changed since forward."""
+        for name, (version, storage) in self._versions.items():
+            tensor = self.weights.tensors[name]
+            if tensor._version != version or _storage_of(tensor) != storage:
+                raise RuntimeError(
+                    f"{_MODIFIED}: {self.weights.prefix}{name} {tuple(tensor.shape)}, which "
+                    f"rows are rebuilt from, is at version {tensor._version}; expected version "
+                    f"{version} and the same storage. Step the optimizer after backward"
+                )
+
+    def rebuild(
+        self,
+        tails: Mapping[int, torch.Tensor],
+        heads: Mapping[int, torch.Tensor],
+        clock: Callable[[], float],
+    ) -> float:
+        """Fill ``tails`` (by value) from the sources while ``heads`` (by storage) are fetched.
+
+        Returns:
+            Seconds of computing.
+
+        Raises:
+            RuntimeError: a source or a parameter was modified in place.
+        """
+        assert self.replay is not None
+        self.check_weights()
+        self.home.prefetch(self.packed())
+        needed = self.replay.sources_of(tails)
+        sources = {value: self.home.unpack(self.packed_sources[value]) for value in needed}
+        before = self.previous() if self.previous is not None else None
+        if before is not None:
+            self.home.prefetch(before.packed())
+        began_s = clock()
+        self.run(self.replay, sources, tails)
+        rebuild_s = clock() - began_s
+        del sources
+        for storage, head in heads.items():
+            head.copy_(self.home.unpack(self.packed_heads[storage]))
+        return rebuild_s
+
+    def run(
+        self,
+        replay: Replay,
+        sources: Mapping[int, torch.Tensor],
+        tails: Mapping[int, torch.Tensor],
+    ) -> None:
+        """Execute ``replay`` with the block's weights as they are now."""
+        self.home.use_weights([self.weights.prefix + name for name in replay.weights])
+        replay.run(sources, self.weights.tensors, tails)
+
+
+@dataclass(frozen=True, slots=True)
+class _Witness:
+    """Tells whether a saved tensor was changed: [Note: versions]."""
+
+    alias: torch.Tensor
+    version: int
+
+
+class RowsHandle:
+    """A saved tensor of which the tail rows are rebuilt."""
+
+    __slots__ = ("block_pass", "slot", "witness")
+
+    def __init__(self, block_pass: BlockPass, slot: Slot, tensor: torch.Tensor) -> None:
+        self.block_pass = block_pass
+        self.slot = slot
+        alias = tensor.detach()
+        alias.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        self.witness = _Witness(alias, tensor._version)
+
+    def check(self) -> None:
+        """Raises RuntimeError if the tensor was changed in place since it was saved."""
+        found, expected = self.witness.alias._version, self.witness.version
+        if found != expected:
+            raise RuntimeError(
+                f"{_MODIFIED}: {tuple(self.slot.shape)} is at version {found}; "
+                f"expected version {expected} instead"
+            )
+
+
+def root_of(tensor: torch.Tensor, root: Value) -> torch.Tensor:
+    """The tensor that fills the storage of ``tensor``."""
+    return torch.empty(0, dtype=root.dtype, device=tensor.device).set_(
+        tensor.untyped_storage(), root.offset, root.shape, root.stride
+    )
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

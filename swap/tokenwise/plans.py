@@ -1,0 +1,316 @@
+"""What is rebuilt of one block for one shape of input: found, verified, and how much of it.
+
+[Note: verified cuts] A cut is used only after the rows behind it were rebuilt once and compared
+with what was saved. A storage that differs is swapped whole from then on; it becomes a source, so
+that what comes after it is rebuilt from its saved rows and gets its own comparison.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from offload.swap.tokenwise.analyse import Chain, find_chain
+from offload.swap.tokenwise.passes import BlockPass, root_of
+from offload.swap.tokenwise.program import Program  # noqa: TC001 (with the rest of it)
+from offload.swap.tokenwise.record import Recorder
+from offload.swap.tokenwise.replay import (
+    GRID_ROWS,
+    Replay,
+    cuts,
+    identical,
+    relative_error,
+    rows_of,
+)
+from offload.swap.tokenwise.solve import BlockCost, Link, Solution, solve, step_s
+
+_MOST_DIVERGENCES = 3
+_WORTHWHILE = 0.95  # another cut is verified and taken if its step is this much shorter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the user chose.
+
+    Attributes:
+        alpha: the fraction of rows that is swapped, or ``auto``.
+        relaxed: accept rows that differ in the last bits.
+        blocks: names of blocks or of lists of blocks; empty: they are found.
+        min_nbytes: smaller storages are swapped whole.
+    """
+
+    alpha: float | Literal["auto"] = "auto"
+    relaxed: bool = False
+    blocks: tuple[str, ...] = ()
+    min_nbytes: int = 64 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanReport:
+    """One block at one shape of input.
+
+    Attributes:
+        cut: rows of each sequence that are swapped; ``rows`` of them: nothing is rebuilt.
+        rebuilt_nbytes: bytes of the storages that are rebuilt, all rows.
+        whole_nbytes: bytes that are swapped whole, sources included.
+        whole: reasons for which saved storages are swapped whole, with their bytes.
+        gave_up: why the whole block is swapped whole, if it is.
+        worst_error: largest relative difference of rebuilt rows; 0 unless ``relaxed``.
+    """
+
+    block: str
+    rows: int
+    cut: int
+    rebuilt_nbytes: int
+    whole_nbytes: int
+    whole: tuple[tuple[str, int], ...]
+    gave_up: str | None
+    worst_error: float
+    cost: BlockCost | None
+    solution: Solution | None
+
+
+class BlockPlan:
+    """The plan of one block for one shape of input.
+
+    Args:
+        rows: tokens of each sequence.
+        share: blocks that the home's free bytes are for.
+        clock: seconds.
+
+    Attributes:
+        program: what the block executes, once it is known.
+        gave_up: why nothing is rebuilt, if that is settled.
+    """
+
+    def __init__(
+        self,
+        block: str,
+        rows: int,
+        settings: Settings,
+        share: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.block = block
+        self.rows = rows
+        self.program: Program | None = None
+        self.gave_up: str | None = None
+        self._settings = settings
+        self._share = share
+        self._clock = clock
+        self._chain: Chain | None = None
+        self._failed: dict[int, str] = {}
+        self._verified: dict[int, Replay] = {}
+        self._cut = rows
+        self._divergences = 0
+        self._worst_error = 0.0
+        self._solution: Solution | None = None
+        self._forward_s: float | None = None
+        self._backward_s: float | None = None
+        self._rebuild_s_per_row: float | None = None
+        if rows < GRID_ROWS:
+            self.gave_up = f"sequences of {rows} tokens are too few rows, {GRID_ROWS} are needed"
+        elif isinstance(settings.alpha, float) and self._nearest(settings.alpha) == rows:
+            self.gave_up = (
+                "alpha is 1: all rows are swapped"
+                if settings.alpha == 1
+                else f"sequences of {rows} tokens have no cut near alpha {settings.alpha}: it "
+                f"takes {GRID_ROWS} rows on each side"
+            )
+
+    def begin(self, links: Callable[[], Sequence[Link]]) -> tuple[Replay | None, bool]:
+        """A forward begins: what it may leave to be rebuilt, and whether that is to be verified."""
+        if self._chain is None:
+            return None, True
+        if self._settings.alpha == "auto":
+            self._solve(links())
+        if self._cut == self.rows:
+            return None, False
+        replay = self._verified.get(self._cut)
+        return replay or Replay(self._chain, self._cut), replay is None
+
+    def end(
+        self,
+        block_pass: BlockPass,
+        recorder: Recorder,
+        forward_s: float,
+        links: Callable[[], Sequence[Link]],
+    ) -> str | None:
+        """A forward has ended; what the user should know, if anything."""
+        recorder.finish()
+        if recorder.diverged is not None:
+            return self._diverged(recorder.diverged)
+        if not block_pass.keeps or self._forward_s is None:
+            self._forward_s = forward_s
+        if self._chain is None:
+            self.program = recorder.program()
+            self._chain = find_chain(self.program, min_nbytes=self._settings.min_nbytes)
+            alpha = self._settings.alpha
+            self._cut = self._nearest(0.5 if alpha == "auto" else alpha)
+        if block_pass.keeps:
+            self._verify(block_pass)
+            if self._settings.alpha == "auto" and self._verified:
+                self._solve(links())
+                if self._cut != self.rows and self._cut not in self._verified:
+                    self._verify(block_pass)
+        if not self._chain.targets:
+            self.gave_up = "none of its saved tensors can be rebuilt row by row: " + "; ".join(
+                reason for reason, _ in self.report().whole
+            )
+            return f"token-wise recompute: {self.block} is swapped whole: {self.gave_up}"
+        return None
+
+    def measured(self, rebuild_s: float, cut: int) -> None:
+        """The rows behind ``cut`` were rebuilt in ``rebuild_s``."""
+        self._rebuild_s_per_row = rebuild_s / (self.rows - cut)
+
+    def measured_backward(self, backward_s: float) -> None:
+        """Backward of the block has ended; waits and the rebuild are not in it."""
+        self._backward_s = backward_s
+
+    def report(self) -> PlanReport:
+        """What is rebuilt and what is not."""
+        chain = self._chain
+        reasons: dict[str, int] = {}
+        if chain is not None:
+            for storage, reason in chain.whole.items():
+                nbytes = chain.program.storage_nbytes[storage]
+                reasons[reason] = reasons.get(reason, 0) + nbytes
+        return PlanReport(
+            block=self.block,
+            rows=self.rows,
+            cut=self._cut if self.gave_up is None else self.rows,
+            rebuilt_nbytes=chain.target_nbytes if chain else 0,
+            whole_nbytes=chain.whole_nbytes if chain else 0,
+            whole=tuple(sorted(reasons.items(), key=lambda item: -item[1])),
+            gave_up=self.gave_up,
+            worst_error=self._worst_error,
+            cost=self._cost(),
+            solution=self._solution,
+        )
+
+    def _diverged(self, why: str) -> str:
+        self._divergences += 1
+        self.program = self._chain = None
+        self._failed.clear()
+        self._verified.clear()
+        self._cut = self.rows
+        if self._divergences == _MOST_DIVERGENCES:
+            self.gave_up = f"what it does changes from forward to forward: {why}"
+            return f"token-wise recompute: {self.block} is swapped whole: {self.gave_up}"
+        return f"token-wise recompute: {self.block} is recorded anew: {why}"
+
+    def _nearest(self, alpha: float) -> int:
+        return min(cuts(self.rows), key=lambda cut: (abs(cut - alpha * self.rows), -cut))
+
+    # How much.
+
+    def _cost(self) -> BlockCost | None:
+        if self._chain is None or self._forward_s is None or self._rebuild_s_per_row is None:
+            return None
+        backward_s = self._backward_s
+        return BlockCost(
+            forward_s=self._forward_s,
+            backward_s=2 * self._forward_s if backward_s is None else backward_s,
+            rebuild_s=self._rebuild_s_per_row * self.rows,
+            whole_nbytes=self._chain.whole_nbytes,
+            target_nbytes=self._chain.target_nbytes,
+        )
+
+    def _solve(self, links: Sequence[Link]) -> None:
+        cost = self._cost()
+        if cost is None or not links:
+            return
+        mine = [
+            Link(
+                name=link.name,
+                bytes_per_s=link.bytes_per_s,
+                free_nbytes=link.free_nbytes / self._share,
+            )
+            for link in links
+        ]
+        found = solve(cost, mine, cuts(self.rows))
+        now_s = step_s(cost, mine, self._cut / self.rows)
+        first = self._solution is None
+        if first or found.step_s < _WORTHWHILE * now_s or self._cut not in self._verified:
+            self._solution = found
+            self._cut = found.cut
+
+    # Whether it is right.
+
+    def _verify(self, block_pass: BlockPass) -> None:
+        """Rebuild and compare: [Note: verified cuts]."""
+        while self._chain is not None and self._chain.targets and self._cut != self.rows:
+            chain = self._chain
+            sources = _kept_sources(chain, block_pass)
+            if sources is None:
+                return  # the next forward keeps them
+            replay = Replay(chain, self._cut)
+            failed = self._compare(replay, sources, block_pass)
+            if not failed:
+                self._verified[self._cut] = replay
+                return
+            self._failed |= failed
+            self._verified.clear()
+            self._chain = find_chain(
+                chain.program, min_nbytes=self._settings.min_nbytes, failed=self._failed
+            )
+
+    def _compare(
+        self, replay: Replay, sources: dict[int, torch.Tensor], block_pass: BlockPass
+    ) -> dict[int, str]:
+        """The targets whose rebuilt rows differ from the saved ones, with the reason."""
+        program = replay.chain.program
+        saved = {
+            target.root: rows_of(
+                root_of(block_pass.saved[target.storage], program.values[target.root]),
+                target.axis,
+                replay.cut,
+                program.rows,
+            )
+            for target in replay.chain.targets
+        }
+        tails = {root: torch.empty_like(rows) for root, rows in saved.items()}
+        began_s = self._clock()
+        try:
+            block_pass.run(replay, sources, tails)
+        except RuntimeError as fault:
+            reason = f"its operations can't be executed on fewer rows: {fault}"
+            return {target.storage: reason for target in replay.chain.targets}
+        self._rebuild_s_per_row = (self._clock() - began_s) / (program.rows - replay.cut)
+        failed: dict[int, str] = {}
+        for target in replay.chain.targets:
+            rebuilt, rows = tails[target.root], saved[target.root]
+            if identical(rebuilt, rows):
+                continue
+            error = relative_error(rebuilt, rows)
+            if self._settings.relaxed and error <= tolerance(rows.dtype):
+                self._worst_error = max(self._worst_error, error)
+            else:
+                failed[target.storage] = (
+                    f"its rebuilt rows are not bit-identical (relative error {error:.1e})"
+                )
+        return failed
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest relative error of rebuilt rows that ``relaxed`` accepts."""
+    if dtype is torch.float64:
+        return 1e-12
+    return 4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+def _kept_sources(chain: Chain, block_pass: BlockPass) -> dict[int, torch.Tensor] | None:
+    """The tensors that the chain starts from, if this forward has kept them all."""
+    found: dict[int, torch.Tensor] = {}
+    for value in chain.sources:
+        told = chain.program.values[value]
+        if value in block_pass.sources:
+            found[value] = block_pass.sources[value]
+        elif told.kind == "made" and told.storage in block_pass.saved:
+            found[value] = root_of(block_pass.saved[told.storage], told)
+        else:
+            return None
+    return found

@@ -1,0 +1,179 @@
+"""How many rows to swap: alpha by block, from measured times, links and free bytes.
+
+MEMO (SIGMOD'25, section 4) swaps the largest fraction that the link hides behind the compute of
+one layer and that the host holds: with one link, ``alpha = (B T - S_in - S_attn) / S_other``. Here
+the same is said as a cost to be minimised, so that several tiers, a link that can't even carry
+the sources in time, and a rebuild that costs more than it hides are all cases of one formula:
+
+    step(alpha) = max(forward, carry(V)) + max(backward + rebuild (1 - alpha), carry(V))
+    V(alpha) = whole + alpha target
+
+``carry(V)`` is the least time in which the links, working side by side, each no more than its
+free bytes, take V bytes. It is convex and piecewise linear, and so is ``step``: its least value on
+the grid stands beside one of the few points where a piece ends.
+"""
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A place for saved bytes and the way there.
+
+    Attributes:
+        bytes_per_s: the slower direction; infinite for memory where the bytes already are.
+        free_nbytes: how many bytes of one block it takes.
+    """
+
+    name: str
+    bytes_per_s: float
+    free_nbytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCost:
+    """What a block costs, measured.
+
+    Attributes:
+        forward_s: its forward, without waits.
+        backward_s: its backward, without waits and without rebuilding.
+        rebuild_s: rebuilding all rows of its targets.
+        whole_nbytes: swapped whatever alpha is: sources, and what can't be rebuilt.
+        target_nbytes: what can be rebuilt, all rows.
+    """
+
+    forward_s: float
+    backward_s: float
+    rebuild_s: float
+    whole_nbytes: int
+    target_nbytes: int
+
+    def moved_nbytes(self, alpha: float) -> float:
+        """Bytes that leave in forward and come back in backward."""
+        return self.whole_nbytes + alpha * self.target_nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """What ``solve`` found.
+
+    Attributes:
+        cut: rows of each sequence that are swapped.
+        alpha: the same as a fraction.
+        step_s: forward and backward of the block under the model.
+        late_s: what the links take longer for the sources alone than forward lasts.
+        fits: whether the links have room for what must be swapped whatever alpha is.
+    """
+
+    cut: int
+    alpha: float
+    step_s: float
+    late_s: float
+    fits: bool
+
+
+def carry_s(nbytes: float, links: Sequence[Link]) -> float:
+    """Least time to carry ``nbytes`` over ``links`` side by side; infinite without the room."""
+    if nbytes <= 0:
+        return 0.0
+    carried, now_s = 0.0, 0.0
+    rate = sum(link.bytes_per_s for link in links if math.isfinite(link.bytes_per_s))
+    carried = sum(link.free_nbytes for link in links if math.isinf(link.bytes_per_s))
+    if carried >= nbytes:
+        return 0.0
+    for link in sorted(_finite(links), key=_full_after_s):
+        until_s = _full_after_s(link)
+        more = rate * (until_s - now_s)
+        if carried + more >= nbytes:
+            return now_s + (nbytes - carried) / rate
+        carried, now_s = carried + more, until_s
+        rate -= link.bytes_per_s
+    return math.inf
+
+
+def carried_nbytes(time_s: float, links: Sequence[Link]) -> float:
+    """The inverse of ``carry_s``: the most bytes that the links take in ``time_s``."""
+    return sum(
+        link.free_nbytes
+        if math.isinf(link.bytes_per_s)
+        else min(link.free_nbytes, link.bytes_per_s * time_s)
+        for link in links
+    )
+
+
+def step_s(cost: BlockCost, links: Sequence[Link], alpha: float) -> float:
+    """Forward and backward of one block under the model; infinite without the room."""
+    carry = carry_s(cost.moved_nbytes(alpha), links)
+    backward = cost.backward_s + cost.rebuild_s * (1 - alpha)
+    return max(cost.forward_s, carry) + max(backward, carry)
+
+
+def solve(cost: BlockCost, links: Sequence[Link], cuts: Sequence[int]) -> Solution:
+    """The cut with the shortest step; of equal ones the one that rebuilds least.
+
+    Args:
+        cost: the block's times and bytes.
+        links: where its bytes may go, with the block's share of the free bytes.
+        cuts: possible cuts, ascending; the last one is the number of rows.
+
+    Raises:
+        ValueError: no cut to choose from.
+    """
+    if not cuts:
+        raise ValueError("no cut was given to choose from")
+    rows = cuts[-1]
+    nearby = {cuts[0], rows}
+    for alpha in _breakpoints(cost, links):
+        position = bisect.bisect_left(cuts, alpha * rows)
+        nearby.update(cuts[max(position - 1, 0) : position + 1])
+    best = min(nearby, key=lambda cut: (step_s(cost, links, cut / rows), -cut))
+    seconds = step_s(cost, links, best / rows)
+    fits = math.isfinite(seconds)
+    late_s = max(carry_s(cost.whole_nbytes, links) - cost.forward_s, 0.0)
+    if not fits:
+        best = cuts[0]  # the fewest bytes
+    return Solution(cut=best, alpha=best / rows, step_s=seconds, late_s=late_s, fits=fits)
+
+
+def _breakpoints(cost: BlockCost, links: Sequence[Link]) -> list[float]:
+    """Every alpha in [0, 1] where a piece of ``step_s`` may end."""
+    if cost.target_nbytes == 0:
+        return []
+    kinks_s = sorted({0.0, *map(_full_after_s, _finite(links))})
+    times_s = [*kinks_s, cost.forward_s]
+    times_s += [
+        meeting
+        for begin_s, end_s in zip(kinks_s, [*kinks_s[1:], math.inf], strict=True)
+        if (meeting := _meeting_s(cost, links, begin_s, end_s)) is not None
+    ]
+    alphas = [
+        (carried_nbytes(time, links) - cost.whole_nbytes) / cost.target_nbytes for time in times_s
+    ]
+    return [alpha for alpha in alphas if 0 <= alpha <= 1]
+
+
+def _meeting_s(
+    cost: BlockCost, links: Sequence[Link], begin_s: float, end_s: float
+) -> float | None:
+    """When, between two kinks, the links end together with backward and the rebuild.
+
+    Carrying t seconds moves c + r t bytes, which are alpha = (c + r t - whole) / target, and then
+    backward lasts t = backward + rebuild (1 - alpha).
+    """
+    begun = carried_nbytes(begin_s, links)
+    rate = sum(link.bytes_per_s for link in _finite(links) if _full_after_s(link) > begin_s)
+    base = begun - rate * begin_s - cost.whole_nbytes
+    slope = cost.rebuild_s / cost.target_nbytes
+    meeting = (cost.backward_s + cost.rebuild_s - slope * base) / (1 + slope * rate)
+    return meeting if begin_s <= meeting <= end_s else None
+
+
+def _finite(links: Sequence[Link]) -> list[Link]:
+    return [link for link in links if math.isfinite(link.bytes_per_s) and link.bytes_per_s > 0]
+
+
+def _full_after_s(link: Link) -> float:
+    return link.free_nbytes / link.bytes_per_s

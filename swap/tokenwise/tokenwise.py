@@ -1,0 +1,262 @@
+"""Token-wise recompute for any model: the saved-tensor hooks of its blocks.
+
+A fraction alpha of the token rows of what a block saves is swapped, the rest is rebuilt in
+backward from the block's input and attention's output (MEMO, SIGMOD'25), with the operations that
+the forward was seen to execute.
+"""
+
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.swap.tokenwise.blocks import find_blocks
+from offload.swap.tokenwise.home import Home
+from offload.swap.tokenwise.passes import BlockPass, RowsHandle, Weights
+from offload.swap.tokenwise.plans import BlockPlan, PlanReport, Settings
+from offload.swap.tokenwise.rebuild import Rebuilder
+from offload.swap.tokenwise.record import PLAIN, Recorder
+
+_MOST_SHAPES = 64  # plans that one block keeps; the least recently used one goes
+
+
+class _Block:
+    """A block with its plans, by the shape of its inputs."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.module = module
+        self.plans: OrderedDict[Any, BlockPlan] = OrderedDict()
+
+
+@dataclass(slots=True)
+class _Running:
+    """The block whose forward is being executed."""
+
+    block: _Block
+    plan: BlockPlan
+    block_pass: BlockPass
+    recorder: Recorder
+    began_s: float
+    packing_s: float = 0.0
+
+
+class TokenWise:
+    """Saved-tensor hooks: inside a block row by row, elsewhere those of ``home``.
+
+    Args:
+        home: takes what is swapped.
+        notice: is told, once each, what can't be rebuilt and why.
+        clock: seconds; measures what alpha is solved from.
+
+    Raises:
+        ConfigError: a block that the model has not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        home: Home,
+        settings: Settings,
+        *,
+        notice: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.home = home
+        self.settings = settings
+        self._notice = notice
+        self._told: set[str] = set()
+        self._clock = clock
+        self._running: _Running | None = None
+        self._previous: weakref.ref[BlockPass] | None = None
+        self._rebuilder = Rebuilder(clock)
+        found = find_blocks(model, settings.blocks)
+        self._blocks = [_Block(name, module) for name, module in found.items()]
+        self._handles = [
+            handle
+            for block in self._blocks
+            for handle in (
+                block.module.register_forward_pre_hook(self._before(block), with_kwargs=True),
+                block.module.register_forward_hook(self._after(block), always_call=True),
+            )
+        ]
+        if not self._blocks:
+            self._tell(
+                "token-wise recompute: no module repeats in a list, so nothing is rebuilt; name "
+                "the blocks in the setting blocks"
+            )
+
+    @property
+    def block_names(self) -> list[str]:
+        """The blocks whose rows may be rebuilt."""
+        return [block.name for block in self._blocks]
+
+    @property
+    def buffers_nbytes(self) -> int:
+        """Bytes of the two buffers that blocks are rebuilt in."""
+        return self._rebuilder.buffers_nbytes
+
+    def report(self) -> list[PlanReport]:
+        """For each block and shape of input: what is rebuilt, and why the rest is not."""
+        return [plan.report() for block in self._blocks for plan in block.plans.values()]
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """Called by autograd for each tensor that it saves."""
+        running = self._running
+        if running is None or running.recorder.paused or not _plain(tensor):
+            return self.home.pack(tensor)
+        began_s = self._clock()
+        running.recorder.paused = True
+        try:
+            return running.block_pass.pack(tensor)
+        finally:
+            running.recorder.paused = False
+            running.packing_s += self._clock() - began_s
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        """Called by autograd when backward needs a saved tensor.
+
+        Raises:
+            RuntimeError: it, or a parameter that it is rebuilt from, was modified in place.
+        """
+        if isinstance(packed, RowsHandle):
+            return self._rebuilder.unpack(packed)
+        began_s = self._clock()
+        try:
+            return self.home.unpack(packed)
+        finally:
+            self._rebuilder.waited(self._clock() - began_s)
+
+    def remove(self) -> None:
+        """Take the hooks off; what was saved stays usable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, block: _Block) -> Callable[..., None]:
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._running is not None or not _saves():
+                return
+            inputs = [tensor for tensor in _tensors((args, kwargs)) if _plain(tensor)]
+            hidden = next((one for one in inputs if one.is_floating_point() and one.ndim > 1), None)
+            if hidden is None or _is_compiled(block.module):
+                why = "is compiled" if hidden is not None else "takes no hidden states"
+                self._tell(f"token-wise recompute: {block.name} {why}: it is swapped whole")
+                return
+            plan = self._plan_of(block, hidden, inputs)
+            if plan.gave_up is None:
+                self._enter(block, plan, hidden)
+
+        return before
+
+    def _plan_of(
+        self, block: _Block, hidden: torch.Tensor, inputs: list[torch.Tensor]
+    ) -> BlockPlan:
+        signature = (
+            block.module.training,
+            torch.is_autocast_enabled(hidden.device.type),
+            tuple((tuple(one.shape), one.dtype, one.requires_grad) for one in inputs),
+        )
+        plan = block.plans.pop(signature, None)
+        if plan is None:
+            plan = BlockPlan(
+                block.name, hidden.shape[-2], self.settings, len(self._blocks), self._clock
+            )
+            if plan.gave_up is not None:
+                self._tell(f"token-wise recompute: {plan.gave_up}")
+        block.plans[signature] = plan
+        if len(block.plans) > _MOST_SHAPES:
+            block.plans.popitem(last=False)
+        return plan
+
+    def _enter(self, block: _Block, plan: BlockPlan, hidden: torch.Tensor) -> None:
+        replay, keeps = plan.begin(self.home.links)
+        weights = Weights(block.name, block.module)
+        wanted = frozenset(replay.chain.sources) if replay is not None else frozenset[int]()
+        recorder = Recorder(
+            plan.rows, weights.by_storage, plan.program, None if plan.program is None else wanted
+        )
+        before = self._previous() if self._previous is not None else None
+        block_pass = BlockPass(
+            self.home,
+            weights,
+            recorder,
+            replay,
+            plan,
+            device=hidden.device,
+            keeps=keeps,
+            previous=before,
+        )
+        recorder.on_wanted = block_pass.wanted
+        self._previous = weakref.ref(block_pass)
+        if replay is not None and not keeps:
+            self._rebuilder.watch(block_pass)
+        recorder.__enter__()  # type: ignore[no-untyped-call]
+        self._running = _Running(block, plan, block_pass, recorder, self._clock())
+
+    def _after(self, block: _Block) -> Callable[..., None]:
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            running = self._running
+            if running is None or running.block is not block:
+                return
+            self._running = None
+            forward_s = self._clock() - running.began_s - running.packing_s
+            running.recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            running.block_pass.leave()
+            if output is None:  # it raised, or nothing depends on it
+                return
+            text = running.plan.end(
+                running.block_pass, running.recorder, forward_s, self.home.links
+            )
+            if text is not None:
+                self._tell(text)
+
+        return after
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told and self._notice is not None:
+            self._told.add(text)
+            self._notice(text)
+
+
+def _saves() -> bool:
+    """Whether autograd saves tensors through hooks here, outside of backward."""
+    return (
+        torch.is_grad_enabled()
+        and torch._C._current_graph_task_id() == -1
+        and bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
+    )
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from _tensors(tuple(tree.values()))
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            yield from _tensors(item)
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    """Whether the bytes of its storage, offset, size and stride are all there is to a tensor."""
+    return (
+        type(tensor) in PLAIN
+        and tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor.is_inference()
+    )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return any(
+        one._compiled_call_impl is not None or type(one).__name__ == "OptimizedModule"
+        for one in module.modules()
+    )
