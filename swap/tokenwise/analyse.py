@@ -86,21 +86,16 @@ def find_chain(
     """
     failed = failed or {}
     roots = _saved_roots(program)
-    sources: set[int] = set()
-    while True:  # a saved tensor that can't be rebuilt is a source for what comes after it
-        known = _classify(program, sources, failed)
-        new = _next_source(program, known, roots)
-        if new is None:
-            break
-        sources.add(new)
+    bought: set[int] = set()  # sources that would not be swapped otherwise
+    known = _with_free_sources(program, bought, roots, failed)
     chain = _chain_of(program, known, roots, min_nbytes, failed)
     for value in [value for value in known.results if _may_be_source(program, known, value)]:
         if program.values[value].storage in roots:
             continue
-        trial = _classify(program, sources | {value}, failed)
+        trial = _with_free_sources(program, bought | {value}, roots, failed)
         longer = _chain_of(program, trial, roots, min_nbytes, failed)
         if longer.whole_nbytes < chain.whole_nbytes:
-            sources.add(value)
+            bought.add(value)
             chain = longer
     if chain.target_nbytes <= chain.source_nbytes:
         return _nothing_of(chain)
@@ -115,6 +110,19 @@ def _nothing_of(chain: Chain) -> Chain:
     return replace(
         chain, targets=(), nodes=(), sources=(), whole=whole, source_nbytes=0, whole_nbytes=nbytes
     )
+
+
+def _with_free_sources(
+    program: Program, bought: set[int], roots: Mapping[int, int], failed: Mapping[int, str]
+) -> _Known:
+    """What is known once each saved tensor that can't be rebuilt serves those after it."""
+    sources = set(bought)
+    while True:
+        known = _classify(program, sources, failed)
+        new = _next_source(program, known, roots)
+        if new is None:
+            return known
+        sources.add(new)
 
 
 def _saved_roots(program: Program) -> dict[int, int]:
@@ -172,6 +180,7 @@ def _step(program: Program, known: _Known, node: Node) -> None:
         if known.states[value] == "source" and known.axes[value] is None
         else known.states[value]
         for value in refs
+        if program.values[value].nbytes  # an empty cache is no obstacle
     }
     name = base_name(node.op)
     call = Call(node, program.values, known.axes, program.rows)

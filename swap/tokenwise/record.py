@@ -60,7 +60,7 @@ class _Bytes:
 
     def __init__(self, index: int, storage: torch.UntypedStorage) -> None:
         self.index = index
-        self.pin = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # [Note: identity of storages]
+        self.pin = StorageWeakRef(storage)  # [Note: identity of storages]
         self.root: int | None = None
         self.views: dict[_Geometry, int] = {}
 
@@ -86,7 +86,7 @@ class Recorder(TorchDispatchMode):
         expected: Program | None = None,
         wanted: frozenset[int] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.paused = False
         self.diverged: str | None = None
         self._rows = rows

@@ -281,14 +281,6 @@ def _product(position: int) -> Rule:
     return rule
 
 
-def _linear(call: Call) -> Axes | None:
-    shape, axis = call.first()
-    others = [Ref(value) for value in call.node.refs()[1:]]
-    if axis is None or axis.dim == len(shape) - 1 or any(call.axis(ref) for ref in others):
-        return None
-    return (axis,)
-
-
 # fmt: off
 POINTWISE = frozenset([
     "_to_copy", "abs", "add", "addcdiv", "addcmul", "alias", "bitwise_and", "bitwise_not",
@@ -297,24 +289,23 @@ POINTWISE = frozenset([
     "hardsigmoid", "hardswish", "hardtanh", "le", "leaky_relu", "lift_fresh", "log", "log1p",
     "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum",
     "mish", "mul", "ne", "neg", "pow", "reciprocal", "relu", "remainder", "round", "rsqrt",
-    "rsub", "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "square", "sub", "tanh",
-    "threshold", "to", "where", "zero",
+    "rsub", "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "sub", "tanh",
+    "threshold", "where", "zero",
 ])
 # fmt: on
-LIKE = frozenset(["empty_like", "full_like", "ones_like", "zeros_like"])
+LIKE = frozenset(["full_like", "ones_like", "zeros_like"])
 BATCHED = frozenset({"bmm", "baddbmm"})
 RULES: dict[str, Rule] = {
     **dict.fromkeys(POINTWISE | LIKE, _pointwise),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape"), _view),
+    **dict.fromkeys(("view", "_unsafe_view"), _view),
     **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax"), _beside(1, "dim")),
-    **dict.fromkeys(("split", "split_with_sizes", "chunk"), _beside(2, "dim")),
+    **dict.fromkeys(("split", "split_with_sizes"), _beside(2, "dim")),
     **dict.fromkeys(("cumsum", "cumprod"), _beside(1, "dim")),
     **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "var_mean"), _reduced(1, "dim")),
     "linalg_vector_norm": _reduced(2, "dim"),
-    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), _normalised),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _normalised),
     **dict.fromkeys(("mm", "bmm"), _product(0)),
     **dict.fromkeys(("addmm", "baddbmm"), _product(1)),
-    "linear": _linear,
     "glu": _beside(1, "dim"),
     "select": _beside(1, "dim", removes=True),
     "unbind": _beside(1, "dim", removes=True),
@@ -328,7 +319,7 @@ RULES: dict[str, Rule] = {
     "cat": _cat,
     "stack": _stack,
 }
-SIZED = {"view": 1, "_unsafe_view": 1, "reshape": 1, "expand": 1}  # where the sizes stand
+SIZED = {"view": 1, "_unsafe_view": 1, "expand": 1}  # where the sizes stand
 DRAWING = frozenset({"bernoulli", "native_dropout", "rand_like", "randn_like", "normal", "uniform"})
 """Random operations of which each result has the rows of the first argument."""
 FACTORIES = frozenset(["arange", "full", "ones", "scalar_tensor", "zeros"])
