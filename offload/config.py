@@ -2,13 +2,14 @@
 
 import difflib
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from offload.allocator.errors import ConfigError
 from offload.allocator.units import parse_nbytes
@@ -38,6 +39,14 @@ class OffloadConfig(BaseModel):
     """Requests in flight in each direction."""
     min_swap_nbytes: int = Field(default=64 << 10, ge=0)
     """Saved activations smaller than this stay in memory."""
+    recompute: Literal["off", "tokenwise"] = "off"
+    """``tokenwise``: of what a block saves, some token rows are swapped and the rest is rebuilt."""
+    alpha: float | Literal["auto"] = "auto"
+    """The fraction of rows that is swapped, from 0 to 1; ``auto`` solves it from measured times."""
+    relaxed: bool = False
+    """Accept rebuilt rows that differ in the last bits; off, such tensors are swapped whole."""
+    blocks: tuple[str, ...] = ()
+    """Names of the blocks, or of the lists that hold them; empty: modules that repeat in a list."""
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -51,6 +60,31 @@ class OffloadConfig(BaseModel):
         if isinstance(paths, list | tuple) and len(paths) > 1:
             raise ValueError(f"{len(paths)} directories were given, one is supported: name one")
         return paths
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _parse_alpha(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        try:
+            alpha = float(value)
+        except (TypeError, ValueError):
+            alpha = math.nan
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"{value!r} is no fraction of the rows: give 0 to 1, or 'auto'")
+        return alpha
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _parse_blocks(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_recompute(self) -> Self:
+        unused = sorted({"alpha", "relaxed", "blocks"} & self.model_fields_set)
+        if self.recompute == "off" and unused:
+            raise ValueError(f"only recompute='tokenwise' uses {', '.join(unused)}: set that too")
+        return self
 
     @field_validator("min_swap_nbytes", mode="before")
     @classmethod

@@ -35,6 +35,7 @@ from offload.progress import (
     restore_groups,
     restore_rng,
 )
+from offload.recomputing import rebuild_rows
 from offload.runtime import Runtime
 from offload.steplog import Stats, StepLog
 from offload.stepping import StepHooks
@@ -58,6 +59,7 @@ class Engine:
         resumed: whether the store held a commit that was continued.
         extra: what the last commit carried for the script.
         plan: the shares of the budget.
+        tokenwise: what rebuilds token rows, if that was asked for; its ``report`` tells what.
     """
 
     def __init__(
@@ -102,7 +104,9 @@ class Engine:
                 for name, weight in self.weights.weights.items()
             }
         )
-        self._hooks = ModelHooks(model, census, self.weights, self.activations, self._before_pass)
+        self.tokenwise = rebuild_rows(model, self.activations, runtime)
+        saved = self.tokenwise or self.activations
+        self._hooks = ModelHooks(model, census, self.weights, saved, self._before_pass)
         self._buffers = BufferKeeper(runtime.store, model, runtime.chunk_numel)
         self._keeper: StateKeeper | None = None
         self._step_hooks: StepHooks | None = None
@@ -311,6 +315,8 @@ class Engine:
         if self._step_hooks is not None:
             self._step_hooks.remove()
         self._hooks.remove()
+        if self.tokenwise is not None:
+            self.tokenwise.remove()
         self.gradients.stop()
         if status == "done":
             self.activations.close()

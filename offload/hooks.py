@@ -7,13 +7,12 @@ but begin no pass and push no hooks, for checkpoint's own hooks must stay innerm
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
-from offload.swap.activations import ActivationCache
 from offload.swap.census import Census
 from offload.swap.weights import Weight, WeightSwapper
 
@@ -28,6 +27,16 @@ def _hooks_allowed() -> bool:
     return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
 
 
+class SavedTensors(Protocol):
+    """Takes what autograd saves, and gives it back."""
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """Called for each tensor that is saved; what is returned stands for it in the graph."""
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        """The tensor again; any number of times."""
+
+
 class ModelHooks:
     """Installs the hooks of one model; ``remove`` takes them off again."""
 
@@ -36,11 +45,11 @@ class ModelHooks:
         model: nn.Module,
         census: Census,
         weights: WeightSwapper,
-        activations: ActivationCache,
+        saved: SavedTensors,
         on_pass: Callable[[], None],
     ) -> None:
         self._weights = weights
-        self._activations = activations
+        self._saved = saved
         self._on_pass = on_pass
         self._depth = 0
         self._pushed = False
@@ -87,7 +96,7 @@ class ModelHooks:
         # torch.func forbids such hooks inside its transforms: what it saves then stays in memory.
         if torch.is_grad_enabled() and _hooks_allowed():
             torch._C._autograd._push_saved_tensors_default_hooks(
-                self._activations.pack, self._activations.unpack
+                self._saved.pack, self._saved.unpack
             )
             self._pushed = True
 

@@ -33,6 +33,9 @@ class Home(Protocol):
     def use_weights(self, names: Sequence[str]) -> None:
         """The model's weights of these names are read now."""
 
+    def borrow(self, nbytes: int) -> None:
+        """The two buffers take ``nbytes`` more memory (fewer, if negative) than before."""
+
     def links(self) -> Sequence[Link]:
         """Where saved bytes go, measured, with the free bytes; empty while that is unknown."""
 
@@ -71,6 +74,9 @@ class MemoryHome:
     def use_weights(self, names: Sequence[str]) -> None:
         """Weights are in memory."""
 
+    def borrow(self, nbytes: int) -> None:
+        """Memory is not bounded here."""
+
     def links(self) -> Sequence[Link]:
         return ()
 
@@ -96,6 +102,9 @@ class CacheHome:
 
     def use_weights(self, names: Sequence[str]) -> None:
         self._cache.weights.use([name for name in names if name in self._cache.weights.weights])
+
+    def borrow(self, nbytes: int) -> None:
+        self._cache.limit_nbytes -= nbytes
 
     def links(self) -> Sequence[Link]:
         if not self._links:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from offload.swap.tokenwise.buffers import RoundingBuffers, layout
+from offload.swap.tokenwise.home import Home
 from offload.swap.tokenwise.passes import BlockPass, Measured, RowsHandle
 from offload.swap.tokenwise.replay import rows_of
 
@@ -34,7 +35,8 @@ class Rebuilder:
     Both buffers are freed when no forward that may need them lives any more.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, home: Home, clock: Callable[[], float]) -> None:
+        self._home = home
         self._clock = clock
         self._buffers = RoundingBuffers()
         self._rebuilt: list[_Rebuilt | None] = [None, None]
@@ -92,7 +94,9 @@ class Rebuilder:
         offsets, nbytes = layout([target.nbytes for target in targets])
         turn = self._buffers.next_turn()
         self._rebuilt[turn] = None  # its views are not holders of the buffer any more
+        before = self._buffers.nbytes
         flat = self._buffers.take(turn, nbytes, block_pass.device)
+        self._home.borrow(self._buffers.nbytes - before)
         tensors: dict[int, torch.Tensor] = {}
         tails: dict[int, torch.Tensor] = {}
         heads: dict[int, torch.Tensor] = {}
@@ -127,4 +131,5 @@ class Rebuilder:
             if rebuilt is not None and rebuilt.of() is None:
                 self._rebuilt[turn] = None
         if not self._living:
+            self._home.borrow(-self._buffers.nbytes)
             self._buffers.give_back()

@@ -74,7 +74,7 @@ class TokenWise:
         self._clock = clock
         self._running: _Running | None = None
         self._previous: weakref.ref[BlockPass] | None = None
-        self._rebuilder = Rebuilder(clock)
+        self._rebuilder = Rebuilder(home, clock)
         found = find_blocks(model, settings.blocks)
         self._blocks = [_Block(name, module) for name, module in found.items()]
         self._handles = [

@@ -6,11 +6,13 @@ import pytest
 import torch
 import transformers
 
+import offload.errors
 from offload.swap.tokenwise.home import MemoryHome
 from offload.swap.tokenwise.plans import Settings
 from offload.swap.tokenwise.tokenwise import TokenWise
 
 VOCABULARY, ROWS, LAYERS = 64, 256, 2
+WIDE = 128  # its activations are large enough to be swapped by default
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -19,6 +21,16 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": ROWS,
 }
+
+
+def wide_llama():
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=WIDE, intermediate_size=2 * WIDE,
+            num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=ROWS, bos_token_id=0, eos_token_id=1,
+        )
+    )  # fmt: skip
 
 
 def decoder(model, config, dropout, **options):
@@ -101,3 +113,52 @@ def test_gradients_keep_each_bit(name, dropout, dtype, batch):
         assert not any("bit-identical" in reason for reason, _ in report.whole)
         # Projections, norms, the rotary, the MLP; attention's own tensors depend on the dropout.
         assert report.rebuilt_nbytes > (0.5 if dropout else 2) * report.whole_nbytes
+
+
+def training_loop(model, optimizer, _engine):
+    """Accumulation, clipping, evaluation, two forwards before a backward."""
+    values = []
+    for step in range(6):
+        model.train()
+        losses = [loss_of(model, "llama", 2) for _ in range(1 + step % 2)]
+        sum(losses).backward()
+        values.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            values += [loss_of(model, "llama", 1).item(), *(loss.item() for loss in losses)]
+    return values
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, "auto"])
+def test_training_under_the_engine(alpha, compare):
+    same = compare(
+        wide_llama,
+        lambda model: torch.optim.AdamW(model.parameters(), 1e-3),
+        training_loop,
+        config={"recompute": "tokenwise", "alpha": alpha},
+    )
+    assert same.moved_roles() >= {"weight", "gradient", "state", "activation"}
+    reports = [one for one in same.engine.tokenwise.report() if one.rebuilt_nbytes]
+    assert len(reports) == 3
+    if alpha == "auto":
+        assert all(one.solution is not None and one.solution.fits for one in reports)
+        assert all(one.cost.backward_s > 0 for one in reports)
+    else:
+        assert {one.cut for one in reports} == {alpha * ROWS}
+        assert same.engine.notices == []
+
+
+def test_a_block_that_the_model_has_not(starve):
+    model = wide_llama()
+    with pytest.raises(offload.errors.ConfigError, match=r"no module 'model\.h'"):
+        starve(model, None, config={"recompute": "tokenwise", "blocks": ["model.h"]})
+
+
+def test_reasons_are_told(starve):
+    model = wide_llama()
+    engine = starve(model, None, config={"recompute": "tokenwise"})
+    tokens = torch.randint(VOCABULARY, (1, 40))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert any("40 tokens are too few rows" in notice for notice in engine.notices)

@@ -51,3 +51,27 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
 def test_several_directories_are_refused() -> None:
     with pytest.raises(ConfigError, match="2 directories"):
         make_config(nvme=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("alpha", "parsed"), [("auto", "auto"), ("0.5", 0.5), (1, 1.0), (0.0, 0.0)]
+)
+def test_alpha_is_a_fraction_or_solved(alpha: object, parsed: object) -> None:
+    assert make_config(recompute="tokenwise", alpha=alpha).alpha == parsed
+
+
+@pytest.mark.parametrize("alpha", [1.5, -0.1, "half", float("nan"), [0.5]])
+def test_an_alpha_that_is_no_fraction_is_refused(alpha: object) -> None:
+    with pytest.raises(ConfigError, match="is no fraction of the rows: give 0 to 1, or 'auto'"):
+        make_config(recompute="tokenwise", alpha=alpha)
+
+
+def test_settings_of_a_recompute_that_is_off_are_refused() -> None:
+    with pytest.raises(ConfigError, match="only recompute='tokenwise' uses alpha, relaxed"):
+        make_config(alpha=0.5, relaxed=True)
+
+
+def test_blocks_may_be_written_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_BLOCKS", "encoder.layer, decoder.layer")
+    monkeypatch.setenv("OFFLOAD_RECOMPUTE", "tokenwise")
+    assert make_config().blocks == ("encoder.layer", "decoder.layer")
