@@ -28,8 +28,13 @@ State: TypeAlias = Literal["source", "fixed", "rows", "opaque"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A storage that is rebuilt: the value that fills it, and where that has its rows."""
+    """A storage that is rebuilt: the value that fills it, and where that has its rows.
 
+    ``part``: targets of different parts have no operation in common, so each part is rebuilt
+    when backward comes to it: what comes before attention, say, after what comes behind it.
+    """
+
+    part: int = 0
     storage: int
     root: int
     axis: Axis
@@ -265,6 +270,7 @@ def _chain_of(
         else:
             whole[storage] = failed.get(storage) or reason or "its rows can't be told apart"
     nodes, sources = _needed(program, known, [target.root for target in targets])
+    targets = _in_parts(program, known, targets)
     extra = {program.values[value].storage for value in sources} - set(whole)
     return Chain(
         program=program,
@@ -318,3 +324,18 @@ def _needed(
             nodes.add(value.node)
             open_values += program.nodes[value.node].refs()
     return tuple(sorted(nodes)), tuple(sorted(sources))
+
+
+def _in_parts(program: Program, known: _Known, targets: list[Target]) -> list[Target]:
+    """Number the parts: sets of targets that share no operation on rows."""
+    part_of: dict[int, int] = {}  # by node
+    number: dict[int, int] = {}  # by position among the targets; parts that meet become one
+    for position, target in enumerate(targets):
+        number[position] = position
+        for node in _needed(program, known, [target.root])[0]:
+            if known.states[program.nodes[node].outs[0]] == "fixed":
+                continue  # a view of a weight, say
+            other = number[part_of.setdefault(node, position)]
+            mine = number[position]
+            number = {key: mine if one == other else one for key, one in number.items()}
+    return [replace(target, part=number[position]) for position, target in enumerate(targets)]

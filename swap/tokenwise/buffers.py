@@ -12,24 +12,18 @@ _ALIGN_NBYTES = 64
 
 
 class RoundingBuffers:
-    """Hands out one of two flat buffers in turn, each as large as the largest block so far."""
+    """Hands out two flat buffers, each as large as the largest part so far."""
 
     def __init__(self) -> None:
         self._flat: list[torch.Tensor | None] = [None, None]
-        self._turn = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of both."""
         return sum(flat.nbytes for flat in self._flat if flat is not None)
 
-    def next_turn(self) -> int:
-        """The number of the buffer whose turn it is."""
-        self._turn ^= 1
-        return self._turn
-
     def take(self, turn: int, nbytes: int, device: torch.device) -> torch.Tensor:
-        """The buffer of that number, with at least ``nbytes``; nobody else holds a part of it."""
+        """Buffer 0 or 1, with at least ``nbytes``; nobody else holds a part of it."""
         flat = self._flat[turn]
         if flat is None or flat.nbytes < nbytes or flat.device != device or _held(flat):
             self._flat[turn] = flat = None

@@ -13,17 +13,18 @@ in backward are checked by version and storage.
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from offload.swap.tokenwise.analyse import Target  # noqa: TC001 (as Value)
 from offload.swap.tokenwise.home import Home
 from offload.swap.tokenwise.program import Slot, Value
 from offload.swap.tokenwise.record import Recorder
-from offload.swap.tokenwise.replay import Replay, rows_of
+from offload.swap.tokenwise.replay import Replay, Sink, rows_of
 
 _MODIFIED = (
     "one of the variables needed for gradient computation has been modified by an inplace "
@@ -63,6 +64,7 @@ class BlockPass:
 
     Args:
         replay: what backward rebuilds; without it everything is swapped whole.
+        on_part: is told of each part that backward may ask for.
         keeps: whether saved tensors and sources are kept until the forward ends, to be
             compared with what is rebuilt from them.
     """
@@ -75,13 +77,14 @@ class BlockPass:
         replay: Replay | None,
         plan: Measured,
         *,
+        on_part: "Callable[[Part], None]",
         device: torch.device,
         keeps: bool,
         previous: "BlockPass | None",
     ) -> None:
         self.plan = plan
+        self.on_part = on_part
         self.device = device
-        self.handed_out: set[int] = set()  # storages of which rows are to be rebuilt
         self.home = home
         self.weights = weights
         self.recorder: Recorder | None = recorder
@@ -92,6 +95,7 @@ class BlockPass:
         self.sources: dict[int, torch.Tensor] = {}  # by value, while they are kept
         self.packed_sources: dict[int, Any] = {}
         self.packed_heads: dict[int, Any] = {}
+        self._parts: weakref.WeakValueDictionary[int, Part] = weakref.WeakValueDictionary()
         self._pending: list[tuple[int, torch.Tensor]] = []
         self._targets = (
             {target.storage: target for target in replay.chain.targets} if replay else {}
@@ -139,8 +143,12 @@ class BlockPass:
             self.packed_heads[slot.storage] = self.home.pack(
                 head.clone(memory_format=torch.contiguous_format)
             )
-        self.handed_out.add(slot.storage)
-        return RowsHandle(self, slot, tensor)
+        part = self._parts.get(target.part)
+        if part is None:
+            part = self._parts[target.part] = Part(self)
+            self.on_part(part)
+        part.targets.setdefault(slot.storage, target)
+        return RowsHandle(part, slot, tensor)
 
     def packed(self) -> list[Any]:
         """Everything that backward needs from the home, in the order of need."""
@@ -159,11 +167,12 @@ class BlockPass:
 
     def rebuild(
         self,
-        tails: Mapping[int, torch.Tensor],
+        roots: Collection[int],
+        sink: Sink,
         heads: Mapping[int, torch.Tensor],
         clock: Callable[[], float],
     ) -> float:
-        """Fill ``tails`` (by value) from the sources while ``heads`` (by storage) are fetched.
+        """Give ``sink`` the tail rows of ``roots`` while ``heads`` (by storage) are fetched.
 
         Returns:
             Seconds of computing.
@@ -173,29 +182,44 @@ class BlockPass:
         """
         assert self.replay is not None
         self.check_weights()
-        self.home.prefetch(self.packed())
-        needed = self.replay.sources_of(tails)
+        needed = self.replay.sources_of(roots)
+        packed = [self.packed_sources[value] for value in needed]
+        self.home.prefetch([*packed, *(self.packed_heads[storage] for storage in heads)])
         sources = {value: self.home.unpack(self.packed_sources[value]) for value in needed}
-        before = self.previous() if self.previous is not None else None
-        if before is not None:
-            self.home.prefetch(before.packed())
+        self._prefetch_what_follows()
         began_s = clock()
-        self.run(self.replay, sources, tails)
+        self.run(self.replay, roots, sources, sink)
         rebuild_s = clock() - began_s
         del sources
         for storage, head in heads.items():
             head.copy_(self.home.unpack(self.packed_heads[storage]))
         return rebuild_s
 
+    def _prefetch_what_follows(self) -> None:
+        """What backward needs next: the rest of this block, then the block before it."""
+        self.home.prefetch(self.packed())
+        before = self.previous() if self.previous is not None else None
+        if before is not None:
+            self.home.prefetch(before.packed())
+
     def run(
         self,
         replay: Replay,
+        roots: Collection[int],
         sources: Mapping[int, torch.Tensor],
-        tails: Mapping[int, torch.Tensor],
+        sink: Sink,
     ) -> None:
         """Execute ``replay`` with the block's weights as they are now."""
         self.home.use_weights([self.weights.prefix + name for name in replay.weights])
-        replay.run(sources, self.weights.tensors, tails)
+        replay.run(roots, sources, self.weights.tensors, sink)
+
+
+class Part:
+    """The targets of one forward that are rebuilt together; it lives as long as its handles."""
+
+    def __init__(self, block_pass: BlockPass) -> None:
+        self.block_pass = block_pass
+        self.targets: dict[int, Target] = {}  # by storage, as they were saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,10 +233,10 @@ class _Witness:
 class RowsHandle:
     """A saved tensor of which the tail rows are rebuilt."""
 
-    __slots__ = ("block_pass", "slot", "witness")
+    __slots__ = ("part", "slot", "witness")
 
-    def __init__(self, block_pass: BlockPass, slot: Slot, tensor: torch.Tensor) -> None:
-        self.block_pass = block_pass
+    def __init__(self, part: Part, slot: Slot, tensor: torch.Tensor) -> None:
+        self.part = part
         self.slot = slot
         alias = tensor.detach()
         alias.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -20,7 +20,9 @@ from offload.swap.tokenwise.replay import (
     GRID_ROWS,
     Replay,
     cuts,
+    direct,
     identical,
+    interchangeable,
     relative_error,
     rows_of,
 )
@@ -262,37 +264,57 @@ class BlockPlan:
         self, replay: Replay, sources: dict[int, torch.Tensor], block_pass: BlockPass
     ) -> dict[int, str]:
         """The targets whose rebuilt rows differ from the saved ones, with the reason."""
-        program = replay.chain.program
-        saved = {
-            target.root: rows_of(
-                root_of(block_pass.saved[target.storage], program.values[target.root]),
-                target.axis,
-                replay.cut,
-                program.rows,
-            )
-            for target in replay.chain.targets
-        }
-        tails = {root: torch.empty_like(rows) for root, rows in saved.items()}
+        chain = replay.chain
+        comparison = _Comparison(replay, block_pass.saved, relaxed=self._settings.relaxed)
         began_s = self._clock()
         try:
-            block_pass.run(replay, sources, tails)
+            block_pass.run(replay, [target.root for target in chain.targets], sources, comparison)
         except RuntimeError as fault:
             reason = f"its operations can't be executed on fewer rows: {fault}"
-            return {target.storage: reason for target in replay.chain.targets}
-        self._rebuild_s_per_row = (self._clock() - began_s) / (program.rows - replay.cut)
-        failed: dict[int, str] = {}
-        for target in replay.chain.targets:
-            rebuilt, rows = tails[target.root], saved[target.root]
-            if identical(rebuilt, rows):
-                continue
-            error = relative_error(rebuilt, rows)
-            if self._settings.relaxed and error <= tolerance(rows.dtype):
-                self._worst_error = max(self._worst_error, error)
+            return {target.storage: reason for target in chain.targets}
+        rebuild_s = self._clock() - began_s - comparison.comparing_s
+        self._rebuild_s_per_row = rebuild_s / (self.rows - replay.cut)
+        self._worst_error = max(self._worst_error, comparison.worst_error)
+        return comparison.failed
+
+
+class _Comparison:
+    """Compares rebuilt rows with saved ones, as they come."""
+
+    def __init__(self, replay: Replay, saved: dict[int, torch.Tensor], *, relaxed: bool) -> None:
+        self.failed: dict[int, str] = {}
+        self.worst_error = 0.0
+        self.comparing_s = 0.0
+        self._replay = replay
+        self._saved = saved
+        self._relaxed = relaxed
+        self._targets = {target.root: target for target in replay.chain.targets}
+
+    def _rows_of(self, root: int) -> torch.Tensor:
+        target, program = self._targets[root], self._replay.chain.program
+        whole = root_of(self._saved[target.storage], program.values[root])
+        return rows_of(whole, target.axis, self._replay.cut, program.rows)
+
+    def place(self, value: int) -> torch.Tensor | None:
+        saved = self._rows_of(value)
+        return torch.empty_like(saved) if direct(self._targets[value].axis, saved) else None
+
+    def take(self, value: int, rows: torch.Tensor) -> torch.Tensor:
+        began_s = time.perf_counter()
+        saved = self._rows_of(value)
+        rebuilt = rows.reshape(saved.shape)
+        same = identical(rebuilt, saved)
+        if not same:
+            error = relative_error(rebuilt, saved)
+            if self._relaxed and error <= tolerance(saved.dtype):
+                self.worst_error = max(self.worst_error, error)
             else:
-                failed[target.storage] = (
+                self.failed[self._targets[value].storage] = (
                     f"its rebuilt rows are not bit-identical (relative error {error:.1e})"
                 )
-        return failed
+        self.comparing_s += time.perf_counter() - began_s
+        # One copy is enough, and what comes later reads the same strides as in backward.
+        return saved if same and interchangeable(rows, saved) else rows
 
 
 def tolerance(dtype: torch.dtype) -> float:

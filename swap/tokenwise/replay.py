@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -46,6 +46,16 @@ def sliced(tensor: torch.Tensor, axis: Axis, start: int, stop: int) -> torch.Ten
     return result
 
 
+def interchangeable(rows: torch.Tensor, tail: torch.Tensor) -> bool:
+    """Whether ``tail`` may stand for ``rows``: kernels see the same shape and strides."""
+    return rows.shape == tail.shape and _same_stride(list(rows.shape), rows.stride(), tail.stride())
+
+
+def direct(axis: Axis, tail: torch.Tensor) -> bool:
+    """Whether a product may write straight to ``tail``."""
+    return axis.outer == 1 and tail.is_contiguous()
+
+
 def _same_stride(shape: list[int], one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return all(
         size == 1 or mine == theirs for size, mine, theirs in zip(shape, one, other, strict=True)
@@ -76,8 +86,19 @@ class _Step:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     func: Any
+    out: Any  # the same operation where it writes to memory that it is given
     dtype: torch.dtype  # of the first result, which an operation in place keeps
     used_up: tuple[int, ...]  # values that nothing needs after it
+
+
+class Sink(Protocol):
+    """Takes rebuilt rows."""
+
+    def place(self, value: int) -> torch.Tensor | None:
+        """Where a product may write the rows of ``value`` straight; ``None``: anywhere."""
+
+    def take(self, value: int, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of ``value``; what is returned, equal in bits and strides, replaces them."""
 
 
 class Replay:
@@ -107,6 +128,7 @@ class Replay:
                     resized_args(node, axes, self._rows, self._rows - cut),
                     dict(node.kwargs),
                     _functional(node.op),
+                    _writing_out(node.op),
                     program.values[node.outs[0]].dtype,
                     (
                         *(value for value, last in last_use.items() if last == position),
@@ -140,46 +162,55 @@ class Replay:
 
     def run(
         self,
+        roots: Collection[int],
         sources: Mapping[int, torch.Tensor],
         weights: Mapping[str, torch.Tensor],
-        tails: Mapping[int, torch.Tensor],
+        sink: "Sink",
     ) -> None:
-        """Rebuild the tail rows of all targets.
+        """Rebuild the tail rows of some targets.
 
         Args:
+            roots: the values that fill the targets' storages.
             sources: whole tensors by value.
             weights: the block's parameters and buffers by name.
-            tails: by value: where the rows of each target go, shaped as ``rows_of`` gives them.
+            sink: takes the rows as they are rebuilt.
         """
         with torch.no_grad(), torch.autocast("cpu", enabled=False), _disable_current_modes():
             env: dict[int, torch.Tensor] = {}
-            for value, tensor in sources.items():
+            steps, needed = self._steps_of(roots)
+            for value in needed:
                 axis = self.chain.axes[value]
-                env[value] = (
-                    tensor.detach()
-                    if axis is None
-                    else sliced(tensor.detach(), axis, self.cut, self._rows)
-                )
-            for step in self._steps_of(tails)[0]:
-                self._execute(step, env, weights)
-                for out in step.node.outs:
-                    tail = tails.get(out)
-                    if tail is not None:
-                        tail.copy_(env[out].reshape(tail.shape))
+                whole = sources[value].detach()
+                rows = whole if axis is None else sliced(whole, axis, self.cut, self._rows)
+                env[value] = rows
+            for step in steps:
+                self._execute(step, env, weights, roots, sink)
                 for value in step.used_up:
                     env.pop(value, None)
 
     def _execute(
-        self, step: _Step, env: dict[int, torch.Tensor], weights: Mapping[str, torch.Tensor]
+        self,
+        step: _Step,
+        env: dict[int, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
+        roots: Collection[int],
+        sink: "Sink",
     ) -> None:
         resolve = functools.partial(self._resolve, env, weights)
-        result = step.func(
-            *map(resolve, step.args), **{name: resolve(arg) for name, arg in step.kwargs.items()}
-        )
-        results = [result] if isinstance(result, torch.Tensor) else list(result)
+        args = [resolve(arg) for arg in step.args]
+        kwargs = {name: resolve(arg) for name, arg in step.kwargs.items()}
+        first = step.node.outs[0]
+        place = sink.place(first) if step.out is not None and first in roots else None
+        if place is not None:
+            assert step.out is not None
+            results = [step.out(*args, **kwargs, out=place)]
+        else:
+            result = step.func(*args, **kwargs)
+            results = [result] if isinstance(result, torch.Tensor) else list(result)
         if step.node.mutated:
             results[0] = results[0].to(step.dtype)
-        env.update(zip(step.node.outs, results, strict=False))
+        for out, rows in zip(step.node.outs, results, strict=False):
+            env[out] = sink.take(out, rows) if out in roots else rows
 
     def _resolve(
         self, env: dict[int, torch.Tensor], weights: Mapping[str, torch.Tensor], arg: Any
@@ -209,6 +240,13 @@ def _functional(op: str) -> Any:
     plain = base_name(op)
     packet = getattr(torch.ops.aten, plain)
     return getattr(packet, overload)
+
+
+@functools.cache
+def _writing_out(op: str) -> Any:
+    """The form of a matrix product that writes to given memory; these make the large results."""
+    plain = base_name(op)
+    return getattr(torch.ops.aten, plain).out if plain in ("mm", "addmm", "bmm") else None
 
 
 def identical(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -188,14 +188,13 @@ class TokenWise:
             recorder,
             replay,
             plan,
+            on_part=self._rebuilder.watch,
             device=hidden.device,
             keeps=keeps,
             previous=before,
         )
         recorder.on_wanted = block_pass.wanted
         self._previous = weakref.ref(block_pass)
-        if replay is not None and not keeps:
-            self._rebuilder.watch(block_pass)
         recorder.__enter__()  # type: ignore[no-untyped-call]
         self._running = _Running(block, plan, block_pass, recorder, self._clock())
 

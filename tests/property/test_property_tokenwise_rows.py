@@ -14,6 +14,22 @@ aten = torch.ops.aten
 WIDTH = 6
 
 
+class Tails:
+    """Keeps rebuilt rows, written straight where that is possible."""
+
+    def __init__(self, tails):
+        self.tails = tails
+
+    def place(self, value):
+        tail = self.tails[value]
+        return tail if tail.ndim == 2 and tail.is_contiguous() else None
+
+    def take(self, value, rows):
+        if rows is not self.tails[value]:
+            self.tails[value].copy_(rows.reshape(self.tails[value].shape))
+        return rows
+
+
 def rebuilt_and_saved(function, inputs, rows, cut, batch_first=None):
     """Record ``function(*inputs)``, save its results, rebuild the rows behind ``cut``.
 
@@ -40,7 +56,7 @@ def rebuilt_and_saved(function, inputs, rows, cut, batch_first=None):
         )
         wholes[target.root] = rows_of(whole, target.axis, cut, rows)
     tails = {root: torch.empty_like(whole) for root, whole in wholes.items()}
-    replay.run(sources, {}, tails)
+    replay.run(tails, sources, {}, Tails(tails))
     names = [base_name(node.op) for node in program.nodes]
     return [(tails[root], wholes[root]) for root in tails], names, chain
 
