@@ -111,7 +111,9 @@ class BlockPlan:
         self._solution: Solution | None = None
         self._forward_s: float | None = None
         self._backward_s: float | None = None
-        self._rebuild_s_per_row: float | None = None
+        self._record_s = 0.0
+        self._rebuild_s: dict[int, float] = {}  # by cut
+        self._heads_s_per_row = 0.0
         if rows < GRID_ROWS:
             self.gave_up = f"sequences of {rows} tokens are too few rows, {GRID_ROWS} are needed"
         elif isinstance(settings.alpha, float) and self._nearest(settings.alpha) == rows:
@@ -122,14 +124,20 @@ class BlockPlan:
                 f"takes {GRID_ROWS} rows on each side"
             )
 
-    def begin(self, links: Callable[[], Sequence[Link]]) -> tuple[Replay | None, bool]:
+    def wants_a_look(self, links: Callable[[], Sequence[Link]]) -> bool:
+        """Whether a forward that begins is to be recorded: not where nothing would be rebuilt."""
+        if self.gave_up is not None:
+            return False
+        if self._chain is None:
+            return True
+        if self._settings.alpha == "auto":
+            self._solve(links())
+        return self._cut != self.rows
+
+    def begin(self) -> tuple[Replay | None, bool]:
         """A forward begins: what it may leave to be rebuilt, and whether that is to be verified."""
         if self._chain is None:
             return None, True
-        if self._settings.alpha == "auto":
-            self._solve(links())
-        if self._cut == self.rows:
-            return None, False
         replay = self._verified.get(self._cut)
         return replay or Replay(self._chain, self._cut), replay is None
 
@@ -144,19 +152,21 @@ class BlockPlan:
         recorder.finish()
         if recorder.diverged is not None:
             return self._diverged(recorder.diverged)
-        if not block_pass.keeps or self._forward_s is None:
-            self._forward_s = forward_s
         if self._chain is None:
             self.program = recorder.program()
             self._chain = find_chain(self.program, min_nbytes=self._settings.min_nbytes)
             alpha = self._settings.alpha
-            self._cut = self._nearest(0.5 if alpha == "auto" else alpha)
+            self._cut = self._nearest(0.75 if alpha == "auto" else alpha)
+            self._record_s = recorder.own_s
+        if not block_pass.keeps or self._forward_s is None:
+            self._forward_s = forward_s - self._record_s
         if block_pass.keeps:
             self._verify(block_pass)
-            if self._settings.alpha == "auto" and self._verified:
+            if self._settings.alpha == "auto" and self._verified and not self._solution:
+                self._cut = self._nearest(0.25)  # a second measurement
+                self._verify(block_pass)
                 self._solve(links())
-                if self._cut != self.rows and self._cut not in self._verified:
-                    self._verify(block_pass)
+                self._verify(block_pass)
         if not self._chain.targets:
             self.gave_up = "none of its saved tensors can be rebuilt row by row: " + "; ".join(
                 reason for reason, _ in self.report().whole
@@ -164,9 +174,11 @@ class BlockPlan:
             return f"token-wise recompute: {self.block} is swapped whole: {self.gave_up}"
         return None
 
-    def measured(self, rebuild_s: float, cut: int) -> None:
-        """The rows behind ``cut`` were rebuilt in ``rebuild_s``."""
-        self._rebuild_s_per_row = rebuild_s / (self.rows - cut)
+    def measured(self, rebuild_s: float, heads_s: float, cut: int) -> None:
+        """The rows behind ``cut`` were rebuilt in ``rebuild_s``, the others copied twice."""
+        self._rebuild_s[cut] = rebuild_s
+        if cut:
+            self._heads_s_per_row = heads_s / cut
 
     def measured_backward(self, backward_s: float) -> None:
         """Backward of the block has ended; waits and the rebuild are not in it."""
@@ -210,16 +222,29 @@ class BlockPlan:
     # How much.
 
     def _cost(self) -> BlockCost | None:
-        if self._chain is None or self._forward_s is None or self._rebuild_s_per_row is None:
+        if self._chain is None or self._forward_s is None or not self._rebuild_s:
             return None
         backward_s = self._backward_s
+        overhead_s, rebuild_s = self._rebuilding()
         return BlockCost(
             forward_s=self._forward_s,
             backward_s=2 * self._forward_s if backward_s is None else backward_s,
-            rebuild_s=self._rebuild_s_per_row * self.rows,
+            rebuild_s=rebuild_s,
+            heads_s=self._heads_s_per_row * self.rows,
+            overhead_s=overhead_s + self._record_s,
             whole_nbytes=self._chain.whole_nbytes,
             target_nbytes=self._chain.target_nbytes,
         )
+
+    def _rebuilding(self) -> tuple[float, float]:
+        """What rebuilding takes however few the rows, and what all rows take besides."""
+        fewest, most = max(self._rebuild_s), min(self._rebuild_s)
+        if fewest == most:
+            return 0.0, self._rebuild_s[most] * self.rows / (self.rows - most)
+        more_s = max(self._rebuild_s[most] - self._rebuild_s[fewest], 0.0)
+        all_s = more_s / (fewest - most) * self.rows
+        share = (self.rows - fewest) / self.rows
+        return max(self._rebuild_s[fewest] - all_s * share, 0.0), all_s
 
     def _solve(self, links: Sequence[Link]) -> None:
         cost = self._cost()
@@ -244,7 +269,12 @@ class BlockPlan:
 
     def _verify(self, block_pass: BlockPass) -> None:
         """Rebuild and compare: [Note: verified cuts]."""
-        while self._chain is not None and self._chain.targets and self._cut != self.rows:
+        while (
+            self._chain is not None
+            and self._chain.targets
+            and self._cut != self.rows
+            and self._cut not in self._verified
+        ):
             chain = self._chain
             sources = _kept_sources(chain, block_pass)
             if sources is None:
@@ -273,9 +303,22 @@ class BlockPlan:
             reason = f"its operations can't be executed on fewer rows: {fault}"
             return {target.storage: reason for target in chain.targets}
         rebuild_s = self._clock() - began_s - comparison.comparing_s
-        self._rebuild_s_per_row = rebuild_s / (self.rows - replay.cut)
+        self._rebuild_s[replay.cut] = rebuild_s
+        if self._heads_s_per_row == 0:
+            self._heads_s_per_row = self._copying(replay, block_pass)
         self._worst_error = max(self._worst_error, comparison.worst_error)
         return comparison.failed
+
+    def _copying(self, replay: Replay, block_pass: BlockPass) -> float:
+        """Seconds to copy one row of every target twice, from copying the largest target once."""
+        targets = replay.chain.targets
+        largest = max(targets, key=lambda target: target.nbytes)
+        tensor = block_pass.saved[largest.storage]
+        began_s = self._clock()
+        tensor.clone()
+        copy_s = self._clock() - began_s
+        share = sum(target.nbytes for target in targets) / tensor.nbytes
+        return 2 * copy_s * share / self.rows
 
 
 class _Comparison:

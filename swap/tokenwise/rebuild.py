@@ -70,6 +70,7 @@ class Rebuilder:
         self._begun: _Begun | None = None
         self._waited_s = 0.0  # in ``unpack`` since then
         self._rebuild_s = 0.0  # of its parts so far
+        self._heads_s = 0.0
 
     @property
     def buffers_nbytes(self) -> int:
@@ -133,7 +134,8 @@ class Rebuilder:
             sink.add(target.root, tail, straight=direct(target.axis, tail))
             if replay.cut:
                 heads[target.storage] = rows_of(tensor, target.axis, 0, replay.cut)
-        self._rebuild_s += block_pass.rebuild(sink.tails.keys(), sink, heads, self._clock)
+        self._rebuild_s += block_pass.rebuild(sink.tails.keys(), sink, heads)
+        self._heads_s = block_pass.heads_s
         self._rebuilt[turn] = _Rebuilt(weakref.ref(part), tensors)
         return tensors
 
@@ -156,7 +158,7 @@ class Rebuilder:
             return
         if begun is not None and begun.previous is not None and begun.previous() is block_pass:
             begun.plan.measured_backward(now_s - begun.began_s - self._waited_s)
-            begun.plan.measured(self._rebuild_s, begun.cut)
+            begun.plan.measured(self._rebuild_s, self._heads_s, begun.cut)
         assert block_pass.replay is not None
         self._begun = _Begun(
             weakref.ref(block_pass),

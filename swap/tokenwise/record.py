@@ -76,7 +76,7 @@ class Recorder(TorchDispatchMode):
             tensor that comes from outside.
 
     Attributes:
-        paused: nothing is recorded while it is set.
+        own_s: time that recording itself has taken, where ``clock`` was given to measure it.
     """
 
     def __init__(
@@ -85,9 +85,11 @@ class Recorder(TorchDispatchMode):
         weights: Mapping[int, str],
         expected: Program | None = None,
         wanted: frozenset[int] | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.paused = False
+        self.own_s = 0.0
+        self._clock = clock
         self.diverged: str | None = None
         self._rows = rows
         self._weights = weights
@@ -116,14 +118,16 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Execute ``func`` and take note of it."""
         kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
+        began_s = self._clock() if self._clock is not None else 0.0
         schema = _schema_of(func)
         first_new = len(self._values)
         self._unreadable = False
         noted = tuple(map(self._note, args))
         noted_kwargs = tuple((name, self._note(value)) for name, value in kwargs.items())
+        func_s = self._clock() if self._clock is not None else 0.0
         result = func(*args, **kwargs)
+        if self._clock is not None:
+            began_s += self._clock() - func_s
         index = len(self._nodes)
         outs: list[int] = []
         mutated = self._mutated(schema, noted, dict(noted_kwargs))
@@ -135,6 +139,8 @@ class Recorder(TorchDispatchMode):
         name = f"unreadable.{schema.name}" if self._unreadable else schema.name
         self._nodes.append(Node(name, noted, noted_kwargs, tuple(outs), mutated, schema.draws))
         self._compare(first_new)
+        if self._clock is not None:
+            self.own_s += self._clock() - began_s
         return result
 
     def saved(self, tensor: torch.Tensor) -> Slot:

@@ -115,6 +115,7 @@ class Replay:
         self._values = program.values
         self._rows = program.rows
         self._steps: list[_Step] = []
+        self._known: dict[frozenset[int], tuple[list[_Step], list[int]]] = {}
         last_use: dict[int, int] = {}
         for position, index in enumerate(chain.nodes):
             for value in program.nodes[index].refs():
@@ -147,6 +148,9 @@ class Replay:
 
     def _steps_of(self, roots: Collection[int]) -> tuple[list[_Step], list[int]]:
         """The steps behind some of the targets, and the sources that they start from."""
+        key = frozenset(roots)
+        if key in self._known:
+            return self._known[key]
         needed = set(roots)
         steps: list[_Step] = []
         for step in reversed(self._steps):
@@ -154,7 +158,9 @@ class Replay:
                 steps.append(step)
                 needed.update(step.node.refs())
         steps.reverse()
-        return steps, [value for value in self.chain.sources if value in needed]
+        found = steps, [value for value in self.chain.sources if value in needed]
+        self._known[key] = found
+        return found
 
     def sources_of(self, roots: Collection[int]) -> list[int]:
         """The sources that rebuilding these targets starts from."""

@@ -5,12 +5,15 @@ one layer and that the host holds: with one link, ``alpha = (B T - S_in - S_attn
 the same is said as a cost to be minimised, so that several tiers, a link that can't even carry
 the sources in time, and a rebuild that costs more than it hides are all cases of one formula:
 
-    step(alpha) = max(forward, carry(V)) + max(backward + rebuild (1 - alpha), carry(V))
+    step(alpha) = max(forward + heads alpha / 2, carry(V))
+                + max(backward + overhead + heads alpha / 2 + rebuild (1 - alpha), carry(V))
     V(alpha) = whole + alpha target
 
-``carry(V)`` is the least time in which the links, working side by side, each no more than its
-free bytes, take V bytes. It is convex and piecewise linear, and so is ``step``: its least value on
-the grid stands beside one of the few points where a piece ends.
+At alpha = 1 nothing is rebuilt, so heads (the swapped rows, which are copied out of their tensors
+and back) and overhead are nothing there. ``carry(V)`` is the least time in which the links, side by
+side, each no more than its free bytes, take V bytes. It is convex and piecewise linear, and so is
+``step`` below 1: its least value on the grid stands beside one of the few points where a piece ends,
+or it is that at 1.
 """
 
 import bisect
@@ -41,6 +44,8 @@ class BlockCost:
         forward_s: its forward, without waits.
         backward_s: its backward, without waits and without rebuilding.
         rebuild_s: rebuilding all rows of its targets.
+        heads_s: copying all rows of its targets out of their tensors, and back.
+        overhead_s: what rebuilding takes besides, however few the rows.
         whole_nbytes: swapped whatever alpha is: sources, and what can't be rebuilt.
         target_nbytes: what can be rebuilt, all rows.
     """
@@ -48,8 +53,19 @@ class BlockCost:
     forward_s: float
     backward_s: float
     rebuild_s: float
+    heads_s: float
+    overhead_s: float
     whole_nbytes: int
     target_nbytes: int
+
+    def forward_line(self) -> tuple[float, float]:
+        """Forward's compute below 1: its seconds at 0 and their slope in alpha."""
+        return self.forward_s, self.heads_s / 2
+
+    def backward_line(self) -> tuple[float, float]:
+        """As ``forward_line``, for backward."""
+        seconds = self.backward_s + self.overhead_s + self.rebuild_s
+        return seconds, self.heads_s / 2 - self.rebuild_s
 
     def moved_nbytes(self, alpha: float) -> float:
         """Bytes that leave in forward and come back in backward."""
@@ -107,8 +123,10 @@ def carried_nbytes(time_s: float, links: Sequence[Link]) -> float:
 def step_s(cost: BlockCost, links: Sequence[Link], alpha: float) -> float:
     """Forward and backward of one block under the model; infinite without the room."""
     carry = carry_s(cost.moved_nbytes(alpha), links)
-    backward = cost.backward_s + cost.rebuild_s * (1 - alpha)
-    return max(cost.forward_s, carry) + max(backward, carry)
+    if alpha >= 1:
+        return max(cost.forward_s, carry) + max(cost.backward_s, carry)
+    lines = (cost.forward_line(), cost.backward_line())
+    return sum(max(seconds + slope * alpha, carry) for seconds, slope in lines)
 
 
 def solve(cost: BlockCost, links: Sequence[Link], cuts: Sequence[int]) -> Solution:
@@ -143,11 +161,14 @@ def _breakpoints(cost: BlockCost, links: Sequence[Link]) -> list[float]:
     if cost.target_nbytes == 0:
         return []
     kinks_s = sorted({0.0, *map(_full_after_s, _finite(links))})
-    times_s = [*kinks_s, cost.forward_s]
-    times_s += [
-        meeting
-        for begin_s, end_s in zip(kinks_s, [*kinks_s[1:], math.inf], strict=True)
-        if (meeting := _meeting_s(cost, links, begin_s, end_s)) is not None
+    times_s = [
+        *kinks_s,
+        *(
+            meeting
+            for line in (cost.forward_line(), cost.backward_line())
+            for begin_s, end_s in zip(kinks_s, [*kinks_s[1:], math.inf], strict=True)
+            for meeting in _meetings_s(cost, links, line, (begin_s, end_s))
+        ),
     ]
     alphas = [
         (carried_nbytes(time, links) - cost.whole_nbytes) / cost.target_nbytes for time in times_s
@@ -155,20 +176,26 @@ def _breakpoints(cost: BlockCost, links: Sequence[Link]) -> list[float]:
     return [alpha for alpha in alphas if 0 <= alpha <= 1]
 
 
-def _meeting_s(
-    cost: BlockCost, links: Sequence[Link], begin_s: float, end_s: float
-) -> float | None:
-    """When, between two kinks, the links end together with backward and the rebuild.
+def _meetings_s(
+    cost: BlockCost,
+    links: Sequence[Link],
+    line: tuple[float, float],
+    between_s: tuple[float, float],
+) -> list[float]:
+    """When, between two kinks, the links end together with the compute of ``line``.
 
     Carrying t seconds moves c + r t bytes, which are alpha = (c + r t - whole) / target, and then
-    backward lasts t = backward + rebuild (1 - alpha).
+    the compute lasts t = seconds + slope alpha.
     """
-    begun = carried_nbytes(begin_s, links)
-    rate = sum(link.bytes_per_s for link in _finite(links) if _full_after_s(link) > begin_s)
-    base = begun - rate * begin_s - cost.whole_nbytes
-    slope = cost.rebuild_s / cost.target_nbytes
-    meeting = (cost.backward_s + cost.rebuild_s - slope * base) / (1 + slope * rate)
-    return meeting if begin_s <= meeting <= end_s else None
+    seconds, slope = line
+    begun = carried_nbytes(between_s[0], links)
+    rate = sum(link.bytes_per_s for link in _finite(links) if _full_after_s(link) > between_s[0])
+    base = (begun - rate * between_s[0] - cost.whole_nbytes) / cost.target_nbytes
+    steepness = 1 - slope * rate / cost.target_nbytes
+    if steepness == 0:
+        return []
+    meeting = (seconds + slope * base) / steepness
+    return [meeting] if between_s[0] <= meeting <= between_s[1] else []
 
 
 def _finite(links: Sequence[Link]) -> list[Link]:

@@ -108,15 +108,14 @@ class TokenWise:
     def pack(self, tensor: torch.Tensor) -> Any:
         """Called by autograd for each tensor that it saves."""
         running = self._running
-        if running is None or running.recorder.paused or not _plain(tensor):
+        if running is None or not _plain(tensor):
             return self.home.pack(tensor)
         began_s = self._clock()
-        running.recorder.paused = True
-        try:
-            return running.block_pass.pack(tensor)
-        finally:
-            running.recorder.paused = False
-            running.packing_s += self._clock() - began_s
+        # What packing does is no part of the block's forward.
+        with torch._C._DisableTorchDispatch():
+            packed = running.block_pass.pack(tensor)
+        running.packing_s += self._clock() - began_s
+        return packed
 
     def unpack(self, packed: Any) -> torch.Tensor:
         """Called by autograd when backward needs a saved tensor.
@@ -149,7 +148,7 @@ class TokenWise:
                 self._tell(f"token-wise recompute: {block.name} {why}: it is swapped whole")
                 return
             plan = self._plan_of(block, hidden, inputs)
-            if plan.gave_up is None:
+            if plan.wants_a_look(self.home.links):
                 self._enter(block, plan, hidden)
 
         return before
@@ -175,11 +174,13 @@ class TokenWise:
         return plan
 
     def _enter(self, block: _Block, plan: BlockPlan, hidden: torch.Tensor) -> None:
-        replay, keeps = plan.begin(self.home.links)
+        replay, keeps = plan.begin()
         weights = Weights(block.name, block.module)
         wanted = frozenset(replay.chain.sources) if replay is not None else frozenset[int]()
-        recorder = Recorder(
-            plan.rows, weights.by_storage, plan.program, None if plan.program is None else wanted
+        recorder = (
+            Recorder(plan.rows, weights.by_storage, clock=self._clock)
+            if plan.program is None
+            else Recorder(plan.rows, weights.by_storage, plan.program, wanted)
         )
         before = self._previous() if self._previous is not None else None
         block_pass = BlockPass(
@@ -189,6 +190,7 @@ class TokenWise:
             replay,
             plan,
             on_part=self._rebuilder.watch,
+            clock=self._clock,
             device=hidden.device,
             keeps=keeps,
             previous=before,

@@ -22,6 +22,8 @@ costs = st.builds(
     forward_s=seconds,
     backward_s=seconds,
     rebuild_s=st.floats(0, 10.0),
+    heads_s=st.floats(0, 3.0),
+    overhead_s=st.floats(0, 1.0),
     whole_nbytes=st.integers(0, 10**9),
     target_nbytes=st.integers(0, 10**10),
 )
@@ -48,6 +50,8 @@ def block(**changes):
         "forward_s": 1.0,
         "backward_s": 2.0,
         "rebuild_s": 1.0,
+        "heads_s": 0.0,
+        "overhead_s": 0.0,
         "whole_nbytes": 10**8,
         "target_nbytes": 10**9,
     }
@@ -183,3 +187,15 @@ def test_without_room_for_the_sources_nothing_fits():
 def test_no_cut_to_choose_from():
     with pytest.raises(ValueError, match="no cut"):
         solve(block(), [link()], ())
+
+
+def test_an_overhead_is_worth_it_or_all_is_swapped():
+    slow = [link(5e8)]  # 2.2 seconds for everything
+    assert solve(block(overhead_s=0.1), slow, GRID).cut < 6400
+    assert solve(block(overhead_s=10.0), slow, GRID).cut == 6400
+
+
+def test_copying_heads_counts_against_every_row_that_is_swapped_but_not_against_all():
+    cost = block(rebuild_s=0.5, heads_s=2.0, forward_s=3.0, backward_s=3.0)
+    assert solve(cost, [link(1e12)], GRID).cut == 6400
+    assert solve(cost, [link(1.5e8)], GRID).cut < 6400
