@@ -12,8 +12,8 @@ the sources in time, and a rebuild that costs more than it hides are all cases o
 At alpha = 1 nothing is rebuilt, so heads (the swapped rows, which are copied out of their tensors
 and back) and overhead are nothing there. ``carry(V)`` is the least time in which the links, side by
 side, each no more than its free bytes, take V bytes. It is convex and piecewise linear, and so is
-``step`` below 1: its least value on the grid stands beside one of the few points where a piece ends,
-or it is that at 1.
+``step`` below 1: its least value on the grid stands beside one of the few points where a piece
+ends, or it is that at 1.
 """
 
 import bisect
