@@ -86,9 +86,9 @@ class Contestant:
 
 def sweep(result: Result, clock: Clock, *, quick: bool) -> None:
     """Solved against fixed alphas, link by link."""
-    rows, width, layers = (512, 64, 3) if quick else (2048, 128, 6)
+    batch, rows, width, layers = (1, 512, 64, 3) if quick else (8, 1024, 64, 5)
     model = llama(rows, width, layers)
-    tokens = torch.randint(1024, (1, rows))
+    tokens = torch.randint(1024, (batch, rows))
     for rate in RATES[:1] if quick else RATES:
         contestants = [Contestant(model, alpha, rate, clock) for alpha in ALPHAS]
         for repeat in range(WARM_UPS + (1 if quick else REPEATS)):
@@ -117,7 +117,8 @@ def _check_sweep(result: Result, rate: float, contestants: list[Contestant]) -> 
     best = min(fixed, key=lambda one: one.median_s)
     at_most(result, f"{name} the best fixed one's", solved.median_s / best.median_s, 1.05)
     extremes = [one.median_s for one in fixed if one.alpha in (0.0, 1.0)]
-    at_most(result, f"{name} full swap's or full recompute's", solved.median_s / min(extremes), 1.0)
+    # 1, and the noise of two equal programs' medians.
+    at_most(result, f"{name} full swap's or recompute's", solved.median_s / min(extremes), 1.02)
 
 
 def at_most(result: Result, name: str, value: float, limit: float) -> None:

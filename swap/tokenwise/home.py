@@ -34,7 +34,7 @@ class Home(Protocol):
         """The model's weights of these names are read now."""
 
     def borrow(self, nbytes: int) -> None:
-        """The two buffers take ``nbytes`` more memory (fewer, if negative) than before."""
+        """What is rebuilt takes ``nbytes`` more memory (less, if negative) than before."""
 
     def links(self) -> Sequence[Link]:
         """Where saved bytes go, measured, with the free bytes; empty while that is unknown."""

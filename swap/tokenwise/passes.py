@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from offload.swap.tokenwise.analyse import Target  # noqa: TC001 (as Value)
+from offload.swap.tokenwise.analyse import Target
 from offload.swap.tokenwise.home import Home
 from offload.swap.tokenwise.program import Slot, Value
 from offload.swap.tokenwise.record import Recorder
@@ -65,8 +65,8 @@ class BlockPass:
     Args:
         replay: what backward rebuilds; without it everything is swapped whole.
         on_part: is told of each part that backward may ask for.
-        keeps: whether saved tensors and sources are kept until the forward ends, to be
-            compared with what is rebuilt from them.
+        keeps: whether everything is swapped whole, and is fetched once more when the forward
+            ends to be compared with what is rebuilt.
     """
 
     def __init__(
@@ -92,8 +92,7 @@ class BlockPass:
         self.replay = replay
         self.keeps = keeps
         self.previous = weakref.ref(previous) if previous is not None else None
-        self.saved: dict[int, torch.Tensor] = {}  # by storage, while they are kept
-        self.sources: dict[int, torch.Tensor] = {}  # by value, while they are kept
+        self.packed_saved: dict[int, Any] = {}  # by storage, to be compared
         self.packed_sources: dict[int, Any] = {}
         self.packed_heads: dict[int, Any] = {}
         self.heads_s = 0.0  # copying heads out of their tensors, and back
@@ -118,10 +117,17 @@ class BlockPass:
         slot = self.recorder.saved(tensor)
         self._take_sources()
         if self.keeps:
-            self.saved.setdefault(slot.storage, tensor.detach())
-        elif slot.storage in self._targets and self.recorder.diverged is None:
+            if slot.root is not None and slot.storage not in self.packed_saved:
+                whole = root_of(tensor, self.recorder.value(slot.root))
+                self.packed_saved[slot.storage] = self.home.pack(whole)
+            return self.home.pack(tensor)
+        if slot.storage in self._targets and self.recorder.diverged is None:
             return self._rows_handle(slot, tensor)
         return self.home.pack(tensor)
+
+    def saved(self, storage: int) -> torch.Tensor:
+        """What fills a storage of which this forward has saved views."""
+        return self.home.unpack(self.packed_saved[storage])
 
     def leave(self) -> None:
         """The forward has ended."""
@@ -130,10 +136,7 @@ class BlockPass:
 
     def _take_sources(self) -> None:
         for value, tensor in self._pending:
-            if self.keeps:
-                self.sources[value] = tensor.detach()
-            else:
-                self.packed_sources[value] = self.home.pack(tensor)
+            self.packed_sources[value] = self.home.pack(tensor)
         self._pending.clear()
 
     def _rows_handle(self, slot: Slot, tensor: torch.Tensor) -> "RowsHandle":
@@ -150,8 +153,7 @@ class BlockPass:
         if part is None:
             part = self._parts[target.part] = Part(self)
             self.on_part(part)
-        part.targets.setdefault(slot.storage, target)
-        return RowsHandle(part, slot, tensor)
+        return RowsHandle(part, part.piece_of(target), slot, tensor)
 
     def packed(self) -> list[Any]:
         """Everything that backward needs from the home, in the order of need."""
@@ -219,12 +221,38 @@ class BlockPass:
         replay.run(roots, sources, self.weights.tensors, sink)
 
 
+class Piece:
+    """A storage of which rows are rebuilt; it lives as long as the handles of its views.
+
+    Attributes:
+        tensor: what fills the storage, while it is rebuilt.
+    """
+
+    __slots__ = ("__weakref__", "target", "tensor")
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.tensor: torch.Tensor | None = None
+
+
 class Part:
-    """The targets of one forward that are rebuilt together; it lives as long as its handles."""
+    """The pieces of one forward that are rebuilt together; it lives as long as one of them."""
 
     def __init__(self, block_pass: BlockPass) -> None:
         self.block_pass = block_pass
-        self.targets: dict[int, Target] = {}  # by storage, as they were saved
+        self.pieces: weakref.WeakValueDictionary[int, Piece] = weakref.WeakValueDictionary()
+
+    def piece_of(self, target: Target) -> Piece:
+        """The piece of ``target``, made with its first handle."""
+        piece = self.pieces.get(target.storage)
+        if piece is None:
+            piece = self.pieces[target.storage] = Piece(target)
+        return piece
+
+    def let_go(self) -> None:
+        """Rebuilt tensors are not held any more, but by who was given them."""
+        for piece in list(self.pieces.values()):
+            piece.tensor = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,10 +266,11 @@ class _Witness:
 class RowsHandle:
     """A saved tensor of which the tail rows are rebuilt."""
 
-    __slots__ = ("part", "slot", "witness")
+    __slots__ = ("part", "piece", "slot", "witness")
 
-    def __init__(self, part: Part, slot: Slot, tensor: torch.Tensor) -> None:
+    def __init__(self, part: Part, piece: Piece, slot: Slot, tensor: torch.Tensor) -> None:
         self.part = part
+        self.piece = piece
         self.slot = slot
         alias = tensor.detach()
         alias.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -13,19 +13,11 @@ from typing import Literal
 import torch
 
 from offload.swap.tokenwise.analyse import Chain, find_chain
-from offload.swap.tokenwise.passes import BlockPass, root_of
+from offload.swap.tokenwise.compare import Comparison
+from offload.swap.tokenwise.passes import BlockPass
 from offload.swap.tokenwise.program import Program  # noqa: TC001 (with the rest of it)
 from offload.swap.tokenwise.record import Recorder
-from offload.swap.tokenwise.replay import (
-    GRID_ROWS,
-    Replay,
-    cuts,
-    direct,
-    identical,
-    interchangeable,
-    relative_error,
-    rows_of,
-)
+from offload.swap.tokenwise.replay import GRID_ROWS, Replay, cuts
 from offload.swap.tokenwise.solve import BlockCost, Link, Solution, solve, step_s
 
 _MOST_DIVERGENCES = 3
@@ -295,7 +287,13 @@ class BlockPlan:
     ) -> dict[int, str]:
         """The targets whose rebuilt rows differ from the saved ones, with the reason."""
         chain = replay.chain
-        comparison = _Comparison(replay, block_pass.saved, relaxed=self._settings.relaxed)
+        comparison = Comparison(
+            replay,
+            block_pass.saved,
+            block_pass.device,
+            self._clock,
+            relaxed=self._settings.relaxed,
+        )
         began_s = self._clock()
         try:
             block_pass.run(replay, [target.root for target in chain.targets], sources, comparison)
@@ -313,7 +311,7 @@ class BlockPlan:
         """Seconds to copy one row of every target twice, from copying the largest target once."""
         targets = replay.chain.targets
         largest = max(targets, key=lambda target: target.nbytes)
-        tensor = block_pass.saved[largest.storage]
+        tensor = block_pass.saved(largest.storage)
         began_s = self._clock()
         tensor.clone()
         copy_s = self._clock() - began_s
@@ -321,61 +319,15 @@ class BlockPlan:
         return 2 * copy_s * share / self.rows
 
 
-class _Comparison:
-    """Compares rebuilt rows with saved ones, as they come."""
-
-    def __init__(self, replay: Replay, saved: dict[int, torch.Tensor], *, relaxed: bool) -> None:
-        self.failed: dict[int, str] = {}
-        self.worst_error = 0.0
-        self.comparing_s = 0.0
-        self._replay = replay
-        self._saved = saved
-        self._relaxed = relaxed
-        self._targets = {target.root: target for target in replay.chain.targets}
-
-    def _rows_of(self, root: int) -> torch.Tensor:
-        target, program = self._targets[root], self._replay.chain.program
-        whole = root_of(self._saved[target.storage], program.values[root])
-        return rows_of(whole, target.axis, self._replay.cut, program.rows)
-
-    def place(self, value: int) -> torch.Tensor | None:
-        saved = self._rows_of(value)
-        return torch.empty_like(saved) if direct(self._targets[value].axis, saved) else None
-
-    def take(self, value: int, rows: torch.Tensor) -> torch.Tensor:
-        began_s = time.perf_counter()
-        saved = self._rows_of(value)
-        rebuilt = rows.reshape(saved.shape)
-        same = identical(rebuilt, saved)
-        if not same:
-            error = relative_error(rebuilt, saved)
-            if self._relaxed and error <= tolerance(saved.dtype):
-                self.worst_error = max(self.worst_error, error)
-            else:
-                self.failed[self._targets[value].storage] = (
-                    f"its rebuilt rows are not bit-identical (relative error {error:.1e})"
-                )
-        self.comparing_s += time.perf_counter() - began_s
-        # One copy is enough, and what comes later reads the same strides as in backward.
-        return saved if same and interchangeable(rows, saved) else rows
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """The largest relative error of rebuilt rows that ``relaxed`` accepts."""
-    if dtype is torch.float64:
-        return 1e-12
-    return 4 * torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
 def _kept_sources(chain: Chain, block_pass: BlockPass) -> dict[int, torch.Tensor] | None:
     """The tensors that the chain starts from, if this forward has kept them all."""
+    values = chain.program.values
     found: dict[int, torch.Tensor] = {}
     for value in chain.sources:
-        told = chain.program.values[value]
-        if value in block_pass.sources:
-            found[value] = block_pass.sources[value]
-        elif told.kind == "made" and told.storage in block_pass.saved:
-            found[value] = root_of(block_pass.saved[told.storage], told)
+        if value in block_pass.packed_sources:
+            found[value] = block_pass.home.unpack(block_pass.packed_sources[value])
+        elif values[value].kind == "made" and values[value].storage in block_pass.packed_saved:
+            found[value] = block_pass.saved(values[value].storage)
         else:
             return None
     return found

@@ -8,16 +8,17 @@ import torch
 
 from offload.swap.tokenwise.buffers import RoundingBuffers, layout
 from offload.swap.tokenwise.home import Home
-from offload.swap.tokenwise.passes import BlockPass, Measured, Part, RowsHandle
+from offload.swap.tokenwise.passes import BlockPass, Measured, Part, Piece, RowsHandle
+from offload.swap.tokenwise.program import Program
 from offload.swap.tokenwise.replay import direct, interchangeable, rows_of
 
 
 @dataclass(frozen=True, slots=True)
 class _Rebuilt:
-    """The storages of one part, whole again."""
+    """A part whose pieces are whole again, and the bytes borrowed for it."""
 
     of: weakref.ref[Part]
-    tensors: dict[int, torch.Tensor]  # by storage: what fills it
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +57,21 @@ class _Tails:
 class Rebuilder:
     """Gives back saved tensors whose tail rows were not swapped.
 
-    The second buffer serves while something of the first one is still needed: parts of several
-    forwards in turn, say. Both are freed when no part that may need them lives any more.
+    At most two parts are held at a time, the second one while something of the first is still
+    needed: parts of several forwards in turn, say.
+
+    [Note: rounding buffers] On a device each of the two has a flat buffer, used again and again,
+    so that the allocator never splits or grows. On the host every piece has memory of its own:
+    its pages go back as soon as autograd is through with it, which a flat buffer can't do.
+
+    Args:
+        rounding: take flat buffers on the host, too.
     """
 
-    def __init__(self, home: Home, clock: Callable[[], float]) -> None:
+    def __init__(self, home: Home, clock: Callable[[], float], *, rounding: bool = False) -> None:
         self._home = home
         self._clock = clock
+        self._rounding = rounding
         self._buffers = RoundingBuffers()
         self._rebuilt: list[_Rebuilt | None] = [None, None]
         self._last_turn = 0
@@ -73,9 +82,9 @@ class Rebuilder:
         self._heads_s = 0.0
 
     @property
-    def buffers_nbytes(self) -> int:
-        """Bytes of the two buffers."""
-        return self._buffers.nbytes
+    def held_nbytes(self) -> int:
+        """Bytes of the parts that are whole, as far as they were borrowed."""
+        return sum(rebuilt.nbytes for rebuilt in self._rebuilt if rebuilt is not None)
 
     def watch(self, part: Part) -> None:
         """``part`` may be rebuilt later."""
@@ -93,8 +102,14 @@ class Rebuilder:
             RuntimeError: it, or a parameter that it is rebuilt from, was modified in place.
         """
         handle.check()
-        slot = handle.slot
-        root = self._tensors_of(handle.part)[slot.storage]
+        slot, piece = handle.slot, handle.piece
+        if piece.tensor is None:
+            began_s = self._clock()
+            self._measure_backward(handle.part.block_pass, began_s)
+            self._rebuild(handle.part)
+            self._waited_s += self._clock() - began_s
+        root = piece.tensor
+        assert root is not None
         begin = root.storage_offset() * root.itemsize
         with torch.no_grad():
             return torch.empty(0, dtype=slot.dtype, device=root.device).set_(
@@ -104,52 +119,64 @@ class Rebuilder:
                 slot.stride,
             )
 
-    def _tensors_of(self, part: Part) -> dict[int, torch.Tensor]:
-        for rebuilt in self._rebuilt:
-            if rebuilt is not None and rebuilt.of() is part:
-                return rebuilt.tensors
-        began_s = self._clock()
-        self._measure_backward(part.block_pass, began_s)
-        tensors = self._rebuild(part)
-        self._waited_s += self._clock() - began_s
-        return tensors
-
-    def _rebuild(self, part: Part) -> dict[int, torch.Tensor]:
+    def _rebuild(self, part: Part) -> None:
         block_pass = part.block_pass
         replay = block_pass.replay
         assert replay is not None
-        program, targets = replay.chain.program, list(part.targets.values())
-        offsets, nbytes = layout([target.nbytes for target in targets])
-        turn, flat = self._take_buffer(nbytes, block_pass.device)
-        tensors: dict[int, torch.Tensor] = {}
+        program, pieces = replay.chain.program, list(part.pieces.values())
+        tensors = self._memory_for(part, pieces, program)
         heads: dict[int, torch.Tensor] = {}
         sink = _Tails()
-        for target, offset in zip(targets, offsets, strict=True):
-            value = program.values[target.root]
-            tensor = torch.empty(0, dtype=value.dtype, device=flat.device).set_(
-                flat.untyped_storage(), offset // value.itemsize, value.shape, value.stride
-            )
-            tensors[target.storage] = tensor
+        for piece, tensor in zip(pieces, tensors, strict=True):
+            target = piece.target
             tail = rows_of(tensor, target.axis, replay.cut, program.rows)
             sink.add(target.root, tail, straight=direct(target.axis, tail))
             if replay.cut:
                 heads[target.storage] = rows_of(tensor, target.axis, 0, replay.cut)
         self._rebuild_s += block_pass.rebuild(sink.tails.keys(), sink, heads)
         self._heads_s = block_pass.heads_s
-        self._rebuilt[turn] = _Rebuilt(weakref.ref(part), tensors)
-        return tensors
+        for piece, tensor in zip(pieces, tensors, strict=True):
+            piece.tensor = tensor
 
-    def _take_buffer(self, nbytes: int, device: torch.device) -> tuple[int, torch.Tensor]:
-        """The buffer that was used last if its part has ended, else the other one."""
+    def _memory_for(self, part: Part, pieces: list[Piece], program: Program) -> list[torch.Tensor]:
+        """What is to fill each piece: [Note: rounding buffers]."""
+        device = part.block_pass.device
+        offsets, nbytes = layout([piece.target.nbytes for piece in pieces])
+        turn = self._free_turn()
+        self._rebuilt[turn] = _Rebuilt(weakref.ref(part), nbytes)
+        self._home.borrow(nbytes)
+        values = [program.values[piece.target.root] for piece in pieces]
+        if device.type == "cpu" and not self._rounding:
+            return [
+                torch.empty_strided(value.shape, value.stride, dtype=value.dtype)
+                for value in values
+            ]
+        flat = self._buffers.take(turn, nbytes, device).untyped_storage()
+        return [
+            torch.empty(0, dtype=value.dtype, device=device).set_(
+                flat, offset // value.itemsize, value.shape, value.stride
+            )
+            for value, offset in zip(values, offsets, strict=True)
+        ]
+
+    def _free_turn(self) -> int:
+        """The place of the part that ended last, else of the older one, which is let go."""
         turn = self._last_turn
         if self._rebuilt[turn] is not None:
             turn ^= 1
-            self._rebuilt[turn] = None  # its views are not holders of the buffer any more
+            self._end(turn)
         self._last_turn = turn
-        before = self._buffers.nbytes
-        flat = self._buffers.take(turn, nbytes, device)
-        self._home.borrow(self._buffers.nbytes - before)
-        return turn, flat
+        return turn
+
+    def _end(self, turn: int) -> None:
+        rebuilt = self._rebuilt[turn]
+        if rebuilt is None:
+            return
+        self._rebuilt[turn] = None
+        self._home.borrow(-rebuilt.nbytes)
+        part = rebuilt.of()
+        if part is not None:
+            part.let_go()
 
     def _measure_backward(self, block_pass: BlockPass, now_s: float) -> None:
         """Another block's turn: that of the one before has just ended, if it follows on it."""
@@ -174,7 +201,6 @@ class Rebuilder:
         self._living.pop(key, None)
         for turn, rebuilt in enumerate(self._rebuilt):
             if rebuilt is not None and rebuilt.of() is None:
-                self._rebuilt[turn] = None
+                self._end(turn)
         if not self._living:
-            self._home.borrow(-self._buffers.nbytes)
             self._buffers.give_back()

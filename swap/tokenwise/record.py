@@ -143,6 +143,10 @@ class Recorder(TorchDispatchMode):
             self.own_s += self._clock() - began_s
         return result
 
+    def value(self, index: int) -> Value:
+        """A value that was recorded."""
+        return self._values[index]
+
     def saved(self, tensor: torch.Tensor) -> Slot:
         """Autograd saves ``tensor``."""
         storage = tensor.untyped_storage()

@@ -1,7 +1,6 @@
 """Executes the operations of a chain once more, on the tail of the rows only."""
 
 import functools
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -253,23 +252,3 @@ def _writing_out(op: str) -> Any:
     """The form of a matrix product that writes to given memory; these make the large results."""
     plain = base_name(op)
     return getattr(torch.ops.aten, plain).out if plain in ("mm", "addmm", "bmm") else None
-
-
-def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors hold the same bits; equal NaNs are equal here, 0 and -0 are not."""
-    if one.is_complex() or one.itemsize not in _BITS:
-        return torch.equal(one, other)
-    bits = _BITS[one.itemsize]
-    return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
-
-
-def relative_error(rebuilt: torch.Tensor, saved: torch.Tensor) -> float:
-    """Largest difference over the largest magnitude; infinite where either is not finite."""
-    wide = torch.float64
-    difference = (rebuilt.to(wide) - saved.to(wide)).abs().max().item()
-    scale = saved.to(wide).abs().max().item()
-    error = difference / scale if scale else difference
-    return error if math.isfinite(error) else math.inf
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

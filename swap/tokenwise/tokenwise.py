@@ -53,6 +53,7 @@ class TokenWise:
         home: takes what is swapped.
         notice: is told, once each, what can't be rebuilt and why.
         clock: seconds; measures what alpha is solved from.
+        rounding: rebuild into flat buffers on the host, too, as on a device.
 
     Raises:
         ConfigError: a block that the model has not.
@@ -66,6 +67,7 @@ class TokenWise:
         *,
         notice: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        rounding: bool = False,
     ) -> None:
         self.home = home
         self.settings = settings
@@ -74,7 +76,7 @@ class TokenWise:
         self._clock = clock
         self._running: _Running | None = None
         self._previous: weakref.ref[BlockPass] | None = None
-        self._rebuilder = Rebuilder(home, clock)
+        self._rebuilder = Rebuilder(home, clock, rounding=rounding)
         found = find_blocks(model, settings.blocks)
         self._blocks = [_Block(name, module) for name, module in found.items()]
         self._handles = [
@@ -97,9 +99,9 @@ class TokenWise:
         return [block.name for block in self._blocks]
 
     @property
-    def buffers_nbytes(self) -> int:
-        """Bytes of the two buffers that blocks are rebuilt in."""
-        return self._rebuilder.buffers_nbytes
+    def held_nbytes(self) -> int:
+        """Bytes of what is rebuilt now: two parts of blocks at most."""
+        return self._rebuilder.held_nbytes
 
     def report(self) -> list[PlanReport]:
         """For each block and shape of input: what is rebuilt, and why the rest is not."""

@@ -44,7 +44,7 @@ class Net(nn.Module):
 class Pair:
     """The same model twice: plain, and with rows rebuilt."""
 
-    def __init__(self, make_model, home=None, **settings):
+    def __init__(self, make_model, home=None, rounding=False, **settings):
         torch.manual_seed(0)
         self.plain = make_model()
         self.model = copy.deepcopy(self.plain)
@@ -52,7 +52,11 @@ class Pair:
         self.notices = []
         settings = {"alpha": 0.5, "min_nbytes": 1024, **settings}
         self.rows = TokenWise(
-            self.model, self.home, Settings(**settings), notice=self.notices.append
+            self.model,
+            self.home,
+            Settings(**settings),
+            notice=self.notices.append,
+            rounding=rounding,
         )
 
     def hooked(self):
@@ -89,8 +93,9 @@ class Pair:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_rows_are_rebuilt_bit_for_bit(alpha, batch):
-    pair = Pair(Net, alpha=alpha)
+@pytest.mark.parametrize("rounding", [False, True])
+def test_rows_are_rebuilt_bit_for_bit(alpha, batch, rounding):
+    pair = Pair(Net, alpha=alpha, rounding=rounding)
     for seed in range(3):
         pair.step(seed, (batch, ROWS, WIDTH))
     assert pair.active()
@@ -123,12 +128,12 @@ def test_two_buffers_serve_any_number_of_blocks_and_go_with_the_graph():
         def run(model, x, pair=pair, held=held):
             loss = model(x)
             for block in getattr(model, "blocks", ()):
-                block.norm.weight.register_hook(lambda g: held.append(pair.rows.buffers_nbytes))
+                block.down.weight.register_hook(lambda g: held.append(pair.rows.held_nbytes))
             loss.backward()
 
         pair.step(0).step(1, run=run)
         peaks.append(max(held))
-        assert pair.rows.buffers_nbytes == 0
+        assert pair.rows.held_nbytes == 0
         gc.collect()
         assert pair.home.nbytes == 0
     assert peaks[0] == peaks[1] > 0
@@ -142,13 +147,14 @@ def test_dropout_masks_are_swapped_whole_and_their_users_rebuilt():
     assert any("draws random numbers" in reason for reason, _ in pair.reports()[0].whole)
 
 
-def test_several_forwards_before_a_backward_and_one_again():
+@pytest.mark.parametrize("rounding", [False, True])
+def test_several_forwards_before_a_backward_and_one_again(rounding):
     def run(model, x):
         first, second, third = model(x), model(2 * x), model(x - 1)
         (first * third).backward(retain_graph=True)
         (first + second).backward()
 
-    pair = Pair(Net)
+    pair = Pair(Net, rounding=rounding)
     for seed in range(3):
         pair.step(seed, run=run)
     assert pair.active()
@@ -169,8 +175,9 @@ def test_backward_twice_and_gradients_of_gradients():
     assert pair.active()
 
 
-def test_saved_tensors_that_somebody_holds_keep_their_bytes():
-    pair = Pair(Net, alpha=0.0)
+@pytest.mark.parametrize("rounding", [False, True])
+def test_saved_tensors_that_somebody_holds_keep_their_bytes(rounding):
+    pair = Pair(Net, alpha=0.0, rounding=rounding)
     pair.step(0)
     kept = []
 
