@@ -92,13 +92,19 @@ class CacheHome:
         return self._cache.pack(tensor)
 
     def unpack(self, packed: Any) -> torch.Tensor:
-        return self._cache.unpack(packed)
+        tensor = self._cache.unpack(packed)
+        self._cache._spill()  # what was fetched beyond the limit goes with its last user
+        return tensor
 
     def prefetch(self, packed: Sequence[Any]) -> None:
+        cache = self._cache
         for one in packed:
             storage = getattr(one, "storage", None)
-            if storage is not None and storage.residency is Residency.ABSENT:
-                self._cache._fetch(storage)
+            if storage is None or storage.residency is not Residency.ABSENT:
+                continue
+            if cache.kept_nbytes + storage.nbytes > cache.limit_nbytes:
+                return
+            cache._fetch(storage)
 
     def use_weights(self, names: Sequence[str]) -> None:
         self._cache.weights.use([name for name in names if name in self._cache.weights.weights])

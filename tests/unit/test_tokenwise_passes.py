@@ -337,6 +337,8 @@ def test_rows_that_differ_are_found_and_become_sources(monkeypatch):
         with relaxed.hooked():
             relaxed.model(x).backward()
     assert all(0 < r.worst_error < 1e-12 and r.gave_up is None for r in relaxed.reports())
+    assert all("relaxed: rebuilt rows of blocks." in notice for notice in relaxed.notices)
+    assert len(relaxed.notices) == 3
 
 
 # Changes that plain autograd refuses are refused here.
