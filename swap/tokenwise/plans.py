@@ -166,7 +166,7 @@ class BlockPlan:
             return f"token-wise recompute: {self.block} is swapped whole: {self.gave_up}"
         if block_pass.keeps and self._worst_error:
             return (
-                f"token-wise recompute: relaxed: rebuilt rows of {self.block} differ from the saved "
+                f"token-wise recompute: relaxed: rebuilt rows of {self.block} differ from saved "
                 f"ones by up to {self._worst_error:.1e} of the largest value"
             )
         return None
