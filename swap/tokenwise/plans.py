@@ -5,6 +5,7 @@ with what was saved. A storage that differs is swapped whole from then on; it be
 that what comes after it is rebuilt from its saved rows and gets its own comparison.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class BlockPlan:
         self._backward_s: float | None = None
         self._record_s = 0.0
         self._rebuild_s: dict[int, float] = {}  # by cut
-        self._heads_s_per_row = 0.0
+        self._heads_s_per_row = math.inf
         if rows < GRID_ROWS:
             self.gave_up = f"sequences of {rows} tokens are too few rows, {GRID_ROWS} are needed"
         elif isinstance(settings.alpha, float) and self._nearest(settings.alpha) == rows:
@@ -150,13 +151,14 @@ class BlockPlan:
             alpha = self._settings.alpha
             self._cut = self._nearest(0.75 if alpha == "auto" else alpha)
             self._record_s = recorder.own_s
-        if not block_pass.keeps or self._forward_s is None:
-            self._forward_s = forward_s - self._record_s
+        self.measured_forward(forward_s - self._record_s)
         if block_pass.keeps:
             self._verify(block_pass)
             if self._settings.alpha == "auto" and self._verified and not self._solution:
                 self._cut = self._nearest(0.25)  # a second measurement
                 self._verify(block_pass)
+                for replay in self._verified.values():  # once more, now that all is warm
+                    self._compare(replay, block_pass)
                 self._solve(links())
                 self._verify(block_pass)
         if not self._chain.targets:
@@ -171,15 +173,22 @@ class BlockPlan:
             )
         return None
 
+    def measured_forward(self, forward_s: float) -> None:
+        """A forward took so long, without recording and packing.
+
+        As with all that is measured here, the shortest time counts: the first ones are cold.
+        """
+        self._forward_s = min(forward_s, self._forward_s or forward_s)
+
     def measured(self, rebuild_s: float, heads_s: float, cut: int) -> None:
         """The rows behind ``cut`` were rebuilt in ``rebuild_s``, the others copied twice."""
-        self._rebuild_s[cut] = rebuild_s
+        self._rebuild_s[cut] = min(rebuild_s, self._rebuild_s.get(cut, rebuild_s))
         if cut:
-            self._heads_s_per_row = heads_s / cut
+            self._heads_s_per_row = min(self._heads_s_per_row, heads_s / cut)
 
     def measured_backward(self, backward_s: float) -> None:
         """Backward of the block has ended; waits and the rebuild are not in it."""
-        self._backward_s = backward_s
+        self._backward_s = min(backward_s, self._backward_s or backward_s)
 
     def report(self) -> PlanReport:
         """What is rebuilt and what is not."""
@@ -309,9 +318,8 @@ class BlockPlan:
             reason = f"its operations can't be executed on fewer rows: {fault}"
             return {target.storage: reason for target in chain.targets}
         rebuild_s = self._clock() - began_s - comparison.comparing_s
-        self._rebuild_s[replay.cut] = rebuild_s
-        if self._heads_s_per_row == 0:
-            self._heads_s_per_row = self._copying(replay, block_pass)
+        self.measured(rebuild_s, math.inf, replay.cut)
+        self._heads_s_per_row = min(self._heads_s_per_row, self._copying(replay, block_pass))
         self._worst_error = max(self._worst_error, comparison.worst_error)
         return comparison.failed
 

@@ -40,8 +40,7 @@ class _Running:
 
     block: _Block
     plan: BlockPlan
-    block_pass: BlockPass
-    recorder: Recorder
+    recording: tuple[BlockPass, Recorder] | None  # else it is only timed
     began_s: float
     packing_s: float = 0.0
 
@@ -110,12 +109,15 @@ class TokenWise:
     def pack(self, tensor: torch.Tensor) -> Any:
         """Called by autograd for each tensor that it saves."""
         running = self._running
-        if running is None or not _plain(tensor):
+        if running is None:
             return self.home.pack(tensor)
         began_s = self._clock()
-        # What packing does is no part of the block's forward.
-        with torch._C._DisableTorchDispatch():
-            packed = running.block_pass.pack(tensor)
+        if running.recording is None or not _plain(tensor):
+            packed = self.home.pack(tensor)
+        else:
+            # What packing does is no part of the block's forward.
+            with torch._C._DisableTorchDispatch():
+                packed = running.recording[0].pack(tensor)
         running.packing_s += self._clock() - began_s
         return packed
 
@@ -150,8 +152,12 @@ class TokenWise:
                 self._tell(f"token-wise recompute: {block.name} {why}: it is swapped whole")
                 return
             plan = self._plan_of(block, hidden, inputs)
+            if plan.gave_up is not None:
+                return
+            recording = None
             if plan.wants_a_look(self.home.links):
-                self._enter(block, plan, hidden)
+                recording = self._record(block, plan, hidden)
+            self._running = _Running(block, plan, recording, self._clock())
 
         return before
 
@@ -175,7 +181,9 @@ class TokenWise:
             block.plans.popitem(last=False)
         return plan
 
-    def _enter(self, block: _Block, plan: BlockPlan, hidden: torch.Tensor) -> None:
+    def _record(
+        self, block: _Block, plan: BlockPlan, hidden: torch.Tensor
+    ) -> tuple[BlockPass, Recorder]:
         replay, keeps = plan.begin()
         weights = Weights(block.name, block.module)
         wanted = frozenset(replay.chain.sources) if replay is not None else frozenset[int]()
@@ -200,7 +208,7 @@ class TokenWise:
         recorder.on_wanted = block_pass.wanted
         self._previous = weakref.ref(block_pass)
         recorder.__enter__()  # type: ignore[no-untyped-call]
-        self._running = _Running(block, plan, block_pass, recorder, self._clock())
+        return block_pass, recorder
 
     def _after(self, block: _Block) -> Callable[..., None]:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -209,13 +217,15 @@ class TokenWise:
                 return
             self._running = None
             forward_s = self._clock() - running.began_s - running.packing_s
-            running.recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            running.block_pass.leave()
+            if running.recording is None:
+                running.plan.measured_forward(forward_s)
+                return
+            block_pass, recorder = running.recording
+            recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            block_pass.leave()
             if output is None:  # it raised, or nothing depends on it
                 return
-            text = running.plan.end(
-                running.block_pass, running.recorder, forward_s, self.home.links
-            )
+            text = running.plan.end(block_pass, recorder, forward_s, self.home.links)
             if text is not None:
                 self._tell(text)
 
