@@ -31,7 +31,7 @@ from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.journal import Journal
 from throttledhome import Clock, ThrottledHome
 
-REPEATS = 5
+REPEATS = 7
 WARM_UPS = 4  # recorded, verified, solved, settled
 ALPHAS: tuple[Any, ...] = ("auto", 1.0, 0.75, 0.5, 0.25, 0.0)
 RATES = (0.5e9, 1e9, 2e9)

@@ -15,13 +15,14 @@ in backward are checked by version and storage.
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from offload.swap.tokenwise.analyse import Target
 from offload.swap.tokenwise.home import Home
+from offload.swap.tokenwise.measure import Measurements
 from offload.swap.tokenwise.program import Slot, Value
 from offload.swap.tokenwise.record import Recorder
 from offload.swap.tokenwise.replay import Replay, Sink, rows_of
@@ -49,16 +50,6 @@ class Weights:
         self.prefix = f"{name}." if name else ""
 
 
-class Measured(Protocol):
-    """Takes what backward measures."""
-
-    def measured(self, rebuild_s: float, heads_s: float, cut: int) -> None:
-        """The rows behind ``cut`` were rebuilt in ``rebuild_s``, the others copied twice."""
-
-    def measured_backward(self, backward_s: float) -> None:
-        """Backward of the block has ended; waits and the rebuild are not in it."""
-
-
 class BlockPass:
     """One forward of a block.
 
@@ -75,7 +66,7 @@ class BlockPass:
         weights: Weights,
         recorder: Recorder,
         replay: Replay | None,
-        plan: Measured,
+        measurements: Measurements,
         *,
         on_part: "Callable[[Part], None]",
         clock: Callable[[], float],
@@ -83,7 +74,7 @@ class BlockPass:
         keeps: bool,
         previous: "BlockPass | None",
     ) -> None:
-        self.plan = plan
+        self.measurements = measurements
         self.on_part = on_part
         self.device = device
         self.home = home

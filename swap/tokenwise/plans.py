@@ -5,7 +5,6 @@ with what was saved. A storage that differs is swapped whole from then on; it be
 that what comes after it is rebuilt from its saved rows and gets its own comparison.
 """
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ import torch
 
 from offload.swap.tokenwise.analyse import Chain, find_chain
 from offload.swap.tokenwise.compare import Comparison
+from offload.swap.tokenwise.measure import Measurements
 from offload.swap.tokenwise.passes import BlockPass
-from offload.swap.tokenwise.program import Program  # noqa: TC001 (with the rest of it)
+from offload.swap.tokenwise.program import Program
 from offload.swap.tokenwise.record import Recorder
 from offload.swap.tokenwise.replay import GRID_ROWS, Replay, cuts
 from offload.swap.tokenwise.solve import BlockCost, Link, Solution, solve, step_s
@@ -73,10 +73,12 @@ class BlockPlan:
     Args:
         rows: tokens of each sequence.
         share: blocks that the home's free bytes are for.
+        shared: figures by program; blocks that do the same add to the same ones.
         clock: seconds.
 
     Attributes:
         program: what the block executes, once it is known.
+        measurements: what it costs.
         gave_up: why nothing is rebuilt, if that is settled.
     """
 
@@ -86,6 +88,7 @@ class BlockPlan:
         rows: int,
         settings: Settings,
         share: int,
+        shared: dict[Program, Measurements],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.block = block
@@ -102,11 +105,8 @@ class BlockPlan:
         self._divergences = 0
         self._worst_error = 0.0
         self._solution: Solution | None = None
-        self._forward_s: float | None = None
-        self._backward_s: float | None = None
-        self._record_s = 0.0
-        self._rebuild_s: dict[int, float] = {}  # by cut
-        self._heads_s_per_row = math.inf
+        self._shared = shared
+        self.measurements = Measurements()
         if rows < GRID_ROWS:
             self.gave_up = f"sequences of {rows} tokens are too few rows, {GRID_ROWS} are needed"
         elif isinstance(settings.alpha, float) and self._nearest(settings.alpha) == rows:
@@ -150,8 +150,9 @@ class BlockPlan:
             self._chain = find_chain(self.program, min_nbytes=self._settings.min_nbytes)
             alpha = self._settings.alpha
             self._cut = self._nearest(0.75 if alpha == "auto" else alpha)
-            self._record_s = recorder.own_s
-        self.measured_forward(forward_s - self._record_s)
+            self.measurements = self._shared.setdefault(self.program, self.measurements)
+            self.measurements.recording(recorder.own_s)
+        self.measurements.forward(forward_s - self.measurements.record_s)
         if block_pass.keeps:
             self._verify(block_pass)
             if self._settings.alpha == "auto" and self._verified and not self._solution:
@@ -172,23 +173,6 @@ class BlockPlan:
                 f"ones by up to {self._worst_error:.1e} of the largest value"
             )
         return None
-
-    def measured_forward(self, forward_s: float) -> None:
-        """A forward took so long, without recording and packing.
-
-        As with all that is measured here, the shortest time counts: the first ones are cold.
-        """
-        self._forward_s = min(forward_s, self._forward_s or forward_s)
-
-    def measured(self, rebuild_s: float, heads_s: float, cut: int) -> None:
-        """The rows behind ``cut`` were rebuilt in ``rebuild_s``, the others copied twice."""
-        self._rebuild_s[cut] = min(rebuild_s, self._rebuild_s.get(cut, rebuild_s))
-        if cut:
-            self._heads_s_per_row = min(self._heads_s_per_row, heads_s / cut)
-
-    def measured_backward(self, backward_s: float) -> None:
-        """Backward of the block has ended; waits and the rebuild are not in it."""
-        self._backward_s = min(backward_s, self._backward_s or backward_s)
 
     def report(self) -> PlanReport:
         """What is rebuilt and what is not."""
@@ -228,29 +212,11 @@ class BlockPlan:
     # How much.
 
     def _cost(self) -> BlockCost | None:
-        if self._chain is None or self._forward_s is None or not self._rebuild_s:
+        if self._chain is None:
             return None
-        backward_s = self._backward_s
-        overhead_s, rebuild_s = self._rebuilding()
-        return BlockCost(
-            forward_s=self._forward_s,
-            backward_s=2 * self._forward_s if backward_s is None else backward_s,
-            rebuild_s=rebuild_s,
-            heads_s=self._heads_s_per_row * self.rows,
-            overhead_s=overhead_s + self._record_s,
-            whole_nbytes=self._chain.whole_nbytes,
-            target_nbytes=self._chain.target_nbytes,
+        return self.measurements.cost(
+            self.rows, self._chain.whole_nbytes, self._chain.target_nbytes
         )
-
-    def _rebuilding(self) -> tuple[float, float]:
-        """What rebuilding takes however few the rows, and what all rows take besides."""
-        fewest, most = max(self._rebuild_s), min(self._rebuild_s)
-        if fewest == most:
-            return 0.0, self._rebuild_s[most] * self.rows / (self.rows - most)
-        more_s = max(self._rebuild_s[most] - self._rebuild_s[fewest], 0.0)
-        all_s = more_s / (fewest - most) * self.rows
-        share = (self.rows - fewest) / self.rows
-        return max(self._rebuild_s[fewest] - all_s * share, 0.0), all_s
 
     def _solve(self, links: Sequence[Link]) -> None:
         cost = self._cost()
@@ -318,13 +284,13 @@ class BlockPlan:
             reason = f"its operations can't be executed on fewer rows: {fault}"
             return {target.storage: reason for target in chain.targets}
         rebuild_s = self._clock() - began_s - comparison.comparing_s
-        self.measured(rebuild_s, math.inf, replay.cut)
-        self._heads_s_per_row = min(self._heads_s_per_row, self._copying(replay, block_pass))
+        self.measurements.rebuild(replay.cut, rebuild_s)
+        self.measurements.heads(self.rows, self._copying(replay, block_pass))
         self._worst_error = max(self._worst_error, comparison.worst_error)
         return comparison.failed
 
     def _copying(self, replay: Replay, block_pass: BlockPass) -> float:
-        """Seconds to copy one row of every target twice, from copying the largest target once."""
+        """Seconds to copy all rows of every target twice, from copying the largest target once."""
         targets = replay.chain.targets
         largest = max(targets, key=lambda target: target.nbytes)
         tensor = block_pass.saved(largest.storage)
@@ -332,7 +298,7 @@ class BlockPlan:
         tensor.clone()
         copy_s = self._clock() - began_s
         share = sum(target.nbytes for target in targets) / tensor.nbytes
-        return 2 * copy_s * share / self.rows
+        return 2 * copy_s * share
 
 
 def _keeps_sources(chain: Chain, block_pass: BlockPass) -> bool:

@@ -8,7 +8,8 @@ import torch
 
 from offload.swap.tokenwise.buffers import RoundingBuffers, layout
 from offload.swap.tokenwise.home import Home
-from offload.swap.tokenwise.passes import BlockPass, Measured, Part, Piece, RowsHandle
+from offload.swap.tokenwise.measure import Measurements
+from offload.swap.tokenwise.passes import BlockPass, Part, Piece, RowsHandle
 from offload.swap.tokenwise.program import Program
 from offload.swap.tokenwise.replay import direct, interchangeable, rows_of
 
@@ -26,7 +27,7 @@ class _Begun:
     """The backward of a block, from its first rebuild on."""
 
     of: weakref.ref[BlockPass]
-    plan: Measured
+    measurements: Measurements
     previous: weakref.ref[BlockPass] | None
     cut: int
     began_s: float
@@ -184,12 +185,13 @@ class Rebuilder:
         if begun is not None and begun.of() is block_pass:
             return
         if begun is not None and begun.previous is not None and begun.previous() is block_pass:
-            begun.plan.measured_backward(now_s - begun.began_s - self._waited_s)
-            begun.plan.measured(self._rebuild_s, self._heads_s, begun.cut)
+            begun.measurements.backward(now_s - begun.began_s - self._waited_s)
+            begun.measurements.rebuild(begun.cut, self._rebuild_s)
+            begun.measurements.heads(begun.cut, self._heads_s)
         assert block_pass.replay is not None
         self._begun = _Begun(
             weakref.ref(block_pass),
-            block_pass.plan,
+            block_pass.measurements,
             block_pass.previous,
             block_pass.replay.cut,
             now_s,

@@ -17,8 +17,10 @@ from torch import nn
 
 from offload.swap.tokenwise.blocks import find_blocks
 from offload.swap.tokenwise.home import Home
+from offload.swap.tokenwise.measure import Measurements  # noqa: TC001 (as Home)
 from offload.swap.tokenwise.passes import BlockPass, RowsHandle, Weights
 from offload.swap.tokenwise.plans import BlockPlan, PlanReport, Settings
+from offload.swap.tokenwise.program import Program  # noqa: TC001 (as Home)
 from offload.swap.tokenwise.rebuild import Rebuilder
 from offload.swap.tokenwise.record import PLAIN, Recorder
 
@@ -75,6 +77,7 @@ class TokenWise:
         self._clock = clock
         self._running: _Running | None = None
         self._previous: weakref.ref[BlockPass] | None = None
+        self._measurements: dict[Program, Measurements] = {}
         self._rebuilder = Rebuilder(home, clock, rounding=rounding)
         found = find_blocks(model, settings.blocks)
         self._blocks = [_Block(name, module) for name, module in found.items()]
@@ -172,13 +175,20 @@ class TokenWise:
         plan = block.plans.pop(signature, None)
         if plan is None:
             plan = BlockPlan(
-                block.name, hidden.shape[-2], self.settings, len(self._blocks), self._clock
+                block.name,
+                hidden.shape[-2],
+                self.settings,
+                len(self._blocks),
+                self._measurements,
+                self._clock,
             )
             if plan.gave_up is not None:
                 self._tell(f"token-wise recompute: {plan.gave_up}")
         block.plans[signature] = plan
         if len(block.plans) > _MOST_SHAPES:
             block.plans.popitem(last=False)
+        if len(self._measurements) > _MOST_SHAPES * len(self._blocks):
+            del self._measurements[next(iter(self._measurements))]
         return plan
 
     def _record(
@@ -198,7 +208,7 @@ class TokenWise:
             weights,
             recorder,
             replay,
-            plan,
+            plan.measurements,
             on_part=self._rebuilder.watch,
             clock=self._clock,
             device=hidden.device,
@@ -218,7 +228,7 @@ class TokenWise:
             self._running = None
             forward_s = self._clock() - running.began_s - running.packing_s
             if running.recording is None:
-                running.plan.measured_forward(forward_s)
+                running.plan.measurements.forward(forward_s)
                 return
             block_pass, recorder = running.recording
             recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -1,0 +1,76 @@
+"""What blocks of one kind cost: measured in every forward and backward, the shortest time counts.
+
+The first executions are cold and others are disturbed, so each figure is the least that was seen.
+Blocks that execute equal programs share their figures.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from offload.swap.tokenwise.solve import BlockCost
+
+
+@dataclass(slots=True)
+class Measurements:
+    """Figures of one program.
+
+    Attributes:
+        rebuild_s: rebuilding the rows behind a cut, by cut.
+        heads_s_per_row: copying one row of every target out of its tensor, and back.
+        record_s: recording one forward.
+    """
+
+    forward_s: float = math.inf
+    backward_s: float = math.inf
+    rebuild_s: dict[int, float] = field(default_factory=dict)
+    heads_s_per_row: float = math.inf
+    record_s: float = math.inf
+
+    def forward(self, seconds: float) -> None:
+        """A forward took so long, without packing."""
+        self.forward_s = min(self.forward_s, seconds)
+
+    def backward(self, seconds: float) -> None:
+        """A backward took so long, without waits and rebuilding."""
+        self.backward_s = min(self.backward_s, seconds)
+
+    def recording(self, seconds: float) -> None:
+        """Recording a forward took so long."""
+        self.record_s = min(self.record_s, seconds)
+
+    def rebuild(self, cut: int, seconds: float) -> None:
+        """The rows behind ``cut`` were rebuilt in so long."""
+        self.rebuild_s[cut] = min(seconds, self.rebuild_s.get(cut, math.inf))
+
+    def heads(self, rows: int, seconds: float) -> None:
+        """So many rows were copied out of their tensors and back."""
+        if rows:
+            self.heads_s_per_row = min(self.heads_s_per_row, seconds / rows)
+
+    def cost(self, rows: int, whole_nbytes: int, target_nbytes: int) -> BlockCost | None:
+        """The figures as the solver takes them; ``None`` as long as there are too few.
+
+        Before backward is measured it is taken to last twice as long as forward.
+        """
+        if not self.rebuild_s or math.isinf(self.forward_s):
+            return None
+        overhead_s, all_s = self._rebuilding(rows)
+        measured = math.isfinite(self.backward_s)
+        return BlockCost(
+            forward_s=self.forward_s,
+            backward_s=self.backward_s if measured else 2 * self.forward_s,
+            rebuild_s=all_s,
+            heads_s=self.heads_s_per_row * rows,
+            overhead_s=overhead_s + self.record_s,
+            whole_nbytes=whole_nbytes,
+            target_nbytes=target_nbytes,
+        )
+
+    def _rebuilding(self, rows: int) -> tuple[float, float]:
+        """What rebuilding takes however few the rows, and what all rows take besides."""
+        fewest, most = max(self.rebuild_s), min(self.rebuild_s)
+        if fewest == most:
+            return 0.0, self.rebuild_s[most] * rows / (rows - most)
+        more_s = max(self.rebuild_s[most] - self.rebuild_s[fewest], 0.0)
+        all_s = more_s / (fewest - most) * rows
+        return max(self.rebuild_s[fewest] - all_s * (rows - fewest) / rows, 0.0), all_s
