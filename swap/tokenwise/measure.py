@@ -25,6 +25,7 @@ class Measurements:
     rebuild_s: dict[int, float] = field(default_factory=dict)
     heads_s_per_row: float = math.inf
     record_s: float = math.inf
+    _heads_estimated: bool = True
 
     def forward(self, seconds: float) -> None:
         """A forward took so long, without packing."""
@@ -43,8 +44,16 @@ class Measurements:
         self.rebuild_s[cut] = min(seconds, self.rebuild_s.get(cut, math.inf))
 
     def heads(self, rows: int, seconds: float) -> None:
-        """So many rows were copied out of their tensors and back."""
-        if rows:
+        """So many rows were copied out of their tensors and back; an estimate counts no more."""
+        if rows and self._heads_estimated:
+            self._heads_estimated = False
+            self.heads_s_per_row = seconds / rows
+        elif rows:
+            self.heads_s_per_row = min(self.heads_s_per_row, seconds / rows)
+
+    def estimate_heads(self, rows: int, seconds: float) -> None:
+        """As ``heads``, from a copy made to measure it: until the real thing was measured."""
+        if self._heads_estimated:
             self.heads_s_per_row = min(self.heads_s_per_row, seconds / rows)
 
     def cost(self, rows: int, whole_nbytes: int, target_nbytes: int) -> BlockCost | None:

@@ -285,7 +285,7 @@ class BlockPlan:
             return {target.storage: reason for target in chain.targets}
         rebuild_s = self._clock() - began_s - comparison.comparing_s
         self.measurements.rebuild(replay.cut, rebuild_s)
-        self.measurements.heads(self.rows, self._copying(replay, block_pass))
+        self.measurements.estimate_heads(self.rows, self._copying(replay, block_pass))
         self._worst_error = max(self._worst_error, comparison.worst_error)
         return comparison.failed
 

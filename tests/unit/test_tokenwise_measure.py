@@ -1,0 +1,57 @@
+"""Figures of a block: the shortest time counts, the real thing beats an estimate."""
+
+import pytest
+
+from offload.swap.tokenwise.measure import Measurements
+
+
+def cost(measurements):
+    return measurements.cost(1024, 10, 100)
+
+
+@pytest.fixture
+def measured():
+    made = Measurements()
+    made.forward(1.0)
+    made.recording(0.1)
+    made.rebuild(512, 0.6)
+    made.estimate_heads(1024, 0.2)
+    return made
+
+
+def test_too_few_figures_give_no_cost():
+    assert cost(Measurements()) is None
+
+
+def test_the_shortest_time_counts(measured):
+    measured.forward(3.0)
+    measured.rebuild(512, 0.7)
+    measured.recording(0.3)
+    found = cost(measured)
+    assert (found.forward_s, found.overhead_s) == (1.0, 0.1)
+    assert found.rebuild_s == pytest.approx(1.2)
+    assert (found.whole_nbytes, found.target_nbytes) == (10, 100)
+
+
+def test_backward_is_twice_forward_until_it_is_measured(measured):
+    assert cost(measured).backward_s == 2.0
+    measured.backward(5.0)
+    measured.backward(4.0)
+    assert cost(measured).backward_s == 4.0
+
+
+def test_two_cuts_tell_what_is_spent_however_few_the_rows(measured):
+    measured.rebuild(768, 0.4)  # 256 rows fewer take 0.2 seconds less
+    found = cost(measured)
+    assert found.rebuild_s == pytest.approx(0.8)
+    assert found.overhead_s == pytest.approx(0.1 + 0.2)
+
+
+def test_heads_that_were_really_copied_beat_an_estimate(measured):
+    assert cost(measured).heads_s == pytest.approx(0.2)
+    measured.heads(0, 0.0)  # nothing was copied: nothing is learned
+    measured.heads(512, 0.4)
+    measured.estimate_heads(1024, 0.1)
+    assert cost(measured).heads_s == pytest.approx(0.8)
+    measured.heads(512, 0.3)
+    assert cost(measured).heads_s == pytest.approx(0.6)
