@@ -141,7 +141,7 @@ class Machine:
     def missing_links(self) -> tuple[tuple[str, str], ...]:
         """(source, target) of the links that a plan needs and nobody has measured.
 
-        Files, devices and the nodes of memory are each reached from memory, in both directions.
+        A copy within memory, and each file and device from memory and back.
         """
         measured = {(link.source, link.target) for link in self.links}
         needed = [

@@ -1,6 +1,7 @@
 """The whole examination: facts, measured links, the machine that they make."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +60,12 @@ def bench_links(
     system: System | None = None,
 ) -> Bench:
     """Measure all links; a directory that can't be used is a failure, never an exception."""
+    began_s = time.monotonic()
     system = system or System()
+    progress("reading facts")
     examined = [examine_directory(directory, system) for directory in directories]
-    bench = _measure(examined, read_gpus(system), effort, progress, system)
+    gpus = read_gpus(system)
+    bench = _measure(examined, gpus, _what_is_left(effort, began_s), progress, system)
     refused = [
         finding for each in examined for finding in each.findings if finding.status == "fail"
     ]
@@ -80,11 +84,11 @@ def diagnose(
 
     A directory that can't be used is a finding, never an exception.
     """
+    began_s = time.monotonic()
     system = system or System()
     progress("reading facts")
     gpus = read_gpus(system)
     examined = [examine_directory(directory, system) for directory in directories]
-    bench = _measure(examined, gpus, effort, progress, system)
     sections = [
         Section(title="Software", findings=examine_software(env or environment(), gpus)),
         Section(title="Machine", findings=examine_hardware(system, gpus)),
@@ -95,9 +99,16 @@ def diagnose(
         Section(title=f"Storage in {each.directory.absolute()}", findings=each.findings)
         for each in examined
     ]
+    bench = _measure(examined, gpus, _what_is_left(effort, began_s), progress, system)
     if bench.failures:
         sections.append(Section(title="Not measured", findings=bench.failures))
     return Diagnosis(sections=tuple(sections), bench=bench)
+
+
+def _what_is_left(effort: Effort, began_s: float) -> Effort:
+    """The effort less the time that slow tools took, such as a driver that had to wake up."""
+    spent_s = time.monotonic() - began_s
+    return dataclasses.replace(effort, seconds=max(effort.seconds - spent_s, effort.seconds / 4))
 
 
 def _measure(

@@ -1,9 +1,12 @@
 """Probing: time that is kept on a virtual clock, and real files with a tiny effort."""
 
 import os
+import subprocess
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +159,42 @@ def test_the_file_stays_within_its_bound_and_holds_random_bytes(tmp_path: Path) 
 def free_blocks(directory: Path) -> int:
     stats = os.statvfs(directory)
     return stats.f_bfree * stats.f_frsize
+
+
+@pytest.fixture
+def without_direct_io(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "ramfs"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "none", place], check=True)
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_without_direct_io_each_write_is_flushed_and_each_read_uncached(
+    without_direct_io: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(files, "free_nbytes", lambda _: ROOM_NBYTES)  # this one tells none
+    for name in ("write", "sync", "uncache", "read"):
+        monkeypatch.setattr(TierFile, name, spy(calls, name))
+    pace = Pace(seconds=5.0, clock=lambda: 0.0)
+    with files.open_file(without_direct_io, "file:x", TINY, pace) as (write, read):
+        calls.clear()
+        write.prepare()
+        write.move(64 << 10, 1)
+        read.prepare()
+        read.move(64 << 10, 1)
+    assert calls == ["write", "sync", "sync", "uncache", "read"]
+
+
+def spy(calls: list[str], name: str) -> Any:
+    whole = getattr(TierFile, name)
+
+    def call(*arguments: Any) -> Any:
+        calls.append(name)
+        return whole(*arguments)
+
+    return call
 
 
 def test_filling_ends_when_its_time_is_over(tmp_path: Path) -> None:

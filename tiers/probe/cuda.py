@@ -18,9 +18,11 @@ CASES = 4 * (len(_BLOCKS) + 1)  # shares of the time that a device takes
 
 
 def count_devices() -> int:
-    """CUDA devices that torch can use; imports torch."""
-    import torch
-
+    """CUDA devices that torch can use; imports torch, and none without it."""
+    try:
+        import torch
+    except ImportError:
+        return 0
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 

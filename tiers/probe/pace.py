@@ -26,7 +26,7 @@ class Effort:
     """What a probe may spend.
 
     Attributes:
-        seconds: for all links together.
+        seconds: for all links together, and for the facts that are read before.
         blocks: request sizes in bytes, for links to files.
         in_flight: requests at once, for links to files.
         repeats: measurements whose median is told.
@@ -35,7 +35,7 @@ class Effort:
         memory_nbytes: of buffers, in all.
     """
 
-    seconds: float = 14.0
+    seconds: float = 16.0
     blocks: tuple[int, ...] = (1 << 20, 8 << 20, 32 << 20)
     in_flight: int = 4
     repeats: int = 5
