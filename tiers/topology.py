@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from offload.allocator.errors import ConfigError
 from offload.allocator.units import format_nbytes, format_rate
@@ -185,29 +185,31 @@ def _read_node(folder: Path, index: int, indexes: list[int]) -> Node:
     total, free = _meminfo(folder / "meminfo")
     distances = (_text(folder / "distance") or "").split()
     pairs = zip(indexes, map(int, distances), strict=True) if len(distances) == len(indexes) else ()
-    access = next(
-        (at for name in _ACCESS_CLASSES if (at := folder / name / "initiators").is_dir()), None
-    )
-    figures: dict[str, Any] = {}
-    initiators: list[int] = []
-    if access is not None:
-        initiators = sorted(_numbered(access, "node"))
-        figures = {
-            "read_bytes_per_s": _scaled(access / "read_bandwidth", _MIB),
-            "write_bytes_per_s": _scaled(access / "write_bandwidth", _MIB),
-            "read_latency_s": _scaled(access / "read_latency", _NS),
-            "write_latency_s": _scaled(access / "write_latency", _NS),
-        }
-    return Node(
+    node = Node(
         index=index,
         kind="dram" if cpus else "other",
         cpus=cpus,
         memory_nbytes=total,
         free_nbytes=free,
         distances=tuple(pairs),
-        initiators=tuple(initiators),
-        **figures,
     )
+    return _with_hmat(node, folder)
+
+
+def _with_hmat(node: Node, folder: Path) -> Node:
+    """The node with its figures from the firmware's HMAT, where there are some."""
+    for name in _ACCESS_CLASSES:
+        access = folder / name / "initiators"
+        if access.is_dir():
+            return dataclasses.replace(
+                node,
+                initiators=tuple(sorted(_numbered(access, "node"))),
+                read_bytes_per_s=_scaled(access / "read_bandwidth", _MIB),
+                write_bytes_per_s=_scaled(access / "write_bandwidth", _MIB),
+                read_latency_s=_scaled(access / "read_latency", _NS),
+                write_latency_s=_scaled(access / "write_latency", _NS),
+            )
+    return node
 
 
 def _in_windows(node: Path, block_nbytes: int | None, windows: list[tuple[int, int]]) -> bool:
