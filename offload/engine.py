@@ -1,8 +1,6 @@
 """The engine: attaches to a model and an optimizer, and runs their steps within a budget."""
 
 import atexit
-import json
-import os
 import platform
 import sys
 import weakref
@@ -48,6 +46,8 @@ from offload.swap.states import StateKeeper
 from offload.swap.weights import WeightSwapper
 from offload.tiers import hostmem
 from offload.tiers.events import RunFinished, RunStarted
+from offload.tiers.inventory import take_inventory
+from offload.tiers.machine import write_machine
 
 
 class Engine:
@@ -156,23 +156,24 @@ class Engine:
 
     def _begin_record(self) -> None:
         config = self._runtime.config
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "memory_nbytes": os.sysconf("SC_PHYS_PAGES") * hostmem.PAGE,
-            "kernel": platform.release(),
-        }
+        machine = take_inventory([self._runtime.store.directory.parent])
+        cpu, host = machine.processors[0], machine.tier("host")
         self._journal.record(
             RunStarted(
                 t_s=self._journal.now(),
                 command=" ".join(sys.argv),
                 versions={"torch": torch.__version__, "python": platform.python_version()},
-                host=machine,
+                host={
+                    "cpu": cpu.model,
+                    "cores": cpu.cores,
+                    "memory_nbytes": host.capacity_nbytes,
+                    "kernel": machine.kernel,
+                },
                 budget={"host": self.plan.budget_nbytes},
             )
         )
         if config.record is not None:
-            (config.record / "machine.json").write_text(json.dumps({"format": 1, **machine}))
+            write_machine(machine, config.record / "machine.json")
             (config.record / "plan.json").write_text(self.plan.to_json())
             (config.record / "config.json").write_text(config.model_dump_json(indent=2))
         self._journal.recorder.flush()

@@ -9,16 +9,14 @@ from offload.config import OffloadConfig
 from offload.swap.governor import Governor
 from offload.swap.plan import choose_chunk_numel
 from offload.tiers import hostmem
+from offload.tiers.cgroups import memory_limit_nbytes
 from offload.tiers.events import JsonlRecorder, NullRecorder, Recorder
 from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.journal import Journal
 from offload.tiers.store import Store
+from offload.tiers.system import System
 
 DEFAULT_DIRECTORY = Path("offload-nvme")
-_CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 
 
@@ -99,10 +97,6 @@ def _soft_limit(budget_nbytes: int) -> int:
 
 def default_budget() -> int:
     """Most of the memory that is available now, a memory cgroup's limit respected."""
-    limits = [os.sysconf("SC_AVPHYS_PAGES") * hostmem.PAGE]
-    limits += [
-        int(text)
-        for path in _CGROUP_LIMITS
-        if path.exists() and (text := path.read_text().strip()).isdigit()
-    ]
-    return int(min(limits) * _DEFAULT_SHARE)
+    available = os.sysconf("SC_AVPHYS_PAGES") * hostmem.PAGE
+    limit = memory_limit_nbytes(System())
+    return int(min(available, limit or available) * _DEFAULT_SHARE)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from offload.cli import main
+from offload.tiers.machine import read_machine
 
 SCRIPT = """
 import sys, torch, hashlib
@@ -64,6 +65,8 @@ def test_an_unmodified_script_gives_the_same_bits(script: Path, tmp_path: Path) 
     assert offloaded.returncode == plain.returncode == 7
     assert offloaded.stdout == plain.stdout
     assert f"offload report {record}" in offloaded.stderr
+    machine = read_machine(record / "machine.json")
+    assert machine.tier(f"file:{tmp_path.resolve()}/nvme").kind == "file"
     report = run("-m", "offload", "report", "--json", record)
     document = json.loads(report.stdout)
     assert document["headline"]["steps"] == 10
