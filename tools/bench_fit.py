@@ -2,8 +2,9 @@
 
 Every Offload run is a child process in a memory cgroup: the kernel enforces the limit, page
 cache included. The smallest limit is the one that Offload's own errors lead to: a run with too
-small a budget says which one fits, and that one is then tried under the kernel's limit. The plain run's need is measured where this machine can hold it (the peak
-resident set of the same two steps in memory) and otherwise computed from 16 bytes a parameter.
+small a budget says which one fits, and that one is then tried under the kernel's limit. The plain
+run's need is measured where this machine can hold it (the peak resident set of the same two steps
+in memory) and otherwise computed from 16 bytes a parameter.
 
 Efficiency = max(compute time of the step with everything resident, bytes moved / disk limit) /
 step time. Resident compute is measured on a model of the same width with few blocks and scaled
