@@ -23,7 +23,8 @@ $B mount -t devtmpfs devtmpfs /dev
 for module in {modules}; do $B insmod /modules/$module.ko || echo "insmod $module failed"; done
 $B mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=1048576,cache=loose host /root
 for folder in proc sys dev; do $B mount --move /$folder /root/$folder; done
-$B mount -t tmpfs tmpfs /root/tmp
+$B mkdir /root/dev/shm
+$B mount -t tmpfs tmpfs /root/dev/shm
 export {environment}
 $B chroot /root /bin/sh -c {command}
 echo "{exit} $?"

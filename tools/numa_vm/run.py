@@ -25,6 +25,7 @@ GUEST = Path("tests") / "numa" / "guest"
 FAILED, UNFIT = 1, 3
 # Tests look for this word in /proc/cmdline.
 MARK = "offload_numa_vm"
+WRITABLE = "/dev/shm"  # noqa: S108  (the guest's own; the host's root is read-only there)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def main() -> int:
             command=_guest_command(machine, pytest_arguments),
             cwd=ROOT,
             environment={
-                "HOME": "/tmp",  # noqa: S108  (the guest's own)
+                "HOME": WRITABLE,
+                "TMPDIR": WRITABLE,
                 "PATH": "/usr/bin:/bin",
                 "PYTHONDONTWRITEBYTECODE": "1",
                 "NUMA_VM_KERNEL": arguments.kernel,
@@ -106,7 +108,7 @@ def _guest_command(machine: Machine, pytest_arguments: list[str]) -> list[str]:
     return [
         sys.executable, "-m", "pytest", "-m", "numa_vm", f"--confcutdir={GUEST}", "-v",
         "--color=no", "-p", "no:cacheprovider", "-p", "no:hypothesispytest",
-        "--basetemp=/tmp/pytest", *pytest_arguments,
+        f"--basetemp={WRITABLE}/pytest", *pytest_arguments,
         *(str(GUEST / name) for name in machine.tests),
     ]  # fmt: skip
 
