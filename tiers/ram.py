@@ -33,11 +33,15 @@ class RamTier(Tier):
                 f"{format_nbytes(free)} free, {format_nbytes(asked)} ({asked} bytes) were asked: "
                 f"raise the budget by {format_nbytes(asked - free)}"
             )
-        buffer = HostBuffer(asked)
+        buffer = self._map(asked)
         block = Block(self, Extent(buffer.address, asked), nbytes)
         self._buffers[block.generation] = buffer
         self.used_nbytes += asked
         return block
+
+    def _map(self, nbytes: int) -> HostBuffer:
+        """Fresh memory for a block; tiers that choose where its pages come from override it."""
+        return HostBuffer(nbytes)
 
     def address(self, block: Block) -> int:
         """Where the bytes of ``block`` stand in memory."""

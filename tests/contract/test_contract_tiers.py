@@ -11,6 +11,8 @@ from offload.tiers import file as file_module
 from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.journal import Journal
 from offload.tiers.memory import memory_at
+from offload.tiers.mempolicy import allowed_nodes
+from offload.tiers.numa import NumaTier
 from offload.tiers.ram import RamTier
 from offload.tiers.testing import TierContract, machine_of
 
@@ -28,6 +30,15 @@ class TestRamTier(TierContract):
 
     def poke(self, tier, block, offset, data):
         memory_at(tier.address(block) + offset, len(data))[:] = data
+
+
+class TestNumaTier(TestRamTier):
+    """On the machine's first node; on others it runs in the virtual machine (tests/numa)."""
+
+    @contextmanager
+    def open_tier(self, directory):
+        with NumaTier(allowed_nodes()[0], 5 * self.large_nbytes) as tier:
+            yield tier
 
 
 class TestFileTier(TierContract):
@@ -106,5 +117,6 @@ class TestScratch(TestFileTier):
 
 
 TestRamTierMachine = machine_of(TestRamTier)
+TestNumaTierMachine = machine_of(TestNumaTier)
 TestFileTierMachine = machine_of(TestFileTier)
 TestFileTierWithoutDirectIOMachine = machine_of(TestFileTierWithoutDirectIO)

@@ -2,25 +2,19 @@
 
 import ctypes
 import os
-import platform
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
-from offload.allocator.errors import TierIOError
+from offload.tiers import mempolicy
 from offload.tiers.memory import HostBuffer
+from offload.tiers.mempolicy import Mode
 from offload.tiers.probe.files import fill_randomly
 from offload.tiers.probe.pace import Effort, Pace, Route
 
 COPY_NBYTES = 2 << 20  # one request of a copy: a huge page
 CASES = 2  # shares of the time that a copy takes: its rate and its latency
-
-_MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235}
-_MPOL_PREFERRED = 1
-_NODES = 1024  # bits of a node mask
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
@@ -57,8 +51,9 @@ def _buffers(
         target = HostBuffer(nbytes)
         try:
             if nodes is not None:
-                prefer(source, nodes[0])
-                prefer(target, nodes[1])
+                for buffer, node in zip((source, target), nodes, strict=True):
+                    # Not bound: on a full node a bound page fault would end this process.
+                    mempolicy.mbind(buffer.address, buffer.nbytes, Mode.PREFERRED, [node])
             fill_randomly(source)
             ctypes.memset(target.address, 1, target.nbytes)  # no page fault is measured
             yield source, target
@@ -66,25 +61,6 @@ def _buffers(
             target.release()
     finally:
         source.release()
-
-
-def prefer(buffer: HostBuffer, node: int) -> None:
-    """Take the pages of ``buffer``, not yet touched, from ``node`` while it has room.
-
-    Preferred, not bound: on a full node a bound page fault would end in the kernel killing us.
-
-    Raises:
-        TierIOError: the kernel refused.
-    """
-    mask = (ctypes.c_uint64 * (_NODES // 64))()
-    mask[node // 64] = 1 << node % 64
-    number = _MBIND.get(platform.machine())
-    arguments = (buffer.address, buffer.nbytes, _MPOL_PREFERRED, ctypes.addressof(mask), _NODES, 0)
-    if number is None or _libc.syscall(number, *map(ctypes.c_ulong, arguments)):
-        code = ctypes.get_errno()
-        raise TierIOError(
-            code, f"can't put {buffer.nbytes} bytes on memory node {node}: {os.strerror(code)}"
-        )
 
 
 def _stay_on(cpus: frozenset[int]) -> None:
