@@ -100,9 +100,7 @@ class TierFile:
             at, left = offset + done, nbytes - done
             count = self._request("read", self.engine.read, os.preadv, at, address + done, left)
             if count == 0:
-                raise TierIOError(
-                    errno.EIO, f"{self.label} ends at byte {at}, {left} bytes early"
-                )
+                raise TierIOError(errno.EIO, f"{self.label} ends at byte {at}, {left} bytes early")
             done += count
 
     def write(self, offset: int, address: int, nbytes: int) -> None:

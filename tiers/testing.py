@@ -114,7 +114,7 @@ class TierContract(ABC):
     def test_spec_tells_what_the_tier_is(self, tier: Tier) -> None:
         spec = tier.spec
         assert spec.name
-        assert spec.kind in {"host", "file"}
+        assert spec.kind in {"host", "file", "device"}
         assert spec.align > 0
         assert spec.align & (spec.align - 1) == 0
         assert spec.capacity >= (4 * self.large_nbytes if self.bounded else 0)
