@@ -6,7 +6,8 @@ up (``tensor``) since. From these every edge follows:
 
 - a copy waits for the copies on the other lane that touch the block, and for its kernels: those
   enqueued before ``used``, or else before the copy itself;
-- ``tensor`` makes the current stream wait for the copies, so its kernels come after them;
+- ``tensor`` makes the current stream wait for the copies and for kernels of other streams, so
+  its own kernels come after them;
 - ``release`` leaves these events with the bytes. Whoever gets the bytes next inherits them, so
   memory is reused without the host waiting, and no sooner than its last kernel has ended;
 - a copy from host memory waits for a copy still on its way to that memory, and the other way
@@ -173,7 +174,8 @@ class DeviceTier(Tier):
             for copy in edges.filling:
                 if copy.done():
                     copy.wait()  # raises
-            for event in edges.writes if read_only else (*edges.writes, *edges.reads):
+            others = [other.record() for other in edges.streams if other != stream]
+            for event in (*edges.writes, *others, *(() if read_only else edges.reads)):
                 stream.wait(event)
             if stream not in edges.streams:
                 edges.streams.append(stream)

@@ -32,7 +32,7 @@ _SHAPE = (NUMEL,)
 def _tiers(
     device: Accelerator, pinners: Sequence[Pinner], *, blocks: int = 2, buffers: int = 2
 ) -> Iterator[tuple[DeviceTier, PinnedTier]]:
-    """A device tier of ``blocks`` and a pool of ``buffers``; both outlive all work, right or not."""
+    """A device tier of ``blocks`` and a pool of ``buffers``; both outlive all work."""
     classes = [SizeClass(nbytes=_NBYTES, count=buffers)]
     with (
         PinnedTier(classes=classes, pinners=pinners) as pool,
@@ -134,6 +134,23 @@ def update_in_place(device: Accelerator, pinners: Sequence[Pinner]) -> torch.Ten
         return pool.tensor(buffer, torch.float32, _SHAPE).clone()  # waits
 
 
+def snapshots(device: Accelerator, pinners: Sequence[Pinner]) -> torch.Tensor:
+    """A block is evicted at each step, while kernels and fetches go on changing it."""
+    with _tiers(device, pinners, blocks=1, buffers=_LAYERS + 1) as (tier, pool):
+        block, source = tier.allocate(_NBYTES), pool.allocate(_NBYTES)
+        _fill(pool, source, 100)
+        tier.fetch(block, source)
+        targets = []
+        for step in range(_LAYERS):
+            values = _view(tier, block)
+            device.launch(partial(values.add_, step + 1))
+            targets.append(pool.allocate(_NBYTES))
+            tier.evict(block, targets[-1])
+            if step % 3 == 2:
+                tier.fetch(block, source)
+        return torch.cat([pool.tensor(target, torch.float32, _SHAPE) for target in targets])
+
+
 def missing_wait(device: Accelerator, pinners: Sequence[Pinner]) -> torch.Tensor:
     """The kernel does not wait for the fetch: its view is older than the fetch."""
     with _tiers(device, pinners) as (tier, pool):
@@ -195,7 +212,8 @@ def back_before_there(device: Accelerator, pinners: Sequence[Pinner]) -> torch.T
 
 
 RIGHT: dict[str, Scenario] = {
-    call.__name__: call for call in (round_trip, stream_layers, there_and_back, update_in_place)
+    call.__name__: call
+    for call in (round_trip, stream_layers, there_and_back, update_in_place, snapshots)
 }
 RACY: dict[str, Scenario] = {
     call.__name__: call
