@@ -34,6 +34,7 @@ class CudaRuntime(Protocol):
     Stream: Callable[..., Any]
 
     def is_available(self) -> bool: ...
+    def current_device(self) -> int: ...
     def current_stream(self, device: Any) -> Any: ...
     def stream(self, stream: Any) -> AbstractContextManager[Any]: ...
     def synchronize(self, device: Any) -> None: ...
@@ -112,7 +113,7 @@ class CudaAccelerator(Accelerator):
     """The CUDA device ``device``.
 
     Args:
-        device: as torch takes it; an index where a process has several.
+        device: as torch takes it; without an index, the current one.
         checked: fill what may not be read with ``POISON``, for tests.
         runtime: ``torch.cuda``, unless a test brings its own.
 
@@ -136,6 +137,9 @@ class CudaAccelerator(Accelerator):
                 "driver is there, and torch.version.cuda whether torch was built for CUDA"
             )
         self._device = torch.device(device)
+        index = cast("int | None", self._device.index)
+        if self._device.type == "cuda" and index is None:  # some calls want a number
+            self._device = torch.device("cuda", self._runtime.current_device())
         self.name = str(self._device)
         self._checked = checked
         self._streams: dict[str, CudaStream] = {}

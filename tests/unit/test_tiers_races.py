@@ -16,7 +16,13 @@ from offload.tiers.testing import assert_no_race, find_race
 
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_code_is_right_under_every_seed(name):
-    assert_no_race(partial(RIGHT[name], pinners=()), seeds=range(1000))
+    assert_no_race(partial(RIGHT[name], pinners=()), seeds=range(500))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_code_is_right_under_very_many_seeds(name):
+    assert_no_race(partial(RIGHT[name], pinners=()), seeds=range(500, 5000))
 
 
 @pytest.mark.parametrize("name", RACY)

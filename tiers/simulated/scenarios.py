@@ -5,10 +5,10 @@ Each scenario takes any ``Accelerator`` and the pinners of its pool, and returns
 one edge or one wait, and must be found (``races``): a detector that misses one is broken.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -20,7 +20,14 @@ from offload.tiers.pinning import Pinner
 if TYPE_CHECKING:
     from offload.tiers.base import Block
 
-Scenario: TypeAlias = Callable[[Accelerator, Sequence[Pinner]], torch.Tensor]
+
+class Scenario(Protocol):
+    """Something to do on a device; returns what came out."""
+
+    __name__: str
+
+    def __call__(self, device: Accelerator, pinners: Sequence[Pinner]) -> torch.Tensor: ...
+
 
 NUMEL = 1024  # float32 elements of a block: one page
 _NBYTES = 4 * NUMEL
