@@ -17,6 +17,7 @@ from offload.tiers.hostmem import page_ceil
 from offload.tiers.journal import Journal
 from offload.tiers.pinned import PinnedTier
 from offload.tiers.pinning import Pinner
+from offload.tiers.ram import RamTier
 
 _MIB = 1 << 20
 _WIDTH, _BATCH, _STEPS = 128, 32, 4
@@ -109,12 +110,30 @@ class PinnedHome(Home):
         return self.pool.tensor(block, torch.float32, (block.nbytes // 4,)).clone()
 
 
-class PageableHome(PinnedHome):
-    """Ordinary memory: a pool that nothing pins."""
+class HostHome(Home):
+    """Blocks of ordinary memory, which nothing pins."""
 
     def __init__(self, tier: DeviceTier, stack: ExitStack, pinners: Sequence[Pinner]) -> None:
         del pinners
-        super().__init__(tier, stack, ())
+        super().__init__(tier)
+        self.memory = stack.enter_context(RamTier(2 * _MIB))
+
+    def keep(self, values: torch.Tensor) -> None:
+        block = self.memory.allocate(values.nbytes)
+        self.memory.write(block, values.data_ptr())
+        self.blocks.append(block)
+
+    def fetch(self, block: Block, index: int) -> None:
+        self.tier.write(block, self.memory.address(self.blocks[index]), nbytes=block.nbytes)
+
+    def evict(self, block: Block, index: int) -> None:
+        self.tier.read(block, self.memory.address(self.blocks[index]), nbytes=block.nbytes)
+
+    def values(self, index: int) -> torch.Tensor:
+        block = self.blocks[index]
+        values = torch.empty(block.nbytes // 4)
+        self.memory.read(block, values.data_ptr())
+        return values
 
 
 class FileHome(Home):
@@ -157,7 +176,7 @@ class FileHome(Home):
 
 HOMES: dict[str, Callable[[DeviceTier, ExitStack, Sequence[Pinner]], Home]] = {
     "pinned": PinnedHome,
-    "pageable": PageableHome,
+    "host": HostHome,
     "file": FileHome,
 }
 

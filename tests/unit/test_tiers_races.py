@@ -114,6 +114,20 @@ def test_an_error_under_a_seed_only_is_a_race():
     assert find_race(scenario).what == "raised ValueError: too late"
 
 
+def test_an_error_of_work_that_nobody_waits_for_is_a_race():
+    def scenario(device):
+        values = torch.ones(1)
+
+        def check():
+            assert values == 1, "too late"
+
+        device.launch(check, stream=device.stream("side"))
+        device.launch(values.zero_)
+        return b"done"
+
+    assert find_race(scenario).what.startswith("raised AssertionError: too late")
+
+
 def test_a_scenario_that_is_wrong_anyway_raises():
     def scenario(device):
         raise ValueError(device.name)

@@ -179,6 +179,18 @@ def test_a_failed_copy_leaves_poison_and_its_error(host):
     assert memory.tensor.eq(7).all()
 
 
+def test_memory_unmapped_before_its_copy_ended_is_an_error():
+    device = SimulatedAccelerator(timing=EXACT)
+    memory = device.allocate(PAGE)
+    for copy in (device.copy_in, device.copy_out):
+        buffer = HostBuffer(PAGE)
+        event = copy(device.stream("lane"), memory, 0, buffer.address, PAGE)
+        buffer.release()
+        event.settle()
+        assert isinstance(event.error, TierIOError)
+        assert "of 4096 bytes was unmapped before its end" in str(event.error)
+
+
 def test_a_share_of_the_copies_fails(host):
     device = SimulatedAccelerator(faults=Faults(errors=0.3))
     memory = device.allocate(PAGE)

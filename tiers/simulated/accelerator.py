@@ -6,12 +6,14 @@ NaNs or stale values under some seed, on a machine without any device; ``races``
 """
 
 import ctypes
+import errno
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from offload.allocator.errors import TierIOError
+from offload.tiers import hostmem
 from offload.tiers.accelerator import POISON, Accelerator, DeviceMemory, Event, Stream
 from offload.tiers.cpudevice import DoneEvent, HostMemoryPool
 from offload.tiers.simulated.timeline import Timeline, Timing, VirtualStream
@@ -137,6 +139,12 @@ class SimulatedAccelerator(Accelerator):
 
         def effect(keep: DeviceMemory = memory) -> None:
             del keep  # alive until now
+            for address in ends:  # a real device would fail, or write to another's memory
+                if not hostmem.is_mapped(address, nbytes):
+                    raise TierIOError(
+                        errno.EFAULT,
+                        f"the memory of a {name} of {nbytes} bytes was unmapped before its end",
+                    )
             if error is not None:
                 ctypes.memset(target, POISON, nbytes)
                 raise error
@@ -152,7 +160,9 @@ class SimulatedAccelerator(Accelerator):
         if waiting := self._failing.get(stream.name):
             return waiting.pop(0)
         if fails:
-            return TierIOError(5, f"injected fault: copy of {nbytes} bytes on {stream.name}")
+            return TierIOError(
+                errno.EIO, f"injected fault: copy of {nbytes} bytes on {stream.name}"
+            )
         return None
 
     def poison(

@@ -65,18 +65,17 @@ def find_race(
     Raises:
         BaseException: what the scenario raises on the reference.
     """
-    with open_reference() as device:
-        right = _bits(scenario(device))
+    right = _outcome(scenario, open_reference())
     for seed in seeds:
-        with open_device(seed) as device:
-            try:
-                difference = _difference(_bits(scenario(device)), right)
-            except Exception as error:  # noqa: BLE001  reported
-                difference = f"raised {type(error).__name__}: {error}"
-            if difference:
-                timeline = getattr(device, "timeline", None)
-                log = tuple(timeline.log) if timeline is not None else ()
-                return Race(seed=seed, what=difference, log=log)
+        device = open_device(seed)
+        try:
+            difference = _difference(_outcome(scenario, device), right)
+        except Exception as error:  # noqa: BLE001  reported
+            difference = f"raised {type(error).__name__}: {error}"
+        if difference:
+            timeline = getattr(device, "timeline", None)
+            log = tuple(timeline.log) if timeline is not None else ()
+            return Race(seed=seed, what=difference, log=log)
     return None
 
 
@@ -89,6 +88,11 @@ def assert_no_race(scenario: Scenario, *, seeds: Iterable[int] = DEFAULT_SEEDS) 
     race = find_race(scenario, seeds=seeds)
     if race is not None:
         raise AssertionError(str(race))
+
+
+def _outcome(scenario: Scenario, device: Accelerator) -> list[bytes]:
+    with device:  # whose end raises what failed in work that nobody waited for
+        return _bits(scenario(device))
 
 
 def _bits(outcome: Outcome) -> list[bytes]:
