@@ -66,7 +66,7 @@ class Report:
 def _line(check: Check) -> str:
     state = "ok  " if check.holds else "FAIL"
     result = check.result if len(check.result) < 200 else f"{check.result[:200]} …"
-    return f"{state}  {check.group:<10}  {check.name:<28}  {check.seconds:7.1f} s  {result}"
+    return f"{state}  {check.group:<10}  {check.name:<34}  {check.seconds:7.1f} s  {result}"
 
 
 def write(report: Report, folder: Path) -> Path:
