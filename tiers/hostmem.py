@@ -24,6 +24,7 @@ _MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 0x1, 0x2, 0x4
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_PAGEOUT = 4, 14, 21
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _FALLOC_FL_ZERO_RANGE = 0x10
+_MS_ASYNC = 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 # The PAGEMAP_SCAN ioctl and its categories of pages.
@@ -230,6 +231,13 @@ def is_cached(address: int, nbytes: int) -> bool:
     if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(pages * PAGE), vector):
         return False
     return 2 * sum(bytes(vector).translate(_LOWEST_BIT)) > pages
+
+
+def is_mapped(address: int, nbytes: int) -> bool:
+    """Whether every page that the bytes touch is mapped (``msync`` fails on a hole)."""
+    start = address // PAGE * PAGE
+    length = ctypes.c_size_t(address + nbytes - start)
+    return bool(_libc.msync(ctypes.c_void_p(start), length, _MS_ASYNC) == 0)
 
 
 def zero_range(fd: int, offset: int, nbytes: int) -> bool:

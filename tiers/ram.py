@@ -1,6 +1,7 @@
 """The host tier: a byte-bounded pool of page-aligned RAM."""
 
 import ctypes
+from abc import abstractmethod
 
 from offload.allocator.errors import CapacityError, StaleBlockError
 from offload.allocator.extent import Extent
@@ -12,7 +13,59 @@ from offload.tiers.lanes import Transfer
 from offload.tiers.memory import HostBuffer
 
 
-class RamTier(Tier):
+class HostTier(Tier):
+    """A tier in host memory: the CPU moves its bytes, so a transfer is over when it is made."""
+
+    @abstractmethod
+    def address(self, block: Block) -> int:
+        """Where the bytes of ``block`` stand in memory.
+
+        Raises:
+            StaleBlockError: the block was released, or outlived its tier.
+        """
+
+    def _before_copy(self, block: Block) -> None:
+        """Wait for what else moves bytes of ``block``; nothing does, in plain memory."""
+
+    def read(
+        self,
+        block: Block,
+        address: int,
+        *,
+        offset: int = 0,
+        nbytes: int | None = None,
+        label: Label | None = None,
+    ) -> Transfer:
+        nbytes = self._checked(block, offset, nbytes)
+        ctypes.memmove(address, self.address(block) + offset, nbytes)
+        return Transfer(label or Label("", "", "host", "host"), nbytes, 0)
+
+    def write(
+        self,
+        block: Block,
+        address: int,
+        *,
+        offset: int = 0,
+        nbytes: int | None = None,
+        label: Label | None = None,
+    ) -> Transfer:
+        nbytes = self._checked(block, offset, nbytes)
+        ctypes.memmove(self.address(block) + offset, address, nbytes)
+        return Transfer(label or Label("", "", "host", "host"), nbytes, 0)
+
+    def _checked(self, block: Block, offset: int, nbytes: int | None) -> int:
+        nbytes = block.nbytes - offset if nbytes is None else nbytes
+        block.check(offset, nbytes)
+        self._before_copy(block)
+        return nbytes
+
+    def _outlived(self, block: Block) -> StaleBlockError:
+        return StaleBlockError(
+            f"block {block.generation} ({block.nbytes} bytes) outlived its tier, {self.spec.name}"
+        )
+
+
+class RamTier(HostTier):
     """Blocks are private huge-page-advised mappings, returned to the kernel on release.
 
     ``capacity`` bounds the bytes of all living blocks, each rounded up to whole pages: exact
@@ -44,46 +97,11 @@ class RamTier(Tier):
         return HostBuffer(nbytes)
 
     def address(self, block: Block) -> int:
-        """Where the bytes of ``block`` stand in memory."""
         block.check(0, 0)
         buffer = self._buffers.get(block.generation)
         if buffer is None:
-            raise StaleBlockError(
-                f"block {block.generation} ({block.nbytes} bytes) outlived its tier, "
-                f"{self.spec.name}"
-            )
+            raise self._outlived(block)
         return buffer.address
-
-    def read(
-        self,
-        block: Block,
-        address: int,
-        *,
-        offset: int = 0,
-        nbytes: int | None = None,
-        label: Label | None = None,
-    ) -> Transfer:
-        nbytes = block.nbytes - offset if nbytes is None else nbytes
-        block.check(offset, nbytes)
-        ctypes.memmove(address, self.address(block) + offset, nbytes)
-        return self._moved(label, nbytes)
-
-    def write(
-        self,
-        block: Block,
-        address: int,
-        *,
-        offset: int = 0,
-        nbytes: int | None = None,
-        label: Label | None = None,
-    ) -> Transfer:
-        nbytes = block.nbytes - offset if nbytes is None else nbytes
-        block.check(offset, nbytes)
-        ctypes.memmove(self.address(block) + offset, address, nbytes)
-        return self._moved(label, nbytes)
-
-    def _moved(self, label: Label | None, nbytes: int) -> Transfer:
-        return Transfer(label or Label("", "", "host", "host"), nbytes, 0)
 
     def _release(self, block: Block) -> None:
         buffer = self._buffers.pop(block.generation, None)

@@ -11,6 +11,9 @@
 ``peek`` and ``poke`` reach the bytes around the tier's own methods, so that a fault in ``write``
 can't be hidden by the same fault in ``read``. ``machine_of`` drives the backend at random against
 a dictionary of bytes.
+
+``assert_no_race`` and ``find_race`` run code that moves bytes to and from a device under thousands
+of orders of its transfers (``simulated.races``).
 """
 
 from abc import ABC, abstractmethod
@@ -37,9 +40,23 @@ from offload.allocator.errors import CapacityError, OffloadError, StaleBlockErro
 from offload.tiers.base import Block, Tier
 from offload.tiers.journal import Label
 from offload.tiers.memory import HostBuffer, memory_at
+from offload.tiers.simulated.races import Race, assert_no_race, find_race
 
 if TYPE_CHECKING:
     from offload.tiers.lanes import Transfer
+
+__all__ = [
+    "Memory",
+    "Race",
+    "TierContract",
+    "TierMachine",
+    "assert_no_race",
+    "find_race",
+    "get",
+    "machine_of",
+    "pattern",
+    "put",
+]
 
 
 def pattern(nbytes: int, seed: int = 1) -> bytes:
@@ -114,7 +131,7 @@ class TierContract(ABC):
     def test_spec_tells_what_the_tier_is(self, tier: Tier) -> None:
         spec = tier.spec
         assert spec.name
-        assert spec.kind in {"host", "file"}
+        assert spec.kind in {"host", "file", "device"}
         assert spec.align > 0
         assert spec.align & (spec.align - 1) == 0
         assert spec.capacity >= (4 * self.large_nbytes if self.bounded else 0)
