@@ -81,6 +81,7 @@ class Runtime:
             update={name: getattr(config, name) for name in given}
         )
         if config.record is not None:
+            self.journal.recorder.close()  # what was recorded while the model was built
             self.journal.recorder = JsonlRecorder(config.record / "rank0.jsonl")
 
     def close(self) -> None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 WINDOW_S = 2.0  # of a path's busy time: the longest pause of a healthy drive is far shorter
 STRIKES = 3
 SLOW_SHARE = 0.5
-_SAMPLE_S = 0.02  # busy for less, a path tells nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +50,11 @@ class _Window:
     read_nbytes: int = 0
     written_nbytes: int = 0
     busy_s: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in both directions."""
+        return self.read_nbytes + self.written_nbytes
 
 
 class PathHealth:
@@ -107,14 +111,17 @@ class PathHealth:
             self._count_busy(path)
         windows, self._windows = self._windows, [_Window() for _ in self._rates]
         speeds = {
-            path: min(1.0, self._expected_s(path, window) / window.busy_s)
+            path: min(1.0, self._expected_s(path, window) / max(window.busy_s, 1e-9))
             for path, window in enumerate(windows)
-            if window.busy_s >= _SAMPLE_S
+            if window.nbytes or window.busy_s >= WINDOW_S
         }
+        if len(speeds) < 2:  # nothing to compare with
+            return []
         fastest = max(speeds.values())
         slow: list[SlowPath] = []
         for path, speed in speeds.items():
-            is_slow = speed < SLOW_SHARE * fastest
+            judged = windows[path].busy_s >= WINDOW_S / 2  # a moment tells nothing
+            is_slow = judged and speed < SLOW_SHARE * fastest
             self._strikes[path] = self._strikes[path] + 1 if is_slow else 0
             if self._strikes[path] == STRIKES:
                 slow.append(self._described(path, windows[path]))
@@ -124,12 +131,9 @@ class PathHealth:
         return self._rates[path].duration_s(window.read_nbytes, window.written_nbytes)
 
     def _described(self, path: int, window: _Window) -> SlowPath:
-        nbytes = window.read_nbytes + window.written_nbytes
-        expected_s = self._expected_s(path, window)
+        start = self._rates[path].balanced_bytes_per_s
+        if window.nbytes:
+            start = window.nbytes / self._expected_s(path, window)
         return SlowPath(
-            path=path,
-            bytes_per_s=nbytes / window.busy_s,
-            start_bytes_per_s=(
-                nbytes / expected_s if nbytes else self._rates[path].balanced_bytes_per_s
-            ),
+            path=path, bytes_per_s=window.nbytes / window.busy_s, start_bytes_per_s=start
         )

@@ -13,7 +13,7 @@ from typing import Self
 from offload.allocator.errors import TierIOError
 from offload.tiers.file import TierFile
 from offload.tiers.health import PathHealth
-from offload.tiers.hostmem import HUGE_PAGE
+from offload.tiers.hostmem import HUGE_PAGE, PAGE
 from offload.tiers.pieces import Piece, cut
 from offload.tiers.stripes import Stripes
 
@@ -27,14 +27,14 @@ class StripedFile:
         health: is told of every request.
 
     Raises:
-        ValueError: units are not whole huge pages, or not one weight for each file.
+        ValueError: units are not whole pages, or not one weight for each file.
     """
 
     def __init__(self, files: Sequence[TierFile], stripes: Stripes, health: PathHealth) -> None:
-        if stripes.unit_nbytes % HUGE_PAGE or len(stripes.weights) != len(files):
+        if stripes.unit_nbytes % PAGE or len(stripes.weights) != len(files):
             raise ValueError(
                 f"{len(files)} files can't be striped by weights {stripes.weights} in units of "
-                f"{stripes.unit_nbytes} bytes: give a weight each, and a multiple of {HUGE_PAGE}"
+                f"{stripes.unit_nbytes} bytes: give a weight each, and a multiple of {PAGE}"
             )
         self.files = tuple(files)
         self.stripes = stripes
