@@ -24,7 +24,7 @@ class OffloadConfig(BaseModel):
     budget: dict[str, int] = Field(default_factory=dict)
     """Hard limits by tier; ``host`` bounds the process's peak resident set."""
     nvme: tuple[Path, ...] = ()
-    """Directory of the store and of scratch."""
+    """Directories of the store and of scratch; several are striped over, in this order."""
     record: Path | None = None
     """Run directory for ``offload report``."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -47,10 +47,9 @@ class OffloadConfig(BaseModel):
     @field_validator("nvme", mode="before")
     @classmethod
     def _parse_nvme(cls, value: Any) -> Any:
-        paths = [value] if isinstance(value, str | os.PathLike) else value
-        if isinstance(paths, list | tuple) and len(paths) > 1:
-            raise ValueError(f"{len(paths)} directories were given, one is supported: name one")
-        return paths
+        if isinstance(value, str):  # a flag or a variable
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return [value] if isinstance(value, os.PathLike) else value
 
     @field_validator("min_swap_nbytes", mode="before")
     @classmethod

@@ -392,7 +392,8 @@ def attach(
         optimizer: over the model's parameters; ``None`` to evaluate only.
         budget: ``"host=4GiB"``, bytes, or a mapping. ``host`` bounds the process's peak
             resident set.
-        nvme: directory of the store and the scratch file.
+        nvme: directory of the store and the scratch file; several (a list, or separated by
+            commas), always in the same order, are striped over.
         config: file or mapping with the same keys; arguments win over it.
         record: run directory for ``offload report``.
         resume: ``auto`` continues the store's last commit if there is one, ``never`` starts

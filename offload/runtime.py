@@ -10,8 +10,9 @@ from offload.swap.governor import Governor
 from offload.swap.plan import choose_chunk_numel
 from offload.tiers import hostmem
 from offload.tiers.cgroups import memory_limit_nbytes
+from offload.tiers.directories import check_directories
 from offload.tiers.events import JsonlRecorder, NullRecorder, Recorder
-from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.filetier import Lanes
 from offload.tiers.journal import Journal
 from offload.tiers.store import Store
 from offload.tiers.system import System
@@ -38,11 +39,13 @@ class Runtime:
         if config.record is not None:
             recorder = JsonlRecorder(config.record / "rank0.jsonl")
         self.journal = Journal(recorder)
-        self.lanes = Lanes(self.journal, config.io_threads)
-        directory = config.nvme[0] if config.nvme else DEFAULT_DIRECTORY
+        directories = config.nvme or (DEFAULT_DIRECTORY,)
+        for directory, notice in check_directories(directories):
+            self.journal.notice(str(directory), notice)
+        self.lanes = Lanes(self.journal, config.io_threads, len(directories))
         try:
-            self.store = Store(directory, self.lanes)
-            self.scratch = FileTier(self.store.directory, None, self.lanes)
+            self.store = Store(directories, self.lanes, discard_damaged=config.resume == "never")
+            self.scratch = self.store.open_scratch()
         except BaseException:
             self.lanes.close()
             raise
@@ -76,6 +79,7 @@ class Runtime:
             update={name: getattr(config, name) for name in given}
         )
         if config.record is not None:
+            self.journal.recorder.close()  # what was recorded while the model was built
             self.journal.recorder = JsonlRecorder(config.record / "rank0.jsonl")
 
     def close(self) -> None:

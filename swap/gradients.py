@@ -26,6 +26,7 @@ from offload.tiers.filetier import FileTier
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Job, Transfer
 from offload.tiers.mapped import MappedTensor
+from offload.tiers.pieces import move_jobs
 from offload.tiers.store import checksum
 
 MIN_NBYTES = 64 << 10  # smaller gradients cost more to move than to keep
@@ -192,25 +193,25 @@ class GradientSwapper:
             return None
         return home
 
-    def read_job(self, home: MappedTensor, start: int, staged: torch.Tensor) -> Job:
-        """A job that fills ``staged`` (1-D) from element ``start`` of a gradient in scratch.
+    def read_jobs(self, home: MappedTensor, start: int, staged: torch.Tensor) -> list[Job]:
+        """Jobs that fill ``staged`` (1-D) from element ``start`` of a gradient in scratch.
 
         From the page cache where the user's code has just brought it there (clipping does),
         else by a direct read.
         """
-        offset = start * staged.element_size()
-        address, nbytes = staged.data_ptr(), staged.nbytes
+        assert home.block is not None
+        offset, end = start * staged.element_size(), staged.data_ptr() + staged.nbytes
+        shift = home.address - home.block.extent.offset  # from a place in the file to its mapping
 
-        def job() -> None:
-            assert home.block is not None
-            if hostmem.is_cached(home.address + offset, nbytes):
-                ctypes.memmove(address, home.address + offset, nbytes)
-                hostmem.discard(home.address + offset, hostmem.page_ceil(nbytes))
+        def fill(base: int, address: int, nbytes: int) -> None:
+            if hostmem.is_cached(base + shift, nbytes):
+                ctypes.memmove(address, base + shift, min(nbytes, end - address))
+                hostmem.discard(base + shift, nbytes)
             else:
-                base = home.block.extent.offset + offset
-                self.scratch.file.read(base, address, hostmem.page_ceil(nbytes))
+                self.scratch.file.read(base, address, nbytes)
 
-        return job
+        base, nbytes = home.block.extent.offset + offset, hostmem.page_ceil(staged.nbytes)
+        return move_jobs(self.scratch.file, fill, base, staged.data_ptr(), nbytes)
 
     def stop(self) -> None:
         """Stop watching."""

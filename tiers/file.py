@@ -20,6 +20,7 @@ from offload.tiers.engines.base import EngineFactory, OpenFile
 from offload.tiers.engines.threads import ThreadsEngine
 from offload.tiers.hostmem import PAGE
 from offload.tiers.memory import memory_at
+from offload.tiers.pieces import Piece, cut
 
 _ZEROS_NBYTES = 1 << 20
 
@@ -61,6 +62,16 @@ class TierFile:
         """Whether the file system takes ``O_DIRECT``; otherwise all I/O goes by the cache."""
         return self.direct_fd != self.fd
 
+    @property
+    def block_align(self) -> int:
+        """Where large blocks should begin: at multiples of so many bytes."""
+        return PAGE
+
+    def pieces(self, offset: int, nbytes: int) -> list[Piece]:
+        """The requests that move ``nbytes`` from ``offset`` on."""
+        del offset  # the bytes of one file lie together, wherever they begin
+        return cut(0, 0, nbytes)
+
     def grow(self, nbytes: int) -> None:
         """Preallocate up to ``nbytes`` in all, so that a full disk is met here, not mid-step.
 
@@ -72,7 +83,7 @@ class TierFile:
         try:
             os.posix_fallocate(self.fd, self.nbytes, nbytes - self.nbytes)
         except OSError as error:
-            self._give_back_partial_growth()
+            self.shrink(self.nbytes)  # some file systems keep what they found before the end
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise TierIOError(error.errno, f"can't grow {self.label}: {error}") from error
             stats = os.fstatvfs(self.fd)
@@ -84,10 +95,11 @@ class TierFile:
             ) from error
         self.nbytes = nbytes
 
-    def _give_back_partial_growth(self) -> None:
-        """Some file systems keep what they had allocated when the room ran out."""
+    def shrink(self, nbytes: int) -> None:
+        """Give back the room beyond ``nbytes``, where the file system lets it go."""
         with contextlib.suppress(OSError):
-            os.ftruncate(self.fd, self.nbytes)
+            os.ftruncate(self.fd, nbytes)
+            self.nbytes = nbytes
 
     def read(self, offset: int, address: int, nbytes: int) -> None:
         """Fill ``nbytes`` at ``address`` from ``offset``; blocks, without the GIL.

@@ -24,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with the same keys")
     parser.add_argument("--budget", metavar="B", help="for example host=24GiB, or just 24GiB")
-    parser.add_argument("--nvme", metavar="DIR", help="directory of the store and of scratch")
+    parser.add_argument(
+        "--nvme",
+        metavar="DIR",
+        action="append",
+        help="directory of the store and of scratch; several, in a fixed order, are striped over",
+    )
     parser.add_argument("--record", metavar="DIR", help="run directory for offload report")
     parser.add_argument("--resume", choices=["auto", "never", "must"], help="default: auto")
     parser.add_argument(
@@ -45,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = make_config(
         Path(arguments.config) if arguments.config else None,
         budget=arguments.budget,
-        nvme=arguments.nvme,
+        nvme=arguments.nvme and ",".join(arguments.nvme),
         record=arguments.record,
         resume=arguments.resume,
         commit=arguments.commit,

@@ -48,6 +48,21 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
         make_config(tmp_path / "missing.yaml")
 
 
-def test_several_directories_are_refused() -> None:
-    with pytest.raises(ConfigError, match="2 directories"):
-        make_config(nvme=["a", "b"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/a", ["/a"]),
+        ("/a,/b", ["/a", "/b"]),
+        (" /a , /b,", ["/a", "/b"]),
+        (Path("/a,b"), ["/a,b"]),
+        (["/a", "/b,c"], ["/a", "/b,c"]),
+        ("", []),
+    ],
+)
+def test_directories_are_a_list_or_separated_by_commas(value: object, expected: list[str]) -> None:
+    assert make_config(nvme=value).nvme == tuple(map(Path, expected))
+
+
+def test_directories_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_NVME", "/a,/b")
+    assert make_config().nvme == (Path("/a"), Path("/b"))

@@ -410,8 +410,8 @@ def test_a_tile_of_a_gradient_is_read_for_the_optimizer(swapper, cached):
     staged = buffer.tensor(torch.float32, (8192,))
     start = 4 * 8192
     staged = staged[: 40_000 - start]
-    job = swapper.read_job(home, start, staged)
-    swapper.scratch.lanes.reads.submit([job], Label("", "gradient", "", ""), staged.nbytes).wait()
+    jobs = swapper.read_jobs(home, start, staged)
+    swapper.scratch.lanes.reads.submit(jobs, Label("", "gradient", "", ""), staged.nbytes).wait()
     assert torch.equal(staged, values(1, (40_000,))[start:] * 3)
     assert torch.equal(parameter.grad, values(1, (40_000,)) * 3)
     buffer.release()
