@@ -205,13 +205,12 @@ class PinnedTier(HostTier):
         )
 
     def _full(self, asked: int) -> str:
-        stats = self._arena.stats()
-        free = stats.capacity - stats.current_nbytes
+        free = self._arena.capacity - self._arena.current_nbytes
         room = (
             f"all {self._counts[asked]} blocks of that size class are in use"
             if asked in self._slots
             else f"{free} bytes are free beside the size classes, at most "
-            f"{stats.largest_free_nbytes} in one piece"
+            f"{self._arena.largest_free_nbytes} in one piece"
         )
         return (
             f"{self.spec.name} pool of {format_nbytes(self.spec.capacity)} has no room for "

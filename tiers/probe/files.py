@@ -54,7 +54,7 @@ def open_file(
         lanes = Lanes(Journal(), effort.in_flight)
         try:
             with FileTier(directory, None, lanes) as tier:
-                probe = _FileProbe(tier, buffer, blocks, effort)
+                probe = _FileProbe(directory, tier, buffer, blocks, effort)
                 probe.fill(pace)
                 yield probe.routes(name)
         finally:
@@ -77,8 +77,14 @@ class _FileProbe:
     """An unlinked file that is filled, then measured in both directions."""
 
     def __init__(
-        self, tier: FileTier, buffer: HostBuffer, blocks: tuple[int, ...], effort: Effort
+        self,
+        directory: Path,
+        tier: FileTier,
+        buffer: HostBuffer,
+        blocks: tuple[int, ...],
+        effort: Effort,
     ) -> None:
+        self._directory = directory
         self._tier = tier
         self._buffer = buffer
         self._blocks = blocks
@@ -94,14 +100,12 @@ class _FileProbe:
             TierIOError: the disk reported an error.
         """
         until_s = max(pace.share() for _ in range(_FILL_CASES))
-        room = min(
-            self._effort.file_nbytes, free_nbytes(self._tier.file.directory) // _SHARE_OF_FREE
-        )
+        room = min(self._effort.file_nbytes, free_nbytes(self._directory) // _SHARE_OF_FREE)
         least = self._effort.in_flight * self._blocks[0]
         piece = min(self._blocks[-1], room // PAGE * PAGE)
         if room < least:
             raise CapacityError(
-                f"{self._tier.file.directory} has {format_nbytes(room * _SHARE_OF_FREE)} free, "
+                f"{self._directory} has {format_nbytes(room * _SHARE_OF_FREE)} free, "
                 f"measuring needs {format_nbytes(least * _SHARE_OF_FREE)} "
                 f"({least * _SHARE_OF_FREE} bytes): free that much, or name another directory"
             )
