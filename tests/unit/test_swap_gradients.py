@@ -297,8 +297,9 @@ def test_a_gradient_is_not_written_beside_an_older_one_on_its_way(
     assert begun.wait(PATIENCE_S)
     parameter.grad = None
     backward(parameter, values(2))
-    while swapper._leaving[-1].transfer.done() is False and not first_may_end.is_set():
-        pass  # the newer write passes the older one, if it may
+    while not first_may_end.is_set() and swapper._leaving:
+        if swapper._leaving[-1].transfer.done():
+            break  # the newer write has passed the older one, if it may
     first_may_end.set()
     swapper.drain()
     scratch.lanes.drain()
