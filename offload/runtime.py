@@ -9,6 +9,7 @@ from offload.config import OffloadConfig
 from offload.swap.governor import Governor
 from offload.swap.plan import choose_chunk_numel
 from offload.tiers import hostmem
+from offload.tiers.engines.registry import choose_engine
 from offload.tiers.events import JsonlRecorder, NullRecorder, Recorder
 from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.journal import Journal
@@ -26,7 +27,7 @@ class Runtime:
     """The parts of a run that stand before the model does.
 
     Raises:
-        ConfigError: a budget or directory that can't be used.
+        ConfigError: a budget, directory or I/O engine that can't be used.
         StoreInUseError: another process holds the store.
         TierIOError: the store directory can't be written.
     """
@@ -40,8 +41,11 @@ class Runtime:
         if config.record is not None:
             recorder = JsonlRecorder(config.record / "rank0.jsonl")
         self.journal = Journal(recorder)
-        self.lanes = Lanes(self.journal, config.io_threads)
         directory = config.nvme[0] if config.nvme else DEFAULT_DIRECTORY
+        chosen = choose_engine(config.io_engine, directory)
+        if not chosen.expected:
+            self.journal.notice("I/O engine", f"{chosen.name}: {chosen.reason}")
+        self.lanes = Lanes(self.journal, config.io_threads, engine=chosen.factory)
         try:
             self.store = Store(directory, self.lanes)
             self.scratch = FileTier(self.store.directory, None, self.lanes)
@@ -62,13 +66,13 @@ class Runtime:
         """Settings that ``attach`` adds to those the model was built with.
 
         Raises:
-            ConfigError: another budget or directory than the model was built with.
+            ConfigError: another budget, directory or I/O engine than the model was built with.
         """
         given = config.model_fields_set
         problems = [
             f"{name}={getattr(config, name)} differs from the {getattr(self.config, name)} that "
             "the model was built with: pass it to offload.init or load_pretrained only"
-            for name in ("budget", "nvme")
+            for name in ("budget", "nvme", "io_engine")
             if name in given and getattr(config, name) != getattr(self.config, name)
         ]
         if problems:

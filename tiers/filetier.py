@@ -7,6 +7,8 @@ from offload.allocator.errors import CapacityError
 from offload.allocator.extent import Extent
 from offload.allocator.tlsf import TLSF
 from offload.tiers.base import Block, Tier, TierSpec
+from offload.tiers.engines.base import EngineFactory
+from offload.tiers.engines.threads import ThreadsEngine
 from offload.tiers.file import TierFile
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.journal import Journal, Label
@@ -17,10 +19,18 @@ _GROW_NBYTES = 64 << 20
 
 
 class Lanes:
-    """The two directed links between host memory and files; shared by all files of a run."""
+    """The two directed links between host memory and files; shared by all files of a run.
 
-    def __init__(self, journal: Journal, workers: int = 2) -> None:
+    Args:
+        workers: requests in flight in each direction.
+        engine: makes the engine by which the bytes of a file travel.
+    """
+
+    def __init__(
+        self, journal: Journal, workers: int = 2, *, engine: EngineFactory = ThreadsEngine
+    ) -> None:
         self.journal = journal
+        self.engine = engine
         self.reads = Lane("file→host", workers, journal)
         self.writes = Lane("host→file", workers, journal)
 
@@ -48,7 +58,7 @@ class FileTier(Tier):
     """
 
     def __init__(self, directory: Path, name: str | None, lanes: Lanes) -> None:
-        self.file = TierFile(directory, name)
+        self.file = TierFile(directory, name, lanes.engine)
         self.lanes = lanes
         self.arena = TLSF(self.file.nbytes // PAGE * PAGE)
         self._closed = False

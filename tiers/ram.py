@@ -1,15 +1,18 @@
 """The host tier: a byte-bounded pool of page-aligned RAM."""
 
-import ctypes
+from typing import Literal
 
-from offload.allocator.errors import CapacityError, StaleBlockError
+from offload.allocator.errors import CapacityError, StaleBlockError, TierIOError
 from offload.allocator.extent import Extent
 from offload.allocator.units import format_nbytes
 from offload.tiers.base import Block, Tier, TierSpec
+from offload.tiers.engines.base import FileEngine
+from offload.tiers.engines.memory import MemoryEngine
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.journal import Label
 from offload.tiers.lanes import Transfer
 from offload.tiers.memory import HostBuffer
+from offload.tiers.moving import move_whole
 
 
 class RamTier(Tier):
@@ -17,9 +20,15 @@ class RamTier(Tier):
 
     ``capacity`` bounds the bytes of all living blocks, each rounded up to whole pages: exact
     sizes, never powers of two.
+
+    Args:
+        engine: what copies; by default the processor.
     """
 
-    def __init__(self, capacity: int, *, name: str = "host") -> None:
+    def __init__(
+        self, capacity: int, *, name: str = "host", engine: FileEngine | None = None
+    ) -> None:
+        self.engine = engine or MemoryEngine()
         self.spec = TierSpec(name=name, kind="host", capacity=capacity, align=PAGE)
         self.used_nbytes = 0
         self._buffers: dict[int, HostBuffer] = {}  # by generation of the block
@@ -59,10 +68,7 @@ class RamTier(Tier):
         nbytes: int | None = None,
         label: Label | None = None,
     ) -> Transfer:
-        nbytes = block.nbytes - offset if nbytes is None else nbytes
-        block.check(offset, nbytes)
-        ctypes.memmove(address, self.address(block) + offset, nbytes)
-        return self._moved(label, nbytes)
+        return self._move("read", block, address, offset, nbytes, label)
 
     def write(
         self,
@@ -73,13 +79,27 @@ class RamTier(Tier):
         nbytes: int | None = None,
         label: Label | None = None,
     ) -> Transfer:
+        return self._move("write", block, address, offset, nbytes, label)
+
+    def _move(
+        self,
+        verb: Literal["read", "write"],
+        block: Block,
+        address: int,
+        offset: int,
+        nbytes: int | None,
+        label: Label | None,
+    ) -> Transfer:
         nbytes = block.nbytes - offset if nbytes is None else nbytes
         block.check(offset, nbytes)
-        ctypes.memmove(self.address(block) + offset, address, nbytes)
-        return self._moved(label, nbytes)
-
-    def _moved(self, label: Label | None, nbytes: int) -> Transfer:
-        return Transfer(label or Label("", "", "host", "host"), nbytes, 0)
+        at = self.address(block) + offset
+        call = self.engine.read if verb == "read" else self.engine.write
+        transfer = Transfer(label or Label("", "", "host", "host"), nbytes, 0)
+        try:
+            move_whole(verb, call, f"the {self.spec.name} tier", at, address, nbytes)
+        except TierIOError as error:
+            transfer.error = error
+        return transfer
 
     def _release(self, block: Block) -> None:
         buffer = self._buffers.pop(block.generation, None)

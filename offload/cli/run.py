@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nvme", metavar="DIR", help="directory of the store and of scratch")
     parser.add_argument("--record", metavar="DIR", help="run directory for offload report")
     parser.add_argument("--resume", choices=["auto", "never", "must"], help="default: auto")
+    parser.add_argument(
+        "--io-engine", metavar="E", help="auto (default), threads, kvikio, deepspeed or aiofiles"
+    )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module as a script")
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py args…")
 
@@ -43,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         nvme=arguments.nvme,
         record=arguments.record,
         resume=arguments.resume,
+        io_engine=arguments.io_engine,
     )
     rest = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
     if arguments.module:

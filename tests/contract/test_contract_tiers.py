@@ -12,7 +12,7 @@ from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.journal import Journal
 from offload.tiers.memory import memory_at
 from offload.tiers.ram import RamTier
-from offload.tiers.testing import TierContract, machine_of
+from offload.tiers.testing import TierContract
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -103,8 +103,3 @@ class TestScratch(TestFileTier):
 
     def poke(self, tier, block, offset, data):
         assert os.pwrite(tier.file.fd, data, block.extent.offset + offset) == len(data)
-
-
-TestRamTierMachine = machine_of(TestRamTier)
-TestFileTierMachine = machine_of(TestFileTier)
-TestFileTierWithoutDirectIOMachine = machine_of(TestFileTierWithoutDirectIO)
