@@ -152,6 +152,8 @@ class Fio(Contender):
 
     def __init__(self, name: str, path: Path, *options: str) -> None:
         super().__init__(name, path)
+        if shutil.which("fio") is None:
+            raise OSError("fio is not installed: apt install fio")
         self._options = options
 
     def run(self, job: Job) -> Sample:
@@ -292,7 +294,7 @@ def contenders(path: Path, buffers: Buffers) -> tuple[list[Contender], list[str]
         "offload threads": lambda: OffloadEngine("threads", path, buffers),
         "offload aiofiles": lambda: OffloadEngine("aiofiles", path, buffers),
         "offload deepspeed": lambda: OffloadEngine("deepspeed", path, buffers),
-        "fio": lambda: Fio("fio io_uring", _fio(path), "--ioengine=io_uring"),
+        "fio": lambda: Fio("fio io_uring", path, "--ioengine=io_uring"),
         "fio fixed": lambda: Fio(
             "fio io_uring fixed", path, "--ioengine=io_uring", "--fixedbufs=1", "--registerfiles=1"
         ),
@@ -314,12 +316,6 @@ def contenders(path: Path, buffers: Buffers) -> tuple[list[Contender], list[str]
         except (ConfigError, ImportError, OSError) as error:
             missing.append(f"{name}: {error}")
     return ready, missing, notes
-
-
-def _fio(path: Path) -> Path:
-    if shutil.which("fio") is None:
-        raise OSError("fio is not installed: apt install fio")
-    return path
 
 
 def _checked_binding(path: Path) -> Path:
