@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from offload.allocator.errors import ConfigError
 from offload.allocator.units import parse_nbytes
+from offload.tiers.engines.registry import AUTO, check_name
 
 TIERS = ("device", "host")
 
@@ -36,6 +37,9 @@ class OffloadConfig(BaseModel):
     """
     io_threads: int = Field(default=4, ge=1, le=64)
     """Requests in flight in each direction."""
+    io_engine: str = AUTO
+    """How files are read and written: ``auto``, ``threads``, ``kvikio``, ``deepspeed`` or
+    ``aiofiles``."""
     min_swap_nbytes: int = Field(default=64 << 10, ge=0)
     """Saved activations smaller than this stay in memory."""
 
@@ -50,6 +54,11 @@ class OffloadConfig(BaseModel):
         if isinstance(value, str):  # a flag or a variable
             return [part.strip() for part in value.split(",") if part.strip()]
         return [value] if isinstance(value, os.PathLike) else value
+
+    @field_validator("io_engine")
+    @classmethod
+    def _check_io_engine(cls, value: str) -> str:
+        return check_name(value)
 
     @field_validator("min_swap_nbytes", mode="before")
     @classmethod

@@ -11,6 +11,7 @@ from offload.swap.plan import choose_chunk_numel
 from offload.tiers import hostmem
 from offload.tiers.cgroups import memory_limit_nbytes
 from offload.tiers.directories import check_directories
+from offload.tiers.engines.registry import choose_engine
 from offload.tiers.events import JsonlRecorder, NullRecorder, Recorder
 from offload.tiers.filetier import Lanes
 from offload.tiers.journal import Journal
@@ -25,7 +26,7 @@ class Runtime:
     """The parts of a run that stand before the model does.
 
     Raises:
-        ConfigError: a budget or directory that can't be used.
+        ConfigError: a budget, directory or I/O engine that can't be used.
         StoreInUseError: another process holds the store.
         TierIOError: the store directory can't be written.
     """
@@ -42,7 +43,10 @@ class Runtime:
         directories = config.nvme or (DEFAULT_DIRECTORY,)
         for directory, notice in check_directories(directories):
             self.journal.notice(str(directory), notice)
-        self.lanes = Lanes(self.journal, config.io_threads, len(directories))
+        chosen = choose_engine(config.io_engine, directories[0])
+        if not chosen.expected:
+            self.journal.notice("I/O engine", f"{chosen.name}: {chosen.reason}")
+        self.lanes = Lanes(self.journal, config.io_threads, len(directories), engine=chosen.factory)
         try:
             self.store = Store(directories, self.lanes, discard_damaged=config.resume == "never")
             self.scratch = self.store.open_scratch()
@@ -63,13 +67,13 @@ class Runtime:
         """Settings that ``attach`` adds to those the model was built with.
 
         Raises:
-            ConfigError: another budget or directory than the model was built with.
+            ConfigError: another budget, directory or I/O engine than the model was built with.
         """
         given = config.model_fields_set
         problems = [
             f"{name}={getattr(config, name)} differs from the {getattr(self.config, name)} that "
             "the model was built with: pass it to offload.init or load_pretrained only"
-            for name in ("budget", "nvme")
+            for name in ("budget", "nvme", "io_engine")
             if name in given and getattr(config, name) != getattr(self.config, name)
         ]
         if problems:

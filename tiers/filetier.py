@@ -7,6 +7,8 @@ from offload.allocator.errors import CapacityError
 from offload.allocator.extent import Extent
 from offload.allocator.tlsf import TLSF
 from offload.tiers.base import Block, Tier, TierSpec
+from offload.tiers.engines.base import EngineFactory
+from offload.tiers.engines.threads import ThreadsEngine
 from offload.tiers.file import TierFile
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.journal import Journal, Label
@@ -23,10 +25,19 @@ class Lanes:
     Args:
         workers: requests in flight in each direction, for each path.
         paths: directories that files are striped over.
+        engine: makes the engine by which the bytes of a file travel.
     """
 
-    def __init__(self, journal: Journal, workers: int = 2, paths: int = 1) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        workers: int = 2,
+        paths: int = 1,
+        *,
+        engine: EngineFactory = ThreadsEngine,
+    ) -> None:
         self.journal = journal
+        self.engine = engine
         self.reads = Lane("file→host", workers, journal, paths)
         self.writes = Lane("host→file", workers, journal, paths)
 
@@ -59,7 +70,7 @@ class FileTier(Tier):
     def __init__(
         self, directory: Path, name: str | None, lanes: Lanes, *, file: BlockFile | None = None
     ) -> None:
-        self.file: BlockFile = TierFile(directory, name) if file is None else file
+        self.file: BlockFile = file or TierFile(directory, name, lanes.engine)
         self.lanes = lanes
         self.arena = StatisticsAdaptor(TLSF(self.file.nbytes // PAGE * PAGE))
         self._closed = False

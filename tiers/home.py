@@ -114,7 +114,9 @@ class StoreHome:
         """
         if self.layout is None or self._health is None:
             return FileTier(self.directory, name, self._lanes)
-        make = [partial(TierFile, folder.path, name) for folder in self._folders]
+        make = [
+            partial(TierFile, folder.path, name, self._lanes.engine) for folder in self._folders
+        ]
         file = open_striped(make, self.layout.stripes, self._health)
         return FileTier(self.directory, name, self._lanes, file=file)
 

@@ -1,20 +1,25 @@
 """The host tier: a byte-bounded pool of page-aligned RAM."""
 
-import ctypes
 from abc import abstractmethod
+from typing import Literal
 
-from offload.allocator.errors import CapacityError, StaleBlockError
+from offload.allocator.errors import CapacityError, StaleBlockError, TierIOError
 from offload.allocator.extent import Extent
 from offload.allocator.units import format_nbytes
 from offload.tiers.base import Block, Tier, TierSpec
+from offload.tiers.engines.base import FileEngine
+from offload.tiers.engines.memory import MemoryEngine
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.journal import Label
 from offload.tiers.lanes import Transfer
 from offload.tiers.memory import HostBuffer
+from offload.tiers.moving import move_whole
 
 
 class HostTier(Tier):
     """A tier in host memory: the CPU moves its bytes, so a transfer is over when it is made."""
+
+    engine: FileEngine = MemoryEngine()  # what copies
 
     @abstractmethod
     def address(self, block: Block) -> int:
@@ -36,9 +41,7 @@ class HostTier(Tier):
         nbytes: int | None = None,
         label: Label | None = None,
     ) -> Transfer:
-        nbytes = self._checked(block, offset, nbytes)
-        ctypes.memmove(address, self.address(block) + offset, nbytes)
-        return Transfer(label or Label("", "", "host", "host"), nbytes, 0)
+        return self._move("read", block, address, offset, nbytes, label)
 
     def write(
         self,
@@ -49,15 +52,28 @@ class HostTier(Tier):
         nbytes: int | None = None,
         label: Label | None = None,
     ) -> Transfer:
-        nbytes = self._checked(block, offset, nbytes)
-        ctypes.memmove(self.address(block) + offset, address, nbytes)
-        return Transfer(label or Label("", "", "host", "host"), nbytes, 0)
+        return self._move("write", block, address, offset, nbytes, label)
 
-    def _checked(self, block: Block, offset: int, nbytes: int | None) -> int:
+    def _move(
+        self,
+        verb: Literal["read", "write"],
+        block: Block,
+        address: int,
+        offset: int,
+        nbytes: int | None,
+        label: Label | None,
+    ) -> Transfer:
         nbytes = block.nbytes - offset if nbytes is None else nbytes
         block.check(offset, nbytes)
         self._before_copy(block)
-        return nbytes
+        at = self.address(block) + offset
+        call = self.engine.read if verb == "read" else self.engine.write
+        transfer = Transfer(label or Label("", "", "host", "host"), nbytes, 0)
+        try:
+            move_whole(verb, call, f"the {self.spec.name} tier", at, address, nbytes)
+        except TierIOError as error:
+            transfer.error = error
+        return transfer
 
     def _outlived(self, block: Block) -> StaleBlockError:
         return StaleBlockError(
@@ -70,9 +86,16 @@ class RamTier(HostTier):
 
     ``capacity`` bounds the bytes of all living blocks, each rounded up to whole pages: exact
     sizes, never powers of two.
+
+    Args:
+        engine: what copies; by default the processor.
     """
 
-    def __init__(self, capacity: int, *, name: str = "host") -> None:
+    def __init__(
+        self, capacity: int, *, name: str = "host", engine: FileEngine | None = None
+    ) -> None:
+        if engine is not None:
+            self.engine = engine
         self.spec = TierSpec(name=name, kind="host", capacity=capacity, align=PAGE)
         self.used_nbytes = 0
         self._buffers: dict[int, HostBuffer] = {}  # by generation of the block

@@ -62,7 +62,7 @@ def stand_in_for_missing() -> list[str]:
         mark = types.SimpleNamespace(parametrize=_parametrize)
         _stand_in("pytest", fixture=inert, mark=mark, raises=_raises)
     if "hypothesis" in missing:
-        package = _stand_in("hypothesis", settings=inert)
+        package = _stand_in("hypothesis", settings=inert, HealthCheck=inert)
         for name in ("strategies", "stateful"):
             module = _stand_in(
                 f"hypothesis.{name}", __getattr__=lambda _: inert, RuleBasedStateMachine=object

@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["step", "never"],
         help="never: nothing is durable, half the room on the drive (default: step)",
     )
+    parser.add_argument(
+        "--io-engine", metavar="E", help="auto (default), threads, kvikio, deepspeed or aiofiles"
+    )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module as a script")
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py args…")
 
@@ -54,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         record=arguments.record,
         resume=arguments.resume,
         commit=arguments.commit,
+        io_engine=arguments.io_engine,
     )
     rest = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
     if arguments.module:

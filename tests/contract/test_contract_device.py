@@ -10,7 +10,7 @@ from offload.tiers.memory import memory_at
 from offload.tiers.pinned import PinnedTier, SizeClass
 from offload.tiers.pinning import LockPinner
 from offload.tiers.simulated.accelerator import SimulatedAccelerator
-from offload.tiers.testing import TierContract, machine_of
+from offload.tiers.testing import TierContract
 
 
 class DeviceContract(TierContract):
@@ -88,8 +88,3 @@ class TestPinnedTierWithClasses(TestPinnedTier):
             yield tier
 
     test_a_full_tier_says_what_is_missing = None  # classes keep their room: see test_tiers_pinned
-
-
-TestDeviceTierOnCpuMachine = machine_of(TestDeviceTierOnCpu)
-TestDeviceTierSimulatedMachine = machine_of(TestDeviceTierSimulated)
-TestPinnedTierMachine = machine_of(TestPinnedTier)

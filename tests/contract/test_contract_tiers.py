@@ -20,7 +20,7 @@ from offload.tiers.numa import NumaTier
 from offload.tiers.ram import RamTier
 from offload.tiers.striped import open_striped
 from offload.tiers.stripes import Stripes
-from offload.tiers.testing import TierContract, machine_of
+from offload.tiers.testing import TierContract
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -187,10 +187,3 @@ class TestStripedTierWithoutDirectIO(TestStripedTier):
                 assert [file.direct for file in tier.file.files] == [True, False, True]
                 assert not tier.file.direct
                 yield tier
-
-
-TestRamTierMachine = machine_of(TestRamTier)
-TestNumaTierMachine = machine_of(TestNumaTier)
-TestFileTierMachine = machine_of(TestFileTier)
-TestFileTierWithoutDirectIOMachine = machine_of(TestFileTierWithoutDirectIO)
-TestStripedTierMachine = machine_of(TestStripedTier)
