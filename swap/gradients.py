@@ -82,6 +82,7 @@ class GradientSwapper:
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
+        self._watch_backward()  # first of all: to poll may send a gradient on its way again
         self.poll()
         gradient = parameter.grad
         if gradient is None or not _movable(gradient, parameter):
@@ -94,7 +95,6 @@ class GradientSwapper:
             return  # accumulated in place while it leaves: ``_finish`` will see its version
         while any(left.parameter is parameter for left in self._leaving):
             self._await_oldest("drain")  # a dropped one must not land on top of this one
-        self._watch_backward()
         self._leave(parameter, gradient)
         while self._leaving and (
             self._leaving_nbytes() > self.limit_nbytes or self.governor.room() < 0

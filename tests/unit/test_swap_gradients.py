@@ -186,6 +186,21 @@ def test_changes_between_later_steps_are_kept_too(swapper, parameter, gate):
     assert torch.equal(parameter.grad, values(1) * 0.25)
 
 
+def test_a_change_by_the_user_is_kept_when_the_gradient_left_again_in_backward(
+    swapper, parameter, scratch, monkeypatch
+):
+    """Its first write has ended, unnoticed, when the second backward adds to it."""
+    backward(parameter, values(1))
+    swapper._leaving[0].transfer.settle()
+    gate = Gate(scratch, monkeypatch, "after")
+    backward(parameter, values(2))
+    assert gate.begun.wait(PATIENCE_S)
+    parameter.grad.data.mul_(3)  # tells no version counter
+    gate.open()
+    swapper.drain()
+    assert torch.equal(parameter.grad, (values(1) + values(2)) * 3)
+
+
 def test_a_failed_backward_does_not_end_the_watch(swapper, parameter, gate):
     class Refuse(torch.autograd.Function):
         @staticmethod
