@@ -43,7 +43,7 @@ class Runtime:
         directories = config.nvme or (DEFAULT_DIRECTORY,)
         for directory, notice in check_directories(directories):
             self.journal.notice(str(directory), notice)
-        chosen = choose_engine(config.io_engine, directories[0])
+        chosen = choose_engine(config.io_engine, *directories)
         if not chosen.expected:
             self.journal.notice("I/O engine", f"{chosen.name}: {chosen.reason}")
         self.lanes = Lanes(self.journal, config.io_threads, len(directories), engine=chosen.factory)

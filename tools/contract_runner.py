@@ -65,7 +65,10 @@ def stand_in_for_missing() -> list[str]:
         package = _stand_in("hypothesis", settings=inert, HealthCheck=inert)
         for name in ("strategies", "stateful"):
             module = _stand_in(
-                f"hypothesis.{name}", __getattr__=lambda _: inert, RuleBasedStateMachine=object
+                f"hypothesis.{name}",
+                __getattr__=lambda _: inert,
+                RuleBasedStateMachine=object,
+                precondition=lambda _condition: lambda rule: rule,
             )
             setattr(package, name, module)
     return missing

@@ -90,7 +90,7 @@ def _mount_point(directory: Path) -> Path:
 
 
 def _links(directory: Path) -> tuple[Finding, ...]:
-    """Symbolic links: the store refuses its own folder to be one, and follows those above it."""
+    """Symbolic links: the store refuses them in its path, and its own folder to be one."""
     store = directory / STORE
     if store.is_symlink():
         return (
@@ -109,8 +109,8 @@ def _links(directory: Path) -> tuple[Finding, ...]:
         Finding(
             subject="symbolic link",
             value=f"{links[0]} leads to {links[0].resolve()}",
-            status="warn",
-            detail="whoever may change the link moves the store; name the directory itself",
+            status="fail",
+            detail="the store refuses it: whoever may change the link moves the store",
             mend=f"--nvme {directory.resolve()}",
         ),
     )

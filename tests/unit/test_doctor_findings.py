@@ -354,11 +354,11 @@ def test_file_systems_that_are_no_local_disk(
     assert line.mend
 
 
-def test_a_link_in_the_path_is_a_warning(tmp_path: Path) -> None:
+def test_a_link_in_the_path_fails(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "alias").symlink_to("real")
     line = lines(storage.examine_directory(tmp_path / "alias", System()).findings)["symbolic link"]
-    assert (line.status, line.mend) == ("warn", f"--nvme {tmp_path.resolve()}/real")
+    assert (line.status, line.mend) == ("fail", f"--nvme {tmp_path.resolve()}/real")
 
 
 def test_an_alignment_beyond_a_page_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,8 @@ def check_engine(name: str) -> None:
         check()
 
 
-def choose_engine(name: str, directory: Path) -> EngineChoice:
-    """The engine for the files of ``directory``.
+def choose_engine(name: str, *directories: Path) -> EngineChoice:
+    """The engine for the files of ``directories``.
 
     Raises:
         ConfigError: no such engine, or it can't be used here; names what mends it.
@@ -83,8 +83,9 @@ def choose_engine(name: str, directory: Path) -> EngineChoice:
         check_name(name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    direct = takes_direct_io(directory)
-    how = "by direct I/O" if direct else f"by the page cache, for {directory} has no O_DIRECT"
+    refusing = [directory for directory in directories if not takes_direct_io(directory)]
+    direct = not refusing
+    how = "by direct I/O" if direct else f"by the page cache, for {refusing[0]} has no O_DIRECT"
     if name == AUTO:
         return EngineChoice(name=DEFAULT, factory=_factory(DEFAULT), reason=how, expected=direct)
     check_engine(name)
