@@ -251,7 +251,7 @@ def test_a_failing_disk_ends_the_training_and_the_last_step_is_kept(
 
 
 @pytest.mark.parametrize(
-    "number", [40, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 5, 77, 150))]
+    "number", [40, *(pytest.param(number, marks=pytest.mark.slow) for number in (0, 5, 77))]
 )
 def test_a_process_lost_in_a_write_continues_from_its_last_step(
     number: int, tmp_path: Path, expected: Any

@@ -75,5 +75,6 @@ def test_among_the_fastest_the_one_with_the_least_processor_time_is_best():
         return bench_io.Standing(None, 1, [Sample(rate, cpu)])
 
     fast, spare, slow = standing(100.0, 9.0), standing(98.0, 1.0), standing(50.0, 0.1)
-    assert bench_io.best_of([fast, spare, slow]) is spare
-    assert bench_io.best_of([fast, slow]) is fast
+    assert bench_io.best_of([slow, spare, fast]) is fast
+    assert bench_io.champion_of([fast, spare, slow]) is spare
+    assert bench_io.champion_of([fast, slow]) is fast
