@@ -37,7 +37,7 @@ class OffloadConfig(BaseModel):
     io_threads: int = Field(default=4, ge=1, le=64)
     """Requests in flight in each direction."""
     min_swap_nbytes: int = Field(default=64 << 10, ge=0)
-    """Saved activations smaller than this stay in memory."""
+    """Saved activations smaller than this move in batches."""
 
     @field_validator("budget", mode="before")
     @classmethod

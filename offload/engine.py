@@ -41,6 +41,7 @@ from offload.stepping import StepHooks
 from offload.swap.activations import ActivationCache
 from offload.swap.census import take_census
 from offload.swap.gradients import GradientSwapper
+from offload.swap.homes import FileHome
 from offload.swap.optim_kinds import kind_of
 from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.plan import MARGIN_NBYTES, Plan, grow, make_plan, shrink
@@ -90,12 +91,14 @@ class Engine:
             runtime.scratch, self._journal, runtime.governor, plan.gradients_nbytes
         )
         self.activations = ActivationCache(
-            self.weights,
-            runtime.scratch,
+            [FileHome(runtime.scratch)],
             self._journal,
             limit_nbytes=plan.activations_nbytes,
             min_nbytes=runtime.config.min_swap_nbytes,
+            weights=self.weights,
+            room=runtime.governor.room,
         )
+        self.activations.know_model(model)
         self.activations.know_weights(
             {
                 weight.mapped.tensor.untyped_storage()._cdata: name

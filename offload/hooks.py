@@ -86,6 +86,7 @@ class ModelHooks:
         self._weights.trace.begin((name, torch.is_grad_enabled()))
         # torch.func forbids such hooks inside its transforms: what it saves then stays in memory.
         if torch.is_grad_enabled() and _hooks_allowed():
+            self._activations.begin_pass(name)
             torch._C._autograd._push_saved_tensors_default_hooks(
                 self._activations.pack, self._activations.unpack
             )
