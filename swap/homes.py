@@ -14,7 +14,7 @@ from offload.allocator.errors import CapacityError
 from offload.swap.copying import read_jobs, write_jobs
 from offload.tiers.base import Block, Tier
 from offload.tiers.filetier import FileTier
-from offload.tiers.journal import Journal, Label
+from offload.tiers.journal import Label
 from offload.tiers.lanes import Job, Lane, Transfer
 
 _CHUNK_NBYTES = 16 << 20
@@ -83,18 +83,12 @@ class FileHome(Home):
 
 
 class MemoryHome(Home):
-    """A tier whose copies the processor makes: host memory, a memory node.
+    """A tier whose copies the processor makes (host memory, a memory node), on lanes of its own."""
 
-    Args:
-        tier: bounds the bytes.
-        workers: copies at once in each direction.
-    """
-
-    def __init__(self, tier: Tier, journal: Journal, workers: int = 1) -> None:
+    def __init__(self, tier: Tier, reads: Lane, writes: Lane) -> None:
         self.tier = tier
         self.name = tier.spec.name
-        self.reads = Lane(f"{self.name}→host", workers, journal)
-        self.writes = Lane(f"host→{self.name}", workers, journal)
+        self.reads, self.writes = reads, writes
 
     def allocate(self, nbytes: int) -> Block:
         return self.tier.allocate(nbytes)
@@ -110,12 +104,6 @@ class MemoryHome(Home):
 
     def _copy_out(self, block: Block, address: int, at: int, nbytes: int) -> None:
         self.tier.read(block, address + at, offset=at, nbytes=nbytes).wait()
-
-    def close(self) -> None:
-        """End the lanes, then the tier."""
-        self.writes.close()
-        self.reads.close()
-        self.tier.close()
 
 
 def allocate_in(homes: Sequence[Home], nbytes: int) -> tuple[Home, Block]:

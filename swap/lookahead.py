@@ -129,7 +129,7 @@ class Lookahead:
         present = _origin(unit)
         yield from present.after(unit.position)
         for other in reversed(self._recent):
-            if other is not present:
+            if other is not present and not other.uses:
                 yield from ((earlier, 0.0) for earlier in other.backwards(len(other.units)))
 
 

@@ -83,7 +83,11 @@ class Spiller:
     # Out.
 
     def spill(self, sparing: Unit | None = None) -> None:
-        """Let the oldest units leave until the rest fits, but not ``sparing``.
+        """Let the oldest units leave until the rest fits.
+
+        Args:
+            sparing: a unit that backward is about to use. Nothing new has come then, so that
+                what no home takes stays in any case.
 
         Raises:
             CapacityError: no home takes them, and memory has no room for them.
@@ -113,23 +117,26 @@ class Spiller:
                 passed_over.append(known)  # its turn comes
             elif unit.residency is Residency.READY:
                 excess -= unit.nbytes
-                if not self._try_to_send_away(unit):
+                if not self._try_to_send_away(unit, refusable=sparing is None):
                     passed_over.append(known)
                     break
         queue.extendleft(reversed(passed_over))
         return excess
 
-    def _try_to_send_away(self, unit: Unit) -> bool:
-        """Whether a home takes the bytes of ``unit``."""
+    def _try_to_send_away(self, unit: Unit, *, refusable: bool) -> bool:
+        """Whether a home takes the bytes of ``unit``; if not, they stay."""
         try:
             self._send_away(unit)
         except CapacityError as error:
-            self._endure(error)
+            if refusable:
+                self._check_room(error)
             return False
         return True
 
-    def _endure(self, refusal: CapacityError) -> None:
-        """No home takes more: the bytes stay, while there is room."""
+    def _check_room(self, refusal: CapacityError) -> None:
+        """No home takes more: raise unless memory has room."""
+        while self._room() < 0 and self._writing:
+            self._await_written(self._writing[0], "full")
         missing = -self._room()
         if missing > 0:
             raise CapacityError(
