@@ -194,7 +194,7 @@ class ActivationCache:
             self.spiller.take_back(unit, part, memory)
             self.spiller.spill()
         elif unit is not None and unit.block is not None:
-            unit.changed = unit.changed or any(view.is_modified() for view in part.living_views())
+            unit.doubtful = True  # it may have been changed since it was written
         return True
 
     def _add_unit(self, parts: list[Part], nbytes: int) -> None:

@@ -7,9 +7,9 @@ left, but that the user still holds, are taken from there instead of being read.
 
 [Note: a block that is doubted] A unit that came back and is given up again needs no second write,
 unless its bytes were changed. What came from its block, nobody changes. What was taken back from
-the user is compared by a checksum with what was written, on the lane: so a storage that is saved,
-written, changed and saved again is told from one that is merely saved again. A change while the
-bytes are being written shows in the version of the next view that is saved.
+the user, or saved again while it was written, is compared by a checksum with what was written, on
+the lane: so a storage that is saved, written, changed and saved again is told from one that is
+merely saved again, even if the change went past the version counter (``.data``, numpy).
 
 [Note: just in time] In backward a unit is fetched when its expected use is nearer than twice the
 time that the measured link needs for it and for what is queued before it; never beyond the limit.
@@ -167,6 +167,7 @@ class Spiller:
     def _compare(self, unit: Unit) -> None:
         """See [Note: a block that is doubted]: compare instead of writing again."""
         assert unit.home is not None
+        unit.doubtful = False
         memory = _gathered(unit)
         job: Job = partial(_compare_digest, unit, memory.data_ptr(), memory.nbytes())
         label = Label(unit.name, _ROLE, "host", "host")
@@ -214,13 +215,13 @@ class Spiller:
         self._writing.remove(unit)
         transfer, unit.transfer = unit.transfer, None
         assert transfer is not None
-        if (
-            transfer.error is not None or unit.doubtful or unit.changed
-        ):  # memory is whole: as if never begun
+        if transfer.error is not None or unit.changed:  # memory is whole: as if never begun
             self._give_up_block(unit)
             self._become(unit, Residency.READY)
             self._enqueue(unit)
             transfer.wait()
+        elif unit.doubtful:
+            self._compare(unit)
         else:
             self._drop(unit)
 
@@ -324,6 +325,8 @@ class Spiller:
 
     def _become(self, unit: Unit, residency: Residency) -> None:
         old, unit.residency = unit.residency, residency
+        if old is residency:
+            return
         self.journal.residency(unit.name, _ROLE, old.value, residency.value, unit.nbytes)
 
     def _count(self, nbytes: int) -> None:
@@ -383,7 +386,7 @@ def _note_digest(known: "weakref.ref[Unit]", address: int, nbytes: int) -> None:
 
 
 def _compare_digest(unit: Unit, address: int, nbytes: int) -> None:
-    unit.doubtful = unit.digest != checksum(address, nbytes)
+    unit.changed = unit.changed or unit.digest != checksum(address, nbytes)
 
 
 def _is_done(unit: Unit) -> bool:

@@ -69,8 +69,11 @@ class SeededLane:
         self.jobs.sort(key=lambda entry: entry[0] is not transfer)
 
     def run_one(self):
-        # The first jobs of the queue are under way at once.
-        transfer, job = self.jobs.pop(self.time.random.randrange(min(3, len(self.jobs))))
+        # The first transfers of the queue are under way at once; each begins its jobs in order.
+        transfers = list(dict.fromkeys(transfer for transfer, _ in self.jobs))[:3]
+        chosen = self.time.random.choice(transfers)
+        at = next(at for at, (transfer, _) in enumerate(self.jobs) if transfer is chosen)
+        transfer, job = self.jobs.pop(at)
         transfer.started_s = transfer.started_s or self.time.now
         self.time.now += self.time.random.random()
         error = None
