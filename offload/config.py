@@ -39,6 +39,15 @@ class OffloadConfig(BaseModel):
     min_swap_nbytes: int = Field(default=64 << 10, ge=0)
     """Saved activations smaller than this move in batches."""
 
+    nvme_write_budget: int | None = None
+    """Bytes that one optimizer step may write to the drive, everything included.
+
+    Weights, gradients and states must be written; saved activations take what these leave, and
+    stay in memory beyond that.
+    """
+    nvme_endurance: int | None = Field(default=None, gt=0)
+    """Bytes that may be written to the drive in its life, as its data sheet says (600TB)."""
+
     @field_validator("budget", mode="before")
     @classmethod
     def _parse_budget(cls, value: Any) -> dict[str, int]:
@@ -52,10 +61,10 @@ class OffloadConfig(BaseModel):
             raise ValueError(f"{len(paths)} directories were given, one is supported: name one")
         return paths
 
-    @field_validator("min_swap_nbytes", mode="before")
+    @field_validator("min_swap_nbytes", "nvme_write_budget", "nvme_endurance", mode="before")
     @classmethod
-    def _parse_size(cls, value: Any) -> int:
-        return parse_nbytes(value)
+    def _parse_size(cls, value: Any) -> int | None:
+        return None if value is None else parse_nbytes(value)
 
 
 def parse_budget(value: Any) -> dict[str, int]:

@@ -36,12 +36,12 @@ from offload.progress import (
     restore_rng,
 )
 from offload.runtime import Runtime
+from offload.saving import budgets_of, make_homes
 from offload.steplog import Stats, StepLog
 from offload.stepping import StepHooks
 from offload.swap.activations import ActivationCache
 from offload.swap.census import take_census
 from offload.swap.gradients import GradientSwapper
-from offload.swap.homes import FileHome
 from offload.swap.optim_kinds import kind_of
 from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.plan import MARGIN_NBYTES, Plan, grow, make_plan, shrink
@@ -90,8 +90,9 @@ class Engine:
         self.gradients = GradientSwapper(
             runtime.scratch, self._journal, runtime.governor, plan.gradients_nbytes
         )
+        homes, self._write_budget = make_homes(runtime, model, optimizer)
         self.activations = ActivationCache(
-            [FileHome(runtime.scratch)],
+            homes,
             self._journal,
             limit_nbytes=plan.activations_nbytes,
             min_nbytes=runtime.config.min_swap_nbytes,
@@ -171,7 +172,7 @@ class Engine:
                 command=" ".join(sys.argv),
                 versions={"torch": torch.__version__, "python": platform.python_version()},
                 host=machine,
-                budget={"host": self.plan.budget_nbytes},
+                budget=budgets_of(config, self.plan.budget_nbytes),
             )
         )
         if config.record is not None:
@@ -198,6 +199,8 @@ class Engine:
             self.commit()
         else:
             self._runtime.lanes.drain()  # errors that nobody waited for
+        if self._write_budget is not None:
+            self._write_budget.finish_step()
         self._steps.finish(
             self.step,
             optimizer_s=optimizer_s,

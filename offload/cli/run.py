@@ -32,6 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["step", "never"],
         help="never: nothing is durable, half the room on the drive (default: step)",
     )
+    parser.add_argument(
+        "--nvme-write-budget",
+        metavar="BYTES",
+        help="that a step may write to the drive, for example 2GiB; activations beyond it stay",
+    )
+    parser.add_argument(
+        "--nvme-endurance",
+        metavar="BYTES",
+        help="that the drive's data sheet promises, for example 600TB: tells how long it lasts",
+    )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module as a script")
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py args…")
 
@@ -49,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         record=arguments.record,
         resume=arguments.resume,
         commit=arguments.commit,
+        nvme_write_budget=arguments.nvme_write_budget,
+        nvme_endurance=arguments.nvme_endurance,
     )
     rest = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
     if arguments.module:

@@ -1,5 +1,6 @@
 """Settings: where they come from, which wins, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,16 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
 def test_several_directories_are_refused() -> None:
     with pytest.raises(ConfigError, match="2 directories"):
         make_config(nvme=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"nvme_write_budget": "much"}, "nvme_write_budget: 'much' is not a size"),
+        ({"nvme_write_budget": -1}, "nvme_write_budget: a size can't be negative: -1"),
+        ({"nvme_endurance": 0}, "nvme_endurance: Input should be greater than 0"),
+    ],
+)
+def test_wear_settings_that_make_no_sense_are_refused(setting, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_config(setting)
