@@ -15,12 +15,14 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
 from offload.allocator.units import format_nbytes
 from offload.swap.homes import Home
 from offload.swap.lookahead import Lookahead
 from offload.swap.saved import KnownParts, Part, Unit, View
 from offload.swap.spilling import Spiller
+from offload.swap.unseen import unseen_nbytes
 from offload.tiers.journal import Journal
 
 _BATCH_NBYTES = 1 << 20  # small storages move together when there are so many bytes of them
@@ -45,7 +47,7 @@ class _Wrapped:
     """A saved subclass that wraps ordinary tensors (DTensor, float8): each is packed alone."""
 
     kind: Any
-    inner: dict[str, "Saved"]
+    inner: dict[str, Any]  # handles, and what is no tensor (a mesh)
     context: object
     size: torch.Size
     stride: tuple[int, ...]
@@ -96,11 +98,14 @@ class ActivationCache:
         self._weights: Mapping[int, str] = {}
         self._fixed: dict[int, str] = {}  # by key; the name is empty where nobody asks for it
         self._model: weakref.ref[torch.nn.Module] | None = None
+        self._hooks: list[RemovableHandle] = []
         self._parts: KnownParts = {}
         self._batch: list[weakref.ref[Part]] = []
         self._batch_nbytes = 0
         self._packed_count = 0
         self._used_last = -1
+        self._kind: Hashable = None
+        self._counted_kinds: set[Hashable] = set()
 
     @property
     def limit_nbytes(self) -> int:
@@ -125,6 +130,14 @@ class ActivationCache:
         """Never move the parameters and buffers of ``model``, looked up anew for each pass."""
         self._model = weakref.ref(model)
         self._look_up()
+        for module in model.modules():
+            if any(_is_wrapper(parameter) for parameter in module.parameters(recurse=False)):
+                # Sharded: what it computes with is gathered just before, by a hook before this one.
+                self._hooks.append(module.register_forward_pre_hook(self._know_gathered))
+
+    def _know_gathered(self, module: torch.nn.Module, _args: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            self.know_tensor(parameter)
 
     def know_tensor(self, tensor: torch.Tensor) -> None:
         """Never move ``tensor`` in this pass, nor any view of it."""
@@ -140,6 +153,7 @@ class ActivationCache:
 
     def begin_pass(self, kind: Hashable) -> None:
         """A forward begins; passes of one ``kind`` are expected to repeat."""
+        self._kind = kind
         self.lookahead.begin(kind, self.limit_nbytes)
         self._look_up()
 
@@ -164,8 +178,8 @@ class ActivationCache:
             return View(tensor, name=name)
         known = self._parts.get(key)
         part = known() if known is not None else None
-        if part is not None and self._is_back(part, memory):
-            return part.view(tensor)
+        if part is not None and (view := self._pack_again(part, tensor, memory)) is not None:
+            return view
         nbytes = memory.nbytes()
         if nbytes == 0:
             return View(tensor)
@@ -185,17 +199,21 @@ class ActivationCache:
                 self._close_batch()
         return view
 
-    def _is_back(self, part: Part, memory: torch.UntypedStorage) -> bool:
-        """Whether ``part`` holds ``memory``, the storage that it stands for, (again)."""
+    def _pack_again(
+        self, part: Part, tensor: torch.Tensor, memory: torch.UntypedStorage
+    ) -> View | None:
+        """One more view of ``part``, whose storage is ``memory``; None if it must be a new part."""
         unit = part.unit
-        if part.memory is None:
-            if unit is None or len(unit.parts) > 1:
-                return False  # of a batch that has left: it joins the next one
-            self.spiller.take_back(unit, part, memory)
-            self.spiller.spill()
-        elif unit is not None and unit.block is not None:
-            unit.doubtful = True  # it may have been changed since it was written
-        return True
+        if part.memory is not None:
+            if unit is not None and unit.block is not None:
+                unit.doubtful = True  # it may have been changed since it was written
+            return part.view(tensor)
+        if unit is None or len(unit.parts) > 1:
+            return None  # of a batch that has left: it joins the next one
+        self.spiller.take_back(unit, part, memory)
+        view = part.view(tensor)
+        self.spiller.spill()
+        return view
 
     def _add_unit(self, parts: list[Part], nbytes: int) -> None:
         unit = Unit(parts, nbytes, self._packed_count, self.spiller.graveyard)
@@ -261,12 +279,19 @@ class ActivationCache:
         if type(tensor) in _PLAIN_TYPES or not _is_wrapper(tensor):
             return self._leave_alone(tensor.detach(), _reason(tensor) or _foreign(tensor))
         names, context = _flattened(tensor)
-        inner = {name: self.pack(getattr(tensor, name)) for name in names}
+        inner = {name: getattr(tensor, name) for name in names}
+        inner = {
+            name: self.pack(each) if isinstance(each, torch.Tensor) else each
+            for name, each in inner.items()
+        }
         return _Wrapped(type(tensor), inner, context, tensor.size(), tensor.stride())
 
     def _unpack_wrapped(self, saved: Saved) -> torch.Tensor:
         assert isinstance(saved, _Wrapped)
-        inner = {name: self.unpack(each) for name, each in saved.inner.items()}
+        inner = {
+            name: self.unpack(each) if isinstance(each, View | _Wrapped) else each
+            for name, each in saved.inner.items()
+        }
         tensor: torch.Tensor = saved.kind.__tensor_unflatten__(
             inner, saved.context, saved.size, saved.stride
         )
@@ -284,9 +309,26 @@ class ActivationCache:
             )
         return View(tensor)
 
+    def count_unseen(self, outputs: Any) -> None:
+        """Count what custom Functions behind ``outputs`` keep past the hooks, once for each kind.
+
+        It stays in memory, beside the limit.
+        """
+        if self._kind in self._counted_kinds:
+            return
+        self._counted_kinds.add(self._kind)
+        for name, nbytes in unseen_nbytes(outputs, frozenset(self._fixed)).items():
+            self.journal.notice(
+                "activations",
+                f"{name} keeps {format_nbytes(nbytes)} ({nbytes} bytes) on its ctx, where no hook "
+                "sees them: they stay in memory. ctx.save_for_backward would let them leave",
+            )
+
     def close(self) -> None:
         """Wait for writes in flight; saved tensors that still live stay usable."""
         self.spiller.close()
+        for hook in self._hooks:
+            hook.remove()
         for reason, left in self.left_alone.items():
             self.journal.notice(
                 "activations",
@@ -329,8 +371,10 @@ def _nbytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+def _plain_tensors(tensor: Any) -> list[torch.Tensor]:
     """``tensor``, or the ordinary tensors that it wraps, down to the last wrapper."""
+    if not isinstance(tensor, torch.Tensor):
+        return []
     if not _is_wrapper(tensor):
         return [tensor] if tensor.layout is torch.strided else []
     names, _ = _flattened(tensor)
