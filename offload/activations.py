@@ -37,6 +37,7 @@ class ActivationSwap:
         model: its parameters and buffers are never moved. Without one only parameters that are
             saved as such are told from activations; their transposes are moved too.
         limit: of saved tensors that stay where they are; bytes, or a size such as ``"1GiB"``.
+        in_flight: of saved tensors that are leaving, or are fetched ahead of their use.
         memory: of a pool of host memory that they go to first.
         nvme: directory whose unlinked scratch file takes the rest.
         min_nbytes: smaller storages move in batches.
@@ -54,11 +55,13 @@ class ActivationSwap:
         limit: str | int = 0,
         memory: str | int | None = None,
         nvme: str | Path | None = None,
+        in_flight: str | int = "64MiB",
         min_nbytes: str | int = 64 << 10,
         io_threads: int = 4,
         journal: Journal | None = None,
     ) -> None:
         limit_nbytes, least_nbytes = _size("limit", limit), _size("min_nbytes", min_nbytes)
+        in_flight_nbytes = _size("in_flight", in_flight)
         memory_nbytes = None if memory is None else _size("memory", memory)
         if memory_nbytes is None and nvme is None:
             raise ConfigError("saved activations need a place to go: pass memory= or nvme=")
@@ -75,7 +78,11 @@ class ActivationSwap:
             self._close_parts()
             raise
         self.cache = ActivationCache(
-            homes, self.journal, limit_nbytes=limit_nbytes, min_nbytes=least_nbytes
+            homes,
+            self.journal,
+            limit_nbytes=limit_nbytes,
+            min_nbytes=least_nbytes,
+            in_flight_nbytes=in_flight_nbytes,
         )
         if model is not None:
             self.cache.know_model(model)

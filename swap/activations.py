@@ -20,11 +20,13 @@ from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 from offload.allocator.units import format_nbytes
 from offload.swap.homes import Home
 from offload.swap.lookahead import Lookahead
+from offload.swap.residency import Residency
 from offload.swap.saved import KnownParts, Part, Unit, View
 from offload.swap.spilling import Spiller
 from offload.swap.unseen import unseen_nbytes
 from offload.tiers.journal import Journal
 
+_LEAST_NBYTES = 512  # a handle takes as much
 _BATCH_NBYTES = 1 << 20  # small storages move together when there are so many bytes of them
 _BATCH_ALIGN = 64
 # A part of something that the user holds anyway, such as a data set: moving it all frees nothing.
@@ -71,9 +73,11 @@ class ActivationCache:
         homes: where saved bytes go, in this order.
         limit_nbytes: bytes of saved tensors that may stay in memory.
         min_nbytes: smaller storages move in batches.
+        in_flight_nbytes: more than the limit while they leave, and to fetch ahead; by default the
+            limit again.
         weights: told when backward needs one of ``know_weights``.
         room: bytes left in the budget; asked when no home takes more. By default saved tensors
-            may then take twice their limit.
+            may then take what leaving ones may.
 
     Attributes:
         left_alone: what was not moved, by reason.
@@ -86,13 +90,14 @@ class ActivationCache:
         *,
         limit_nbytes: int,
         min_nbytes: int,
+        in_flight_nbytes: int | None = None,
         weights: WeightUser | None = None,
         room: Callable[[], int] | None = None,
     ) -> None:
         self.journal = journal
         self.weights = weights or _Nobody()
         self.min_nbytes = min_nbytes
-        self.spiller = Spiller(homes, journal, limit_nbytes, room)
+        self.spiller = Spiller(homes, journal, limit_nbytes, in_flight_nbytes, room)
         self.lookahead = Lookahead()
         self.left_alone: dict[str, LeftAlone] = {}
         self._weights: Mapping[int, str] = {}
@@ -165,8 +170,15 @@ class ActivationCache:
         Raises:
             CapacityError: no home takes what exceeds the limit, and memory has no room.
         """
-        self.spiller.settle()
-        if type(tensor) not in _PLAIN_TYPES or _reason(tensor):
+        if self.spiller.is_busy:
+            self.spiller.settle()
+        if (
+            type(tensor) not in _PLAIN_TYPES
+            or tensor.layout is not _STRIDED
+            or not tensor.is_cpu
+            or tensor.is_quantized
+            or tensor.is_inference()
+        ):
             return self._pack_other(tensor)
         # An alias: the tensor itself would own the graph node that owns what is returned here,
         # and a graph that nobody runs backward on would never be freed.
@@ -181,7 +193,7 @@ class ActivationCache:
         if part is not None and (view := self._pack_again(part, tensor, memory)) is not None:
             return view
         nbytes = memory.nbytes()
-        if nbytes == 0:
+        if nbytes < _LEAST_NBYTES:
             return View(tensor)
         if nbytes >= _SLICED_NBYTES and nbytes >= _SLICE_SHARE * tensor.nbytes:
             return self._leave_alone(tensor, "a small slice of a large storage")
@@ -222,7 +234,6 @@ class ActivationCache:
             part.unit = unit
         self.lookahead.add(unit)
         self.spiller.add(unit)
-        self.spiller.spill()
 
     def _close_batch(self) -> None:
         """The small storages that still live move as one from now on, if they are enough."""
@@ -247,8 +258,10 @@ class ActivationCache:
         """
         if type(saved) is not View:
             return self._unpack_wrapped(saved)
-        self.spiller.settle()
-        saved.check()
+        if self.spiller.is_busy:
+            self.spiller.settle()
+        if saved.tensor._version != saved.version:
+            saved.check()
         part = saved.part
         if part is None:
             if saved.name:
@@ -269,9 +282,12 @@ class ActivationCache:
             return
         self._used_last = unit.index
         self.lookahead.used(unit, self.journal.now())
-        self.spiller.spill(sparing=unit)
-        self.spiller.bring(unit)
-        self.spiller.fetch_ahead(self.lookahead.upcoming(unit))
+        if self.spiller.is_over:
+            self.spiller.spill(sparing=unit)
+        if unit.residency is not Residency.READY:
+            self.spiller.bring(unit)
+        if self.spiller.is_away:
+            self.spiller.fetch_ahead(self.lookahead.upcoming(unit))
 
     # What is more than its bytes.
 
@@ -337,6 +353,7 @@ class ActivationCache:
             )
 
 
+_STRIDED = torch.strided
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 

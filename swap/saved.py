@@ -16,9 +16,9 @@ bytes are let go, the alias is exchanged for one without bytes that still shares
 change in place is an error whenever it happens, and wherever the bytes are, as in plain autograd.
 """
 
+import ctypes
 import weakref
 from collections import deque
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -214,18 +214,32 @@ class Unit:
         """Its parts that somebody still needs."""
         return [part for known in self.parts if (part := known()) is not None]
 
+    def gathered(self) -> torch.UntypedStorage:
+        """One storage with the bytes of all living parts, which are in memory."""
+        parts = self.living()
+        if len(self.parts) == 1 and parts and parts[0].memory is not None:
+            return parts[0].memory
+        memory = torch.UntypedStorage(self.nbytes, device="cpu")
+        for part in parts:
+            assert part.memory is not None
+            target = memory.data_ptr() + part.offset
+            ctypes.memmove(target, part.memory.data_ptr(), part.nbytes)
+        return memory
+
+    def held_by_user(self) -> tuple[Part, torch.UntypedStorage] | None:
+        """The one part and its storage, if somebody else still holds that."""
+        parts = self.living()
+        if len(self.parts) > 1 or not parts:
+            return None
+        memory = parts[0].living()
+        return None if memory is None else (parts[0], memory)
+
     def __del__(self) -> None:
-        held = self.nbytes if self.residency is not Residency.ABSENT else 0
-        self.graveyard.append(Remains(self.block, self.transfer, held))
+        held_nbytes = self.nbytes if self.residency is not Residency.ABSENT else 0
+        self.graveyard.append((held_nbytes, self.block, self.transfer))
 
 
-@dataclass(slots=True)
-class Remains:
-    """What a dead unit leaves until its transfer, which owns its memory, has ended."""
-
-    block: Block | None
-    transfer: Transfer | None
-    held_nbytes: int
-
-
+# What a dead unit leaves: the bytes that it held in memory, its block, and the transfer that uses
+# both until it has ended.
+Remains: TypeAlias = tuple[int, Block | None, Transfer | None]
 Graveyard: TypeAlias = deque[Remains]  # units die on any thread, at any moment

@@ -15,7 +15,6 @@ merely saved again, even if the change went past the version counter (``.data``,
 time that the measured link needs for it and for what is queued before it; never beyond the limit.
 """
 
-import ctypes
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ import torch
 from offload.allocator.errors import CapacityError
 from offload.allocator.units import format_nbytes
 from offload.swap.homes import Home, allocate_in
+from offload.swap.links import Link
 from offload.swap.residency import Residency
 from offload.swap.saved import Graveyard, Part, Remains, Unit
 from offload.tiers.journal import Journal, Label
@@ -33,7 +33,6 @@ from offload.tiers.lanes import Job  # noqa: TC001 (as all of ours)
 from offload.tiers.store import checksum
 
 _ROLE = "activation"
-_SMOOTHING = 0.3  # weight of the newest measurement of a link
 
 
 class Spiller:
@@ -41,7 +40,8 @@ class Spiller:
 
     Args:
         homes: where units go, in this order.
-        limit_nbytes: of units that stay in memory. While they leave, twice that.
+        limit_nbytes: of units that stay in memory.
+        in_flight_nbytes: more, while they leave, and to fetch ahead; by default the limit again.
         room: bytes left in the budget, asked when no home takes a unit.
     """
 
@@ -50,6 +50,7 @@ class Spiller:
         homes: Sequence[Home],
         journal: Journal,
         limit_nbytes: int,
+        in_flight_nbytes: int | None = None,
         room: Callable[[], int] | None = None,
     ) -> None:
         self.homes = tuple(homes)
@@ -57,14 +58,21 @@ class Spiller:
         self.limit_nbytes = limit_nbytes
         self.peak_nbytes = 0
         self.graveyard: Graveyard = deque()
-        self._links = {home.name: _Link() for home in homes}
+        self._links = {home.name: Link() for home in homes}
         self._kept_nbytes: int = 0  # of units in memory, arriving or leaving
         self._absent = 0  # units whose bytes are in their block only
         self._order: deque[weakref.ref[Unit]] = deque()
         self._staying: deque[weakref.ref[Unit]] = deque()
         self._writing: list[Unit] = []
-        self._room = room or (lambda: 2 * self.limit_nbytes - self._kept_nbytes)
+        self._in_flight_nbytes = in_flight_nbytes
+        self._room = room or (lambda: self._most_nbytes - self._kept_nbytes)
         self._buried: list[Remains] = []  # with a transfer that has not ended
+
+    @property
+    def _most_nbytes(self) -> int:
+        """Bytes of units in memory, leaving ones included."""
+        more = self._in_flight_nbytes
+        return self.limit_nbytes + (self.limit_nbytes if more is None else more)
 
     @property
     def kept_nbytes(self) -> int:
@@ -72,13 +80,34 @@ class Spiller:
         self._bury()
         return self._kept_nbytes
 
+    @property
+    def is_over(self) -> bool:
+        """Whether more is in memory than may stay."""
+        return self._kept_nbytes > self.limit_nbytes
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the bytes of any unit are in their block only."""
+        return self._absent > 0
+
     def add(self, unit: Unit) -> None:
-        """Take charge of a unit whose bytes are in memory."""
+        """Take charge of a unit whose bytes are in memory; others may have to leave.
+
+        Raises:
+            CapacityError: as ``spill``.
+        """
         self._count(unit.nbytes)
         self._enqueue(unit)
+        if self.is_over:
+            self.spill()
 
     def _enqueue(self, unit: Unit) -> None:
         (self._staying if unit.stays else self._order).append(weakref.ref(unit))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether ``settle`` may have something to do."""
+        return bool(self._writing or self.graveyard or self._buried)
 
     # Out.
 
@@ -93,7 +122,7 @@ class Spiller:
             CapacityError: no home takes them, and memory has no room for them.
         """
         self._send_excess_away(sparing)
-        while self._writing and self._kept_nbytes > 2 * self.limit_nbytes:
+        while self._writing and self._kept_nbytes > self._most_nbytes:
             self._await_written(self._writing[0], "full")
             self._send_excess_away(sparing)  # what had changed meanwhile is written again
 
@@ -158,7 +187,7 @@ class Spiller:
     def _write(self, unit: Unit) -> None:
         home, block = allocate_in(self.homes, unit.nbytes)
         unit.home, unit.block = home, block
-        memory = _gathered(unit)
+        memory = unit.gathered()
         note = partial(_note_digest, weakref.ref(unit), memory.data_ptr(), memory.nbytes())
         unit.transfer = home.write(block, memory, unit.name, before=[note])
         self._become(unit, Residency.WRITING)
@@ -168,7 +197,7 @@ class Spiller:
         """See [Note: a block that is doubted]: compare instead of writing again."""
         assert unit.home is not None
         unit.doubtful = False
-        memory = _gathered(unit)
+        memory = unit.gathered()
         job: Job = partial(_compare_digest, unit, memory.data_ptr(), memory.nbytes())
         label = Label(unit.name, _ROLE, "host", "host")
         unit.transfer = unit.home.writes.submit([job], label, 0, owner=memory)
@@ -179,8 +208,7 @@ class Spiller:
         """Take note of what has ended and of what has died; never blocks."""
         if self._writing:
             self._finish_ended()
-        if self.graveyard or self._buried:
-            self._bury()
+        self._bury()
 
     def _finish_ended(self) -> None:
         stayed = False
@@ -193,16 +221,12 @@ class Spiller:
     def _bury(self) -> None:
         while self.graveyard:
             remains = self.graveyard.popleft()
-            self._kept_nbytes -= remains.held_nbytes
-            self._absent -= not remains.held_nbytes
-            self._buried.append(remains)
-        waiting = []
-        for remains in self._buried:
-            if remains.transfer is not None and not remains.transfer.done():
-                waiting.append(remains)  # its block is still in use
-            elif remains.block is not None:
-                remains.block.release()
-        self._buried = waiting
+            self._kept_nbytes -= remains[0]
+            self._absent -= not remains[0]
+            if remains[1] is not None:
+                self._buried.append(remains)
+        if self._buried:
+            self._buried = [remains for remains in self._buried if not _is_released(remains)]
 
     def _await_written(self, unit: Unit, reason: str) -> None:
         assert unit.transfer is not None
@@ -271,7 +295,7 @@ class Spiller:
         self._arrive(unit)
 
     def _fetch(self, unit: Unit) -> None:
-        if (living := _living_storage(unit)) is not None:
+        if (living := unit.held_by_user()) is not None:
             self.take_back(unit, *living)
             return
         assert unit.home is not None
@@ -308,6 +332,7 @@ class Spiller:
         """
         if not self._absent:
             return
+        ahead_nbytes = max(self.limit_nbytes, self._in_flight_nbytes or 0)
         next_use_s: float | None = None
         queued_nbytes = 0
         for unit, due_s in upcoming:
@@ -319,7 +344,7 @@ class Spiller:
             assert unit.home is not None
             queued_nbytes += unit.nbytes
             lead_s = 2 * self._links[unit.home.name].seconds(queued_nbytes)
-            if due_s > lead_s + next_use_s or self._kept_nbytes + unit.nbytes > self.limit_nbytes:
+            if due_s > lead_s + next_use_s or self._kept_nbytes + unit.nbytes > ahead_nbytes:
                 return
             self._fetch(unit)
 
@@ -340,45 +365,6 @@ class Spiller:
         self.settle()
 
 
-class _Link:
-    """What a link was seen to carry."""
-
-    def __init__(self) -> None:
-        self._bytes_per_s = 0.0
-
-    def measured(self, nbytes: int, started_s: float | None, ended_s: float | None) -> None:
-        if started_s is None or ended_s is None or ended_s <= started_s:
-            return
-        rate = nbytes / (ended_s - started_s)
-        before = self._bytes_per_s or rate
-        self._bytes_per_s = before + _SMOOTHING * (rate - before)
-
-    def seconds(self, nbytes: int) -> float:
-        """How long ``nbytes`` take; for ever, before anything was measured."""
-        return nbytes / self._bytes_per_s if self._bytes_per_s else float("inf")
-
-
-def _gathered(unit: Unit) -> torch.UntypedStorage:
-    """One storage with the bytes of all living parts."""
-    parts = unit.living()
-    if len(unit.parts) == 1 and parts and parts[0].memory is not None:
-        return parts[0].memory
-    memory = torch.UntypedStorage(unit.nbytes, device="cpu")
-    for part in parts:
-        assert part.memory is not None
-        ctypes.memmove(memory.data_ptr() + part.offset, part.memory.data_ptr(), part.nbytes)
-    return memory
-
-
-def _living_storage(unit: Unit) -> tuple[Part, torch.UntypedStorage] | None:
-    """The storage of a unit of one part, if the user still holds it."""
-    parts = unit.living()
-    if len(unit.parts) > 1 or not parts:
-        return None
-    memory = parts[0].living()
-    return None if memory is None else (parts[0], memory)
-
-
 def _note_digest(known: "weakref.ref[Unit]", address: int, nbytes: int) -> None:
     unit = known()
     if unit is not None:
@@ -387,6 +373,16 @@ def _note_digest(known: "weakref.ref[Unit]", address: int, nbytes: int) -> None:
 
 def _compare_digest(unit: Unit, address: int, nbytes: int) -> None:
     unit.changed = unit.changed or unit.digest != checksum(address, nbytes)
+
+
+def _is_released(remains: Remains) -> bool:
+    """Give the block of ``remains`` back, unless its transfer still uses it."""
+    _, block, transfer = remains
+    if transfer is not None and not transfer.done():
+        return False
+    if block is not None:
+        block.release()
+    return True
 
 
 def _is_done(unit: Unit) -> bool:

@@ -28,16 +28,17 @@ def swap(request, tmp_path):
         "memory": {"memory": "1GiB"},
         "both": {"memory": "200KiB", "nvme": tmp_path},
     }
-    swap = ActivationSwap(limit=0, min_nbytes=0, **homes[request.param])
+    in_flight = {"file": 0, "memory": "1MiB", "both": "100KiB"}[request.param]
+    swap = ActivationSwap(limit=0, min_nbytes=0, in_flight=in_flight, **homes[request.param])
     yield swap
-    swap.cache.spiller.settle()
+    swap.cache.spiller.close()
     assert swap.cache.kept_nbytes == 0, "a handle leaks"
     swap.close()
 
 
 @pytest.fixture
 def file_swap(tmp_path):
-    with_files = ActivationSwap(limit=0, min_nbytes=0, nvme=tmp_path)
+    with_files = ActivationSwap(limit=0, min_nbytes=0, in_flight=0, nvme=tmp_path)
     yield with_files
     with_files.close()
 
@@ -374,21 +375,21 @@ def test_it_needs_a_place():
         ActivationSwap()
 
 
-@pytest.mark.parametrize("name", ["limit", "memory", "min_nbytes"])
+@pytest.mark.parametrize("name", ["limit", "memory", "min_nbytes", "in_flight"])
 def test_a_size_that_makes_no_sense_is_refused(tmp_path, name):
     with pytest.raises(ConfigError, match=f"{name}: 'lots' is not a size"):
         ActivationSwap(**{"nvme": tmp_path, name: "lots"})
 
 
 def test_full_memory_says_what_would_help():
-    swap = ActivationSwap(limit="8KiB", memory="8KiB", min_nbytes=0)
+    swap = ActivationSwap(limit="8KiB", in_flight=0, memory="8KiB", min_nbytes=0)
     with swap, pytest.raises(MemoryError, match=r"raise the budget by .* smaller batch"):
         inputs().exp()
     swap.close()
 
 
 def test_after_closing_what_has_left_is_gone(tmp_path):
-    swap = ActivationSwap(nvme=tmp_path, min_nbytes=0)
+    swap = ActivationSwap(nvme=tmp_path, in_flight=0, min_nbytes=0)
     with swap:
         y = inputs().exp().sin().sum()
     swap.close()
