@@ -41,7 +41,16 @@ class OffloadConfig(BaseModel):
     """How files are read and written: ``auto``, ``threads``, ``kvikio``, ``deepspeed`` or
     ``aiofiles``."""
     min_swap_nbytes: int = Field(default=64 << 10, ge=0)
-    """Saved activations smaller than this stay in memory."""
+    """Saved activations smaller than this move in batches."""
+
+    nvme_write_budget: int | None = None
+    """Bytes that one optimizer step may write to the drive, everything included.
+
+    Weights, gradients and states must be written; saved activations take what these leave, and
+    stay in memory beyond that.
+    """
+    nvme_endurance: int | None = Field(default=None, gt=0)
+    """Bytes that may be written to the drive in its life, as its data sheet says (600TB)."""
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -60,10 +69,10 @@ class OffloadConfig(BaseModel):
     def _check_io_engine(cls, value: str) -> str:
         return check_name(value)
 
-    @field_validator("min_swap_nbytes", mode="before")
+    @field_validator("min_swap_nbytes", "nvme_write_budget", "nvme_endurance", mode="before")
     @classmethod
-    def _parse_size(cls, value: Any) -> int:
-        return parse_nbytes(value)
+    def _parse_size(cls, value: Any) -> int | None:
+        return None if value is None else parse_nbytes(value)
 
 
 def parse_budget(value: Any) -> dict[str, int]:

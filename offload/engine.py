@@ -34,6 +34,7 @@ from offload.progress import (
     restore_rng,
 )
 from offload.runtime import Runtime
+from offload.saving import budgets_of, make_homes
 from offload.steplog import Stats, StepLog
 from offload.stepping import StepHooks
 from offload.swap.activations import ActivationCache
@@ -89,13 +90,16 @@ class Engine:
         self.gradients = GradientSwapper(
             runtime.scratch, self._journal, runtime.governor, plan.gradients_nbytes
         )
+        homes, self._write_budget = make_homes(runtime, model, optimizer)
         self.activations = ActivationCache(
-            self.weights,
-            runtime.scratch,
+            homes,
             self._journal,
             limit_nbytes=plan.activations_nbytes,
             min_nbytes=runtime.config.min_swap_nbytes,
+            weights=self.weights,
+            room=runtime.governor.room,
         )
+        self.activations.know_model(model)
         self.activations.know_weights(
             {
                 weight.mapped.tensor.untyped_storage()._cdata: name
@@ -169,7 +173,7 @@ class Engine:
                     "memory_nbytes": host.capacity_nbytes,
                     "kernel": machine.kernel,
                 },
-                budget={"host": self.plan.budget_nbytes},
+                budget=budgets_of(config, self.plan.budget_nbytes),
             )
         )
         if config.record is not None:
@@ -196,6 +200,8 @@ class Engine:
             self.commit()
         else:
             self._runtime.lanes.drain()  # errors that nobody waited for
+        if self._write_budget is not None:
+            self._write_budget.finish_step()
         self._steps.finish(
             self.step,
             optimizer_s=optimizer_s,

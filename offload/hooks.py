@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
 from offload.swap.activations import ActivationCache
 from offload.swap.census import Census
+from offload.swap.selective import put_on, take_off
 from offload.swap.weights import Weight, WeightSwapper
 
 
@@ -57,8 +58,8 @@ class ModelHooks:
             if weights:
                 self._weights.use(weights)
 
-        def after(_module: nn.Module, _args: Any, _output: Any) -> None:
-            self._leave()
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._leave(output)
 
         self._running[module] = lambda: before(module, ())
         self._handles += [
@@ -86,22 +87,22 @@ class ModelHooks:
         self._weights.trace.begin((name, torch.is_grad_enabled()))
         # torch.func forbids such hooks inside its transforms: what it saves then stays in memory.
         if torch.is_grad_enabled() and _hooks_allowed():
-            torch._C._autograd._push_saved_tensors_default_hooks(
-                self._activations.pack, self._activations.unpack
-            )
+            self._activations.begin_pass(name)
+            put_on(self._activations)
             self._pushed = True
 
     def join_pass(self, module: nn.Module) -> None:
         """``module`` is already running: its pass begins now, its pre-hooks are made up for."""
         self._running[module]()
 
-    def _leave(self) -> None:
+    def _leave(self, output: Any) -> None:
         if self._depth == 0:
             return  # a global hook failed before ours: this call never entered
         self._depth -= 1
         if self._depth == 0 and self._pushed:
             self._pushed = False
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+            take_off()
+            self._activations.count_unseen(output)
 
     def remove(self) -> None:
         """Take all hooks off."""

@@ -129,10 +129,10 @@ def state_specs(
     )
 
 
-def state_nbytes(optimizer: Optimizer, taken_by: Callable[[int], int]) -> int:
+def state_nbytes(optimizer: Optimizer, taken_by: Callable[[int], int] = int) -> int:
     """Bytes of all per-element states, as far as they are known before the first step.
 
-    ``taken_by`` says what a state of so many bytes takes of its tier.
+    ``taken_by`` says what a state of so many bytes takes of its tier, where that is asked for.
     """
     if kind_of(optimizer) is not Kind.ELEMENTWISE:
         return 0

@@ -43,6 +43,7 @@ class Transfer:
         "_event",
         "_left",
         "_lock",
+        "ended_s",
         "error",
         "label",
         "nbytes",
@@ -58,6 +59,7 @@ class Transfer:
         self.error: BaseException | None = None
         self.observed = False  # somebody has been told of the error
         self.started_s: float | None = None
+        self.ended_s: float | None = None
         self._left = jobs
         self._lock = threading.Lock()
         self._event = threading.Event()
@@ -222,8 +224,9 @@ class Lane:
             error = caught
         if not transfer._finish_job(error):
             return
+        transfer.ended_s = time.perf_counter()
         if transfer.error is None:
-            duration_s = time.perf_counter() - transfer.started_s
+            duration_s = transfer.ended_s - transfer.started_s
             self.journal.moved(transfer.label, transfer.nbytes, duration_s, self.name)
         else:
             self.failed.append(transfer)

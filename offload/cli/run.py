@@ -40,6 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--io-engine", metavar="E", help="auto (default), threads, kvikio, deepspeed or aiofiles"
     )
+    parser.add_argument(
+        "--nvme-write-budget",
+        metavar="BYTES",
+        help="that a step may write to the drive, for example 2GiB; activations beyond it stay",
+    )
+    parser.add_argument(
+        "--nvme-endurance",
+        metavar="BYTES",
+        help="that the drive's data sheet promises, for example 600TB: tells how long it lasts",
+    )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module as a script")
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py args…")
 
@@ -58,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         commit=arguments.commit,
         io_engine=arguments.io_engine,
+        nvme_write_budget=arguments.nvme_write_budget,
+        nvme_endurance=arguments.nvme_endurance,
     )
     rest = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
     if arguments.module:

@@ -1,5 +1,6 @@
 """Settings: where they come from, which wins, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,16 @@ def test_directories_are_a_list_or_separated_by_commas(value: object, expected: 
 def test_directories_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OFFLOAD_NVME", "/a,/b")
     assert make_config().nvme == (Path("/a"), Path("/b"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"nvme_write_budget": "much"}, "nvme_write_budget: 'much' is not a size"),
+        ({"nvme_write_budget": -1}, "nvme_write_budget: a size can't be negative: -1"),
+        ({"nvme_endurance": 0}, "nvme_endurance: Input should be greater than 0"),
+    ],
+)
+def test_wear_settings_that_make_no_sense_are_refused(setting, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_config(setting)
