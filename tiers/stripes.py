@@ -5,6 +5,7 @@ path appears as often as its weight says, spread as evenly as can be (smooth wei
 robin). The units of one path follow each other in its own file without a gap.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -133,7 +134,8 @@ def weights_for(rates: Sequence[float]) -> tuple[int, ...]:
         best = max(best, (share, weights), key=lambda found: found[0])
         if share >= _GOOD_SHARE:
             break
-    return best[1]
+    shortest = math.gcd(*best[1])  # a longer one of the same shares may win by rounding alone
+    return tuple(weight // shortest for weight in best[1])
 
 
 def reached_share(rates: Sequence[float], weights: Sequence[int]) -> float:
