@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from open_files import open_files
 
 from offload.allocator.errors import CapacityError, TierIOError
 from offload.tiers.file import TierFile
@@ -118,17 +119,17 @@ def measure(directory: Path, effort: Effort = TINY, **files_: Path) -> Measured:
     return measure_links(wanted, available_nbytes=ROOM_NBYTES, effort=effort)
 
 
-def open_files() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
-
-
 def test_a_real_directory_is_measured_both_ways_and_nothing_stays(tmp_path: Path) -> None:
-    threads, descriptors = threading.active_count(), open_files()
+    threads = threading.active_count()
     steps: list[str] = []
+    held: list[str] = []
+
+    def progress(step: str) -> None:
+        steps.append(step)
+        held.extend(open_files(tmp_path))
+
     wanted = Wanted(files={"file:x": tmp_path}, nodes={}, devices=False, threads=2)
-    measured = measure_links(
-        wanted, available_nbytes=ROOM_NBYTES, effort=TINY, progress=steps.append
-    )
+    measured = measure_links(wanted, available_nbytes=ROOM_NBYTES, effort=TINY, progress=progress)
     assert measured.failures == ()
     ends = [(link.source, link.target, link.in_flight) for link in measured.links]
     assert ends[:2] == [("host", "host", 1), ("host", "host", 2)]
@@ -137,7 +138,8 @@ def test_a_real_directory_is_measured_both_ways_and_nothing_stays(tmp_path: Path
     assert "host → file:x" in steps
     assert list(tmp_path.iterdir()) == []
     assert threading.active_count() == threads
-    assert open_files() == descriptors
+    assert held
+    assert open_files(tmp_path) == []
 
 
 def test_the_file_stays_within_its_bound_and_holds_random_bytes(tmp_path: Path) -> None:
