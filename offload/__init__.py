@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offload import errors
+    from offload.activations import ActivationSwap
     from offload.building import init
     from offload.config import OffloadConfig
     from offload.engine import Engine, attach
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Engine", "OffloadConfig", "attach", "errors", "init", "load_pretrained"]
+__all__ = [
+    "ActivationSwap",
+    "Engine",
+    "OffloadConfig",
+    "attach",
+    "errors",
+    "init",
+    "load_pretrained",
+]
 
 # torch reads this once, when it is imported. Its CPU allocator then backs tensors of 2 MiB and more
 # by page-aligned, huge-page-advised memory, which direct I/O reads and writes in place: without
@@ -27,6 +36,7 @@ __all__ = ["Engine", "OffloadConfig", "attach", "errors", "init", "load_pretrain
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {
+    "ActivationSwap": "offload.activations",
     "Engine": "offload.engine",
     "OffloadConfig": "offload.config",
     "attach": "offload.engine",

@@ -11,7 +11,6 @@ from offload.runtime import Runtime
 from offload.swap.census import named_weights, unmovable_reason
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.weights import Weight, WeightSwapper
-from offload.tiers.hostmem import page_ceil
 from offload.tiers.mapped import MappedTensor
 
 
@@ -109,13 +108,14 @@ def reserve_room(model: nn.Module, optimizer: Optimizer | None, runtime: Runtime
         CapacityError: the disk has not enough room.
     """
     absent = trained = 0
+    extent_nbytes = runtime.store.tier.extent_nbytes
     for _, (source, *others) in named_weights(model):
-        nbytes = page_ceil(source.nbytes)
+        nbytes = extent_nbytes(source.nbytes)
         if built_weight(source) is None:
             absent += nbytes
         if any(parameter.requires_grad for parameter in (source, *others)):
             trained += nbytes
-    states = state_nbytes(optimizer) if optimizer is not None else 0
+    states = state_nbytes(optimizer, extent_nbytes) if optimizer is not None else 0
     if runtime.store.committed is not None:
         needed = trained + states
     elif runtime.config.commit == "never":

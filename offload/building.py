@@ -153,7 +153,7 @@ def init(
 
     Args:
         budget: bytes per tier, as for ``attach``.
-        nvme: the directory of the store.
+        nvme: the directory of the store, or several, as for ``attach``.
         config: file or mapping with the same keys; arguments win over it.
 
     Raises:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from offload.allocator.errors import ConfigError
 from offload.allocator.units import parse_nbytes
+from offload.tiers.engines.registry import AUTO, check_name
 
 TIERS = ("device", "host")
 
@@ -25,7 +26,7 @@ class OffloadConfig(BaseModel):
     budget: dict[str, int] = Field(default_factory=dict)
     """Hard limits by tier; ``host`` bounds the process's peak resident set."""
     nvme: tuple[Path, ...] = ()
-    """Directory of the store and of scratch."""
+    """Directories of the store and of scratch; several are striped over, in this order."""
     record: Path | None = None
     """Run directory for ``offload report``."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -37,8 +38,12 @@ class OffloadConfig(BaseModel):
     """
     io_threads: int = Field(default=4, ge=1, le=64)
     """Requests in flight in each direction."""
+    io_engine: str = AUTO
+    """How files are read and written: ``auto``, ``threads``, ``kvikio``, ``deepspeed`` or
+    ``aiofiles``."""
     min_swap_nbytes: int = Field(default=64 << 10, ge=0)
-    """Saved activations smaller than this stay in memory."""
+    """Saved activations smaller than this move in batches."""
+
     recompute: Literal["off", "tokenwise"] = "off"
     """``tokenwise``: of what a block saves, some token rows are swapped and the rest is rebuilt."""
     alpha: float | Literal["auto"] = "auto"
@@ -48,6 +53,15 @@ class OffloadConfig(BaseModel):
     blocks: tuple[str, ...] = ()
     """Names of the blocks, or of the lists that hold them; empty: modules that repeat in a list."""
 
+    nvme_write_budget: int | None = None
+    """Bytes that one optimizer step may write to the drive, everything included.
+
+    Weights, gradients and states must be written; saved activations take what these leave, and
+    stay in memory beyond that.
+    """
+    nvme_endurance: int | None = Field(default=None, gt=0)
+    """Bytes that may be written to the drive in its life, as its data sheet says (600TB)."""
+
     @field_validator("budget", mode="before")
     @classmethod
     def _parse_budget(cls, value: Any) -> dict[str, int]:
@@ -56,10 +70,9 @@ class OffloadConfig(BaseModel):
     @field_validator("nvme", mode="before")
     @classmethod
     def _parse_nvme(cls, value: Any) -> Any:
-        paths = [value] if isinstance(value, str | os.PathLike) else value
-        if isinstance(paths, list | tuple) and len(paths) > 1:
-            raise ValueError(f"{len(paths)} directories were given, one is supported: name one")
-        return paths
+        if isinstance(value, str):  # a flag or a variable
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return [value] if isinstance(value, os.PathLike) else value
 
     @field_validator("alpha", mode="before")
     @classmethod
@@ -86,10 +99,15 @@ class OffloadConfig(BaseModel):
             raise ValueError(f"only recompute='tokenwise' uses {', '.join(unused)}: set that too")
         return self
 
-    @field_validator("min_swap_nbytes", mode="before")
+    @field_validator("io_engine")
     @classmethod
-    def _parse_size(cls, value: Any) -> int:
-        return parse_nbytes(value)
+    def _check_io_engine(cls, value: str) -> str:
+        return check_name(value)
+
+    @field_validator("min_swap_nbytes", "nvme_write_budget", "nvme_endurance", mode="before")
+    @classmethod
+    def _parse_size(cls, value: Any) -> int | None:
+        return None if value is None else parse_nbytes(value)
 
 
 def parse_budget(value: Any) -> dict[str, int]:

@@ -1,8 +1,6 @@
 """The engine: attaches to a model and an optimizer, and runs their steps within a budget."""
 
 import atexit
-import json
-import os
 import platform
 import sys
 import weakref
@@ -37,6 +35,7 @@ from offload.progress import (
 )
 from offload.recomputing import rebuild_rows
 from offload.runtime import Runtime
+from offload.saving import budgets_of, make_homes
 from offload.steplog import Stats, StepLog
 from offload.stepping import StepHooks
 from offload.swap.activations import ActivationCache
@@ -49,6 +48,8 @@ from offload.swap.states import StateKeeper
 from offload.swap.weights import WeightSwapper
 from offload.tiers import hostmem
 from offload.tiers.events import RunFinished, RunStarted
+from offload.tiers.inventory import take_inventory
+from offload.tiers.machine import write_machine
 
 
 class Engine:
@@ -91,22 +92,26 @@ class Engine:
         self.gradients = GradientSwapper(
             runtime.scratch, self._journal, runtime.governor, plan.gradients_nbytes
         )
+        homes, self._write_budget = make_homes(runtime, model, optimizer)
         self.activations = ActivationCache(
-            self.weights,
-            runtime.scratch,
+            homes,
             self._journal,
             limit_nbytes=plan.activations_nbytes,
             min_nbytes=runtime.config.min_swap_nbytes,
+            weights=self.weights,
+            room=runtime.governor.room,
         )
+        self.activations.know_model(model)
         self.activations.know_weights(
             {
                 weight.mapped.tensor.untyped_storage()._cdata: name
                 for name, weight in self.weights.weights.items()
             }
         )
-        self.tokenwise = rebuild_rows(model, self.activations, runtime)
-        saved = self.tokenwise or self.activations
-        self._hooks = ModelHooks(model, census, self.weights, saved, self._before_pass)
+        self.tokenwise = rebuild_rows(model, self.activations, runtime.config)
+        self._hooks = ModelHooks(
+            model, census, self.weights, self.activations, self._before_pass, self.tokenwise
+        )
         self._buffers = BufferKeeper(runtime.store, model, runtime.chunk_numel)
         self._keeper: StateKeeper | None = None
         self._step_hooks: StepHooks | None = None
@@ -160,23 +165,24 @@ class Engine:
 
     def _begin_record(self) -> None:
         config = self._runtime.config
-        machine = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "memory_nbytes": os.sysconf("SC_PHYS_PAGES") * hostmem.PAGE,
-            "kernel": platform.release(),
-        }
+        machine = take_inventory([self._runtime.store.directory.parent])
+        cpu, host = machine.processors[0], machine.tier("host")
         self._journal.record(
             RunStarted(
                 t_s=self._journal.now(),
                 command=" ".join(sys.argv),
                 versions={"torch": torch.__version__, "python": platform.python_version()},
-                host=machine,
-                budget={"host": self.plan.budget_nbytes},
+                host={
+                    "cpu": cpu.model,
+                    "cores": cpu.cores,
+                    "memory_nbytes": host.capacity_nbytes,
+                    "kernel": machine.kernel,
+                },
+                budget=budgets_of(config, self.plan.budget_nbytes),
             )
         )
         if config.record is not None:
-            (config.record / "machine.json").write_text(json.dumps({"format": 1, **machine}))
+            write_machine(machine, config.record / "machine.json")
             (config.record / "plan.json").write_text(self.plan.to_json())
             (config.record / "config.json").write_text(config.model_dump_json(indent=2))
         self._journal.recorder.flush()
@@ -199,6 +205,8 @@ class Engine:
             self.commit()
         else:
             self._runtime.lanes.drain()  # errors that nobody waited for
+        if self._write_budget is not None:
+            self._write_budget.finish_step()
         self._steps.finish(
             self.step,
             optimizer_s=optimizer_s,
@@ -397,7 +405,8 @@ def attach(
         optimizer: over the model's parameters; ``None`` to evaluate only.
         budget: ``"host=4GiB"``, bytes, or a mapping. ``host`` bounds the process's peak
             resident set.
-        nvme: directory of the store and the scratch file.
+        nvme: directory of the store and the scratch file; several (a list, or separated by
+            commas), always in the same order, are striped over.
         config: file or mapping with the same keys; arguments win over it.
         record: run directory for ``offload report``.
         resume: ``auto`` continues the store's last commit if there is one, ``never`` starts

@@ -7,13 +7,15 @@ but begin no pass and push no hooks, for checkpoint's own hooks must stay innerm
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
+from offload.swap.activations import ActivationCache
 from offload.swap.census import Census
+from offload.swap.selective import SavedTensors, put_on, take_off
 from offload.swap.weights import Weight, WeightSwapper
 
 
@@ -27,30 +29,27 @@ def _hooks_allowed() -> bool:
     return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
 
 
-class SavedTensors(Protocol):
-    """Takes what autograd saves, and gives it back."""
-
-    def pack(self, tensor: torch.Tensor) -> Any:
-        """Called for each tensor that is saved; what is returned stands for it in the graph."""
-
-    def unpack(self, packed: Any) -> torch.Tensor:
-        """The tensor again; any number of times."""
-
-
 class ModelHooks:
-    """Installs the hooks of one model; ``remove`` takes them off again."""
+    """Installs the hooks of one model; ``remove`` takes them off again.
+
+    Args:
+        saved: takes what autograd saves, on top of ``activations``; by default that itself.
+        on_pass: called as a pass begins.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         census: Census,
         weights: WeightSwapper,
-        saved: SavedTensors,
+        activations: ActivationCache,
         on_pass: Callable[[], None],
+        saved: SavedTensors | None = None,
     ) -> None:
         self._weights = weights
-        self._saved = saved
+        self._activations = activations
         self._on_pass = on_pass
+        self._saved = saved
         self._depth = 0
         self._pushed = False
         self._handles: list[RemovableHandle] = []
@@ -66,8 +65,8 @@ class ModelHooks:
             if weights:
                 self._weights.use(weights)
 
-        def after(_module: nn.Module, _args: Any, _output: Any) -> None:
-            self._leave()
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._leave(output)
 
         self._running[module] = lambda: before(module, ())
         self._handles += [
@@ -95,22 +94,22 @@ class ModelHooks:
         self._weights.trace.begin((name, torch.is_grad_enabled()))
         # torch.func forbids such hooks inside its transforms: what it saves then stays in memory.
         if torch.is_grad_enabled() and _hooks_allowed():
-            torch._C._autograd._push_saved_tensors_default_hooks(
-                self._saved.pack, self._saved.unpack
-            )
+            self._activations.begin_pass(name)
+            put_on(self._activations, self._saved)
             self._pushed = True
 
     def join_pass(self, module: nn.Module) -> None:
         """``module`` is already running: its pass begins now, its pre-hooks are made up for."""
         self._running[module]()
 
-    def _leave(self) -> None:
+    def _leave(self, output: Any) -> None:
         if self._depth == 0:
             return  # a global hook failed before ours: this call never entered
         self._depth -= 1
         if self._depth == 0 and self._pushed:
             self._pushed = False
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+            take_off()
+            self._activations.count_unseen(output)
 
     def remove(self) -> None:
         """Take all hooks off."""

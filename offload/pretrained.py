@@ -123,7 +123,7 @@ def load_pretrained(
     Args:
         path: a Hugging Face directory (``config.json`` and safetensors).
         budget: bytes per tier, as for ``attach``.
-        nvme: the directory of the store.
+        nvme: the directory of the store, or several, as for ``attach``.
         dtype: of the weights; default: the checkpoint's own.
         config: file or mapping with the same keys; arguments win over it.
 

@@ -2,22 +2,21 @@
 
 from torch import nn
 
-from offload.runtime import Runtime
+from offload.config import OffloadConfig
 from offload.swap.activations import ActivationCache
-from offload.swap.tokenwise.home import CacheHome
+from offload.swap.tokenwise.keeper import CacheKeeper
 from offload.swap.tokenwise.plans import Settings
 from offload.swap.tokenwise.tokenwise import TokenWise
 
 
 def rebuild_rows(
-    model: nn.Module, activations: ActivationCache, runtime: Runtime
+    model: nn.Module, activations: ActivationCache, config: OffloadConfig
 ) -> TokenWise | None:
     """Token-wise recompute on top of ``activations``; ``None`` where it is off.
 
     Raises:
         ConfigError: the settings name a block that the model has not.
     """
-    config = runtime.config
     if config.recompute == "off":
         return None
     settings = Settings(
@@ -28,7 +27,7 @@ def rebuild_rows(
     )
     return TokenWise(
         model,
-        CacheHome(activations),
+        CacheKeeper(activations),
         settings,
-        notice=lambda text: runtime.journal.notice("recompute", text),
+        notice=lambda text: activations.journal.notice("recompute", text),
     )

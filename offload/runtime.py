@@ -9,16 +9,16 @@ from offload.config import OffloadConfig
 from offload.swap.governor import Governor
 from offload.swap.plan import choose_chunk_numel
 from offload.tiers import hostmem
+from offload.tiers.cgroups import memory_limit_nbytes
+from offload.tiers.directories import check_directories
+from offload.tiers.engines.registry import choose_engine
 from offload.tiers.events import JsonlRecorder, NullRecorder, Recorder
-from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.filetier import Lanes
 from offload.tiers.journal import Journal
 from offload.tiers.store import Store
+from offload.tiers.system import System
 
 DEFAULT_DIRECTORY = Path("offload-nvme")
-_CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 
 
@@ -26,7 +26,7 @@ class Runtime:
     """The parts of a run that stand before the model does.
 
     Raises:
-        ConfigError: a budget or directory that can't be used.
+        ConfigError: a budget, directory or I/O engine that can't be used.
         StoreInUseError: another process holds the store.
         TierIOError: the store directory can't be written.
     """
@@ -40,11 +40,16 @@ class Runtime:
         if config.record is not None:
             recorder = JsonlRecorder(config.record / "rank0.jsonl")
         self.journal = Journal(recorder)
-        self.lanes = Lanes(self.journal, config.io_threads)
-        directory = config.nvme[0] if config.nvme else DEFAULT_DIRECTORY
+        directories = config.nvme or (DEFAULT_DIRECTORY,)
+        for directory, notice in check_directories(directories):
+            self.journal.notice(str(directory), notice)
+        chosen = choose_engine(config.io_engine, *directories)
+        if not chosen.expected:
+            self.journal.notice("I/O engine", f"{chosen.name}: {chosen.reason}")
+        self.lanes = Lanes(self.journal, config.io_threads, len(directories), engine=chosen.factory)
         try:
-            self.store = Store(directory, self.lanes)
-            self.scratch = FileTier(self.store.directory, None, self.lanes)
+            self.store = Store(directories, self.lanes, discard_damaged=config.resume == "never")
+            self.scratch = self.store.open_scratch()
         except BaseException:
             self.lanes.close()
             raise
@@ -62,13 +67,13 @@ class Runtime:
         """Settings that ``attach`` adds to those the model was built with.
 
         Raises:
-            ConfigError: another budget or directory than the model was built with.
+            ConfigError: another budget, directory or I/O engine than the model was built with.
         """
         given = config.model_fields_set
         problems = [
             f"{name}={getattr(config, name)} differs from the {getattr(self.config, name)} that "
             "the model was built with: pass it to offload.init or load_pretrained only"
-            for name in ("budget", "nvme")
+            for name in ("budget", "nvme", "io_engine")
             if name in given and getattr(config, name) != getattr(self.config, name)
         ]
         if problems:
@@ -78,6 +83,7 @@ class Runtime:
             update={name: getattr(config, name) for name in given}
         )
         if config.record is not None:
+            self.journal.recorder.close()  # what was recorded while the model was built
             self.journal.recorder = JsonlRecorder(config.record / "rank0.jsonl")
 
     def close(self) -> None:
@@ -99,10 +105,6 @@ def _soft_limit(budget_nbytes: int) -> int:
 
 def default_budget() -> int:
     """Most of the memory that is available now, a memory cgroup's limit respected."""
-    limits = [os.sysconf("SC_AVPHYS_PAGES") * hostmem.PAGE]
-    limits += [
-        int(text)
-        for path in _CGROUP_LIMITS
-        if path.exists() and (text := path.read_text().strip()).isdigit()
-    ]
-    return int(min(limits) * _DEFAULT_SHARE)
+    available = os.sysconf("SC_AVPHYS_PAGES") * hostmem.PAGE
+    limit = memory_limit_nbytes(System())
+    return int(min(available, limit or available) * _DEFAULT_SHARE)

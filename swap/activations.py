@@ -1,368 +1,403 @@
-"""Saved activations: kept while they fit, swapped to scratch beyond that, oldest first.
+"""Saved-tensor hooks: saved activations are kept while they fit, and swapped beyond that.
 
-[Note: owned handles] What autograd saves is replaced by a ``_Packed`` that owns its data through
-a ``_Storage``, one per storage however many views were saved. When the graph node dies, so does
-the ``_Packed``; with the last one the storage's memory and block are given back. ``unpack`` is
-pure: ``retain_graph`` and dead branches need no special case.
+``saved`` tells what autograd gets instead of its tensors, ``spilling`` moves the bytes, ``homes``
+are where they go, ``lookahead`` knows what backward needs next.
 
-[Note: modified in place] Saved-tensor hooks switch off autograd's own check that a saved tensor
-was not changed. The version counter is therefore recorded at ``pack`` and compared whenever the
-bytes are used: at ``unpack`` while they are in memory, at the moment they are written out else.
-
-The oldest saved tensor is used last in backward, so spilling the oldest first is Belady's rule.
+Parameters and buffers, and whatever is a view of one, are told by their storage and never moved;
+backward asks for a weight when it needs one. What can't be moved exactly is left alone, and the
+record says why.
 """
 
 import weakref
-from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
-from offload.swap.copying import read_jobs, write_jobs
+from offload.allocator.units import format_nbytes
+from offload.swap.homes import Home
+from offload.swap.lookahead import Lookahead
 from offload.swap.residency import Residency
-from offload.swap.weights import WeightSwapper
-from offload.tiers.base import Block
-from offload.tiers.filetier import FileTier
-from offload.tiers.journal import Journal, Label
-from offload.tiers.lanes import Transfer
+from offload.swap.saved import KnownParts, Part, Unit, View
+from offload.swap.spilling import Spiller
+from offload.swap.unseen import unseen_nbytes
+from offload.tiers.journal import Journal
+
+_LEAST_NBYTES = 512  # a handle takes as much
+_BATCH_NBYTES = 1 << 20  # small storages move together when there are so many bytes of them
+_BATCH_ALIGN = 64
+# A part of something that the user holds anyway, such as a data set: moving it all frees nothing.
+_SLICE_SHARE, _SLICED_NBYTES = 64, 16 << 20
 
 
-class _Storage:
-    """The bytes behind saved tensors, in memory, in scratch, or both.
+class WeightUser(Protocol):
+    """Is told when backward needs weights."""
 
-    Residency: READY memory only or memory and block; WRITING both soon; ABSENT block only;
-    FETCHING block, memory soon.
-    """
+    def use(self, names: Sequence[str]) -> None: ...
 
-    __slots__ = (
-        "__weakref__",
-        "block",
-        "cache",
-        "index",
-        "memory",
-        "nbytes",
-        "packed",
-        "residency",
-        "transfer",
-    )
 
-    def __init__(self, cache: "ActivationCache", memory: torch.UntypedStorage, index: int) -> None:
-        self.cache = cache
-        self.memory: torch.UntypedStorage | None = memory
-        self.nbytes = memory.nbytes()
-        self.index = index  # order of packing
-        self.block: Block | None = None
-        self.transfer: Transfer | None = None
-        self.residency = Residency.READY
-        self.packed: weakref.WeakSet[_Packed] = weakref.WeakSet()
+class _Nobody:
+    def use(self, names: Sequence[str]) -> None:
+        pass
 
-    def __del__(self) -> None:
-        self.cache._forget(self)
+
+@dataclass(frozen=True, slots=True)
+class _Wrapped:
+    """A saved subclass that wraps ordinary tensors (DTensor, float8): each is packed alone."""
+
+    kind: Any
+    inner: dict[str, Any]  # handles, and what is no tensor (a mesh)
+    context: object
+    size: torch.Size
+    stride: tuple[int, ...]
+
+
+Saved: TypeAlias = View | _Wrapped
 
 
 @dataclass(slots=True)
-class _Remains:
-    """What a dead storage leaves until its transfer, which owns its memory, has ended."""
+class LeftAlone:
+    """Saved tensors that were not moved, for one reason."""
 
-    block: Block | None
-    transfer: Transfer | None
-
-
-class _Packed:
-    """One saved tensor: a view of a storage."""
-
-    __slots__ = ("__weakref__", "changed", "meta", "storage", "tensor", "version")
-
-    def __init__(self, tensor: torch.Tensor, storage: _Storage) -> None:
-        self.tensor: torch.Tensor | None = tensor  # while the original memory lives
-        self.version = tensor._version
-        self.changed = False
-        self.storage = storage
-        self.meta = (tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride())
-
-    def let_go(self) -> None:
-        """The bytes are going to scratch: stop holding the original memory."""
-        if self.tensor is not None:
-            self.changed = self.changed or self.tensor._version != self.version
-            self.tensor = None
-
-
-class _Kept:
-    """A saved tensor that is never swapped, with its version."""
-
-    __slots__ = ("name", "tensor", "version")
-
-    def __init__(self, tensor: torch.Tensor, name: str | None = None) -> None:
-        self.tensor = tensor
-        self.version = tensor._version
-        self.name = name  # of the weight that it is, or is a view of
-
-
-_Saved: TypeAlias = _Packed | _Kept
+    count: int = 0
+    nbytes: int = 0
 
 
 class ActivationCache:
-    """Saved-tensor hooks for one training thread.
+    """The hooks of one model; called by one thread at a time.
 
     Args:
-        weights: knows which storages are weights, and is told when backward needs one.
-        scratch: the volatile tier.
+        homes: where saved bytes go, in this order.
         limit_nbytes: bytes of saved tensors that may stay in memory.
-        min_nbytes: smaller storages always stay.
+        min_nbytes: smaller storages move in batches.
+        in_flight_nbytes: more than the limit while they leave, and to fetch ahead; by default the
+            limit again.
+        weights: told when backward needs one of ``know_weights``.
+        room: bytes left in the budget; asked when no home takes more. By default saved tensors
+            may then take what leaving ones may.
+
+    Attributes:
+        left_alone: what was not moved, by reason.
     """
 
     def __init__(
         self,
-        weights: WeightSwapper,
-        scratch: FileTier,
+        homes: Sequence[Home],
         journal: Journal,
         *,
         limit_nbytes: int,
         min_nbytes: int,
+        in_flight_nbytes: int | None = None,
+        weights: WeightUser | None = None,
+        room: Callable[[], int] | None = None,
     ) -> None:
-        self.weights = weights
-        self.scratch = scratch
         self.journal = journal
-        self.limit_nbytes = limit_nbytes
+        self.weights = weights or _Nobody()
         self.min_nbytes = min_nbytes
-        self.kept_nbytes = 0  # of swappable storages in memory, arriving or leaving
-        self.peak_nbytes = 0
-        self._weight_names: dict[int, str] = {}
-        self._by_memory: dict[int, weakref.ref[_Storage]] = {}
-        self._order: deque[weakref.ref[_Storage]] = deque()
-        self._writing: deque[_Storage] = deque()
-        self._absent: dict[int, weakref.ref[_Storage]] = {}  # by index
-        self._dead: deque[_Remains] = deque()
+        self.spiller = Spiller(homes, journal, limit_nbytes, in_flight_nbytes, room)
+        self.lookahead = Lookahead()
+        self.left_alone: dict[str, LeftAlone] = {}
+        self._weights: Mapping[int, str] = {}
+        self._fixed: dict[int, str] = {}  # by key; the name is empty where nobody asks for it
+        self._model: weakref.ref[torch.nn.Module] | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._parts: KnownParts = {}
+        self._batch: list[weakref.ref[Part]] = []
+        self._batch_nbytes = 0
         self._packed_count = 0
+        self._used_last = -1
+        self._kind: Hashable = None
+        self._counted_kinds: set[Hashable] = set()
 
-    def know_weights(self, storages: dict[int, str]) -> None:
+    @property
+    def limit_nbytes(self) -> int:
+        """Bytes of saved tensors that may stay in memory."""
+        return self.spiller.limit_nbytes
+
+    @limit_nbytes.setter
+    def limit_nbytes(self, nbytes: int) -> None:
+        self.spiller.limit_nbytes = nbytes
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of saved tensors in memory, arriving or leaving."""
+        return self.spiller.kept_nbytes
+
+    def know_weights(self, names: Mapping[int, str]) -> None:
         """Name the weight behind each storage (by ``census.storage_key``)."""
-        self._weight_names = storages
+        self._weights = names
+        self._look_up()
 
-    def pack(self, tensor: torch.Tensor) -> _Saved:
-        """Called by autograd for each tensor that it saves."""
-        self._settle()
-        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and _plain(tensor)
+    def use_weights(self, tensors: Iterable[torch.Tensor]) -> None:
+        """The weights among ``tensors`` are read now."""
+        names = (self._weights.get(one.untyped_storage()._cdata) for one in tensors)
+        self.weights.use([name for name in names if name is not None])
+
+    def know_model(self, model: torch.nn.Module) -> None:
+        """Never move the parameters and buffers of ``model``, looked up anew for each pass."""
+        self._model = weakref.ref(model)
+        self._look_up()
+        for module in model.modules():
+            if any(_is_wrapper(parameter) for parameter in module.parameters(recurse=False)):
+                # Sharded: what it computes with is gathered just before, by a hook before this one.
+                self._hooks.append(module.register_forward_pre_hook(self._know_gathered))
+
+    def _know_gathered(self, module: torch.nn.Module, _args: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            self.know_tensor(parameter)
+
+    def know_tensor(self, tensor: torch.Tensor) -> None:
+        """Never move ``tensor`` in this pass, nor any view of it."""
+        for plain in _plain_tensors(tensor):
+            self._fixed.setdefault(plain.untyped_storage()._cdata, "")
+
+    def _look_up(self) -> None:
+        self._fixed = dict(self._weights)
+        model = self._model() if self._model is not None else None
+        if model is not None:
+            for tensor in (*model.parameters(), *model.buffers()):
+                self.know_tensor(tensor)
+
+    def begin_pass(self, kind: Hashable) -> None:
+        """A forward begins; passes of one ``kind`` are expected to repeat."""
+        self._kind = kind
+        self.lookahead.begin(kind, self.limit_nbytes)
+        self._look_up()
+
+    # The hooks.
+
+    def pack(self, tensor: torch.Tensor) -> Saved:
+        """Called by autograd for each tensor that it saves.
+
+        Raises:
+            CapacityError: no home takes what exceeds the limit, and memory has no room.
+        """
+        if self.spiller.is_busy:
+            self.spiller.settle()
+        if (
+            type(tensor) not in _PLAIN_TYPES
+            or tensor.layout is not _STRIDED
+            or not tensor.is_cpu
+            or tensor.is_quantized
+            or tensor.is_inference()
+        ):
+            return self._pack_other(tensor)
         # An alias: the tensor itself would own the graph node that owns what is returned here,
         # and a graph that nobody runs backward on would never be freed.
         tensor = tensor.detach()
-        if not plain:
-            return _Kept(tensor)
         memory = tensor.untyped_storage()
-        name = self._weight_names.get(memory._cdata)
-        if name is not None or memory.nbytes() < self.min_nbytes:
-            return _Kept(tensor, name)
-        packed = _Packed(tensor, self._storage_of(memory))
-        packed.storage.packed.add(packed)
-        self._spill()
-        return packed
+        key = memory._cdata
+        name = self._fixed.get(key)
+        if name is not None:
+            return View(tensor, name=name)
+        known = self._parts.get(key)
+        part = known() if known is not None else None
+        if part is not None and (view := self._pack_again(part, tensor, memory)) is not None:
+            return view
+        nbytes = memory.nbytes()
+        if nbytes < _LEAST_NBYTES:
+            return View(tensor)
+        if nbytes >= _SLICED_NBYTES and nbytes >= _SLICE_SHARE * tensor.nbytes:
+            return self._leave_alone(tensor, "a small slice of a large storage")
+        return self._pack_new(tensor, memory, nbytes)
 
-    def _storage_of(self, memory: torch.UntypedStorage) -> _Storage:
-        known = self._by_memory.get(memory._cdata)
-        storage = known() if known is not None else None
-        if storage is not None and storage.memory is not None:
-            return storage
-        storage = _Storage(self, memory, self._packed_count)
+    def _pack_new(self, tensor: torch.Tensor, memory: torch.UntypedStorage, nbytes: int) -> View:
+        part = Part(memory, self._parts)
+        view = part.view(tensor)
+        if nbytes >= self.min_nbytes:
+            self._add_unit([part], nbytes)
+        else:
+            self._batch.append(weakref.ref(part))
+            self._batch_nbytes += nbytes
+            if self._batch_nbytes >= _BATCH_NBYTES:
+                self._close_batch()
+        return view
+
+    def _pack_again(
+        self, part: Part, tensor: torch.Tensor, memory: torch.UntypedStorage
+    ) -> View | None:
+        """One more view of ``part``, whose storage is ``memory``; None if it must be a new part."""
+        unit = part.unit
+        if part.memory is not None:
+            if unit is not None and unit.block is not None:
+                unit.doubtful = True  # it may have been changed since it was written
+            return part.view(tensor)
+        if unit is None or len(unit.parts) > 1:
+            return None  # of a batch that has left: it joins the next one
+        self.spiller.take_back(unit, part, memory)
+        view = part.view(tensor)
+        self.spiller.spill()
+        return view
+
+    def _add_unit(self, parts: list[Part], nbytes: int) -> None:
+        unit = Unit(parts, nbytes, self._packed_count, self.spiller.graveyard)
         self._packed_count += 1
-        self._by_memory[memory._cdata] = weakref.ref(storage)
-        self._order.append(weakref.ref(storage))
-        self._count(storage.nbytes)
-        return storage
+        for part in parts:
+            part.unit = unit
+        self.lookahead.add(unit)
+        self.spiller.add(unit)
 
-    def unpack(self, saved: _Saved) -> torch.Tensor:
+    def _close_batch(self) -> None:
+        """The small storages that still live move as one from now on, if they are enough."""
+        living = [part for known in self._batch if (part := known()) is not None]
+        self._batch_nbytes = sum(part.nbytes for part in living)
+        self._batch = [weakref.ref(part) for part in living]
+        if self._batch_nbytes < _BATCH_NBYTES // 2:
+            return
+        self._batch, self._batch_nbytes = [], 0
+        end = 0
+        for part in living:
+            part.offset = end
+            end += -(-part.nbytes // _BATCH_ALIGN) * _BATCH_ALIGN
+        self._add_unit(living, end)
+
+    def unpack(self, saved: Saved) -> torch.Tensor:
         """Called by autograd when backward needs a saved tensor.
 
         Raises:
             RuntimeError: it was modified in place since it was saved.
             TierIOError: its bytes could not be read back.
         """
-        self._settle()
-        if isinstance(saved, _Kept):
-            _check_version(saved.tensor, saved.version)
-            if saved.name is not None:
+        if type(saved) is not View:
+            return self._unpack_wrapped(saved)
+        if self.spiller.is_busy:
+            self.spiller.settle()
+        if saved.tensor._version != saved.version:
+            saved.check()
+        part = saved.part
+        if part is None:
+            if saved.name:
                 self.weights.use([saved.name])
             return saved.tensor
-        if saved.changed:
-            raise RuntimeError(_MODIFIED)
-        if saved.tensor is not None:
-            _check_version(saved.tensor, saved.version)
-            self._prefetch(saved.storage.index)
+        if part.unit is None:
             return saved.tensor
-        memory = self._fetched(saved.storage)
-        self._prefetch(saved.storage.index)
-        dtype, offset, size, stride = saved.meta
-        return torch.empty(0, dtype=dtype).set_(memory, offset, size, stride)
+        self._use(part.unit)
+        if saved.layout is not None:
+            assert part.memory is not None
+            saved.come_back(part.memory)
+        return saved.tensor
 
-    def _spill(self) -> None:
-        """Write the oldest storages out until the rest fits."""
-        excess = self.kept_nbytes - sum(storage.nbytes for storage in self._writing)
-        arriving: list[weakref.ref[_Storage]] = []
-        while excess > self.limit_nbytes and self._order:
-            known = self._order.popleft()
-            storage = known()
-            if storage is not None and storage.residency is Residency.FETCHING:
-                arriving.append(known)  # its turn comes
-            if storage is None or storage.residency is not Residency.READY:
-                continue
-            excess -= storage.nbytes
-            self._write_out(storage)
-        self._order.extendleft(reversed(arriving))
-        while self._writing and self.kept_nbytes > 2 * self.limit_nbytes:
-            self._await_written("full")
-
-    def _write_out(self, storage: _Storage) -> None:
-        assert storage.memory is not None
-        if storage.block is not None:  # read back before: the block still has the bytes
-            self._drop_memory(storage)
+    def _use(self, unit: Unit) -> None:
+        """Have the bytes of ``unit`` in memory, and on their way what backward needs next."""
+        if unit.index == self._used_last:
+            self.spiller.bring(unit)
             return
-        storage.block = self.scratch.allocate(storage.nbytes)
-        jobs = write_jobs(
-            self.scratch.file, storage.block, storage.memory.data_ptr(), storage.nbytes
+        self._used_last = unit.index
+        self.lookahead.used(unit, self.journal.now())
+        if self.spiller.is_over:
+            self.spiller.spill(sparing=unit)
+        if unit.residency is not Residency.READY:
+            self.spiller.bring(unit)
+        if self.spiller.is_away:
+            self.spiller.fetch_ahead(self.lookahead.upcoming(unit))
+
+    # What is more than its bytes.
+
+    def _pack_other(self, tensor: torch.Tensor) -> Saved:
+        if type(tensor) in _PLAIN_TYPES or not _is_wrapper(tensor):
+            return self._leave_alone(tensor.detach(), _reason(tensor) or _foreign(tensor))
+        names, context = _flattened(tensor)
+        inner = {name: getattr(tensor, name) for name in names}
+        inner = {
+            name: self.pack(each) if isinstance(each, torch.Tensor) else each
+            for name, each in inner.items()
+        }
+        return _Wrapped(type(tensor), inner, context, tensor.size(), tensor.stride())
+
+    def _unpack_wrapped(self, saved: Saved) -> torch.Tensor:
+        assert isinstance(saved, _Wrapped)
+        inner = {
+            name: self.unpack(each) if isinstance(each, View | _Wrapped) else each
+            for name, each in saved.inner.items()
+        }
+        tensor: torch.Tensor = saved.kind.__tensor_unflatten__(
+            inner, saved.context, saved.size, saved.stride
         )
-        label = Label(f"saved {storage.index}", "activation", "host", self.scratch.spec.name)
-        storage.transfer = self.scratch.lanes.writes.submit(
-            jobs, label, storage.nbytes, owner=storage.memory
-        )
-        self._become(storage, Residency.WRITING)
-        self._writing.append(storage)
+        return tensor
 
-    def _settle(self) -> None:
-        """Take note of writes that have ended and of storages that have died; never blocks."""
-        while self._writing and _done(self._writing[0]):
-            self._finish_write(self._writing.popleft())
-        for _ in range(len(self._dead)):
-            remains = self._dead.popleft()
-            if remains.transfer is not None and not remains.transfer.done():
-                self._dead.append(remains)  # its block is still in use
-            elif remains.block is not None:
-                remains.block.release()
+    def _leave_alone(self, tensor: torch.Tensor, reason: str) -> View:
+        counted = self.left_alone.setdefault(reason, LeftAlone())
+        counted.count += 1
+        counted.nbytes += _nbytes(tensor)
+        if counted.count == 1:
+            shape = "x".join(map(str, tensor.shape)) or "scalar"
+            self.journal.notice(
+                "activations",
+                f"a saved tensor ({shape}, {tensor.dtype}) stays in memory: it is {reason}",
+            )
+        return View(tensor)
 
-    def _await_written(self, reason: str) -> None:
-        storage = self._writing.popleft()
-        assert storage.transfer is not None
-        lane = self.scratch.lanes.writes.name
-        with self.journal.stall(f"saved {storage.index}", "activation", lane, reason):
-            storage.transfer.settle()
-        self._finish_write(storage)
+    def count_unseen(self, outputs: Any) -> None:
+        """Count what custom Functions behind ``outputs`` keep past the hooks, once for each kind.
 
-    def _finish_write(self, storage: _Storage) -> None:
-        transfer, block = storage.transfer, storage.block
-        assert transfer is not None
-        assert block is not None
-        storage.transfer = None
-        if transfer.error is not None:  # memory is still whole: as if nothing had been begun
-            storage.block = None
-            block.release()
-            self._become(storage, Residency.READY)
-        transfer.wait()
-        self._drop_memory(storage)
-
-    def _drop_memory(self, storage: _Storage) -> None:
-        assert storage.memory is not None
-        for packed in list(storage.packed):
-            packed.let_go()
-        self._by_memory.pop(storage.memory._cdata, None)
-        storage.memory = None
-        self._count(-storage.nbytes)
-        self._become(storage, Residency.ABSENT)
-
-    def _fetch(self, storage: _Storage) -> None:
-        assert storage.block is not None
-        storage.memory = torch.empty(storage.nbytes, dtype=torch.uint8).untyped_storage()
-        jobs = read_jobs(
-            self.scratch.file, storage.block, storage.memory.data_ptr(), storage.nbytes
-        )
-        label = Label(f"saved {storage.index}", "activation", self.scratch.spec.name, "host")
-        storage.transfer = self.scratch.lanes.reads.submit(
-            jobs, label, storage.nbytes, owner=storage.memory
-        )
-        self._count(storage.nbytes)
-        self._become(storage, Residency.FETCHING)
-        self._order.append(weakref.ref(storage))
-
-    def _fetched(self, storage: _Storage) -> torch.UntypedStorage:
-        """The storage's memory, waiting for it where it must."""
-        if storage.residency is Residency.ABSENT:
-            self._fetch(storage)
-        if storage.residency is Residency.FETCHING:
-            assert storage.transfer is not None
-            lane = self.scratch.lanes.reads
-            if not storage.transfer.done():
-                lane.expedite(storage.transfer)
-                with self.journal.stall(f"saved {storage.index}", "activation", lane.name, "late"):
-                    storage.transfer.settle()
-            storage.transfer.wait()
-            storage.transfer = None
-            self._become(storage, Residency.READY)
-        assert storage.memory is not None
-        return storage.memory
-
-    def _prefetch(self, index: int) -> None:
-        """Fetch what backward needs next: the storages packed just before ``index``."""
-        for earlier in sorted(self._absent, reverse=True):
-            known = self._absent.get(earlier)  # a storage may die at any moment
-            storage = known() if known is not None else None
-            if earlier >= index or storage is None:
-                continue
-            if self.kept_nbytes + storage.nbytes > self.limit_nbytes:
-                return
-            self._fetch(storage)
-
-    def _become(self, storage: _Storage, residency: Residency) -> None:
-        old, storage.residency = storage.residency, residency
-        if residency is Residency.ABSENT:
-            self._absent[storage.index] = weakref.ref(storage)
-        else:
-            self._absent.pop(storage.index, None)
-        self.journal.residency(
-            f"saved {storage.index}", "activation", old.value, residency.value, storage.nbytes
-        )
-
-    def _count(self, nbytes: int) -> None:
-        self.kept_nbytes += nbytes
-        self.peak_nbytes = max(self.peak_nbytes, self.kept_nbytes)
-
-    def _forget(self, storage: _Storage) -> None:
-        """The last packed view of ``storage`` has died (on whichever thread that happened)."""
-        self._absent.pop(storage.index, None)
-        if storage.memory is not None:
-            self._count(-storage.nbytes)
-            known = self._by_memory.get(storage.memory._cdata)
-            if known is not None and known() is None:
-                del self._by_memory[storage.memory._cdata]
-        self._dead.append(_Remains(storage.block, storage.transfer))
+        It stays in memory, beside the limit.
+        """
+        if self._kind in self._counted_kinds:
+            return
+        self._counted_kinds.add(self._kind)
+        for name, nbytes in unseen_nbytes(outputs, frozenset(self._fixed)).items():
+            self.journal.notice(
+                "activations",
+                f"{name} keeps {format_nbytes(nbytes)} ({nbytes} bytes) on its ctx, where no hook "
+                "sees them: they stay in memory. ctx.save_for_backward would let them leave",
+            )
 
     def close(self) -> None:
         """Wait for writes in flight; saved tensors that still live stay usable."""
-        while self._writing:
-            self._await_written("drain")
+        self.spiller.close()
+        for hook in self._hooks:
+            hook.remove()
+        for reason, left in self.left_alone.items():
+            self.journal.notice(
+                "activations",
+                f"{left.count} saved tensors ({format_nbytes(left.nbytes)} in all) stayed in "
+                f"memory: {reason}",
+            )
 
 
-_MODIFIED = (
-    "one of the variables needed for gradient computation has been modified by an inplace "
-    "operation after it was saved"
-)
+_STRIDED = torch.strided
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def _check_version(tensor: torch.Tensor, version: int) -> None:
-    if tensor._version != version:
-        raise RuntimeError(
-            f"{_MODIFIED}: it is at version {tensor._version}; expected version {version} instead"
-        )
+def _reason(tensor: torch.Tensor) -> str:
+    """Why storage, offset, size and stride are not all there is to ``tensor``, if so."""
+    if tensor.layout is not torch.strided:
+        return f"of layout {tensor.layout}"
+    if not tensor.is_cpu:
+        return f"on {tensor.device}"
+    if tensor.is_quantized:
+        return "quantised"
+    return "an inference tensor" if tensor.is_inference() else ""
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    """Whether the bytes of its storage, offset, size and stride are all there is to a tensor."""
-    return (
-        tensor.layout is torch.strided
-        and tensor.device.type == "cpu"
-        and not tensor.is_quantized
-        and not tensor.is_conj()
-        and not tensor.is_neg()
-        and not tensor.is_inference()
-    )
+def _foreign(tensor: torch.Tensor) -> str:
+    return f"of the subclass {type(tensor).__name__}"
 
 
-def _done(storage: _Storage) -> bool:
-    return storage.transfer is not None and storage.transfer.done()
+def _is_wrapper(tensor: Any) -> bool:
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+def _flattened(wrapper: Any) -> tuple[list[str], object]:
+    """The attributes that hold the inner tensors of ``wrapper``, and what else makes it."""
+    names, context = wrapper.__tensor_flatten__()
+    return names, context
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    if tensor.layout is torch.strided:
+        return tensor.nbytes
+    return tensor.numel() * tensor.element_size()
+
+
+def _plain_tensors(tensor: Any) -> list[torch.Tensor]:
+    """``tensor``, or the ordinary tensors that it wraps, down to the last wrapper."""
+    if not isinstance(tensor, torch.Tensor):
+        return []
+    if not _is_wrapper(tensor):
+        return [tensor] if tensor.layout is torch.strided else []
+    names, _ = _flattened(tensor)
+    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))]

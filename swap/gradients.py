@@ -26,6 +26,7 @@ from offload.tiers.filetier import FileTier
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Job, Transfer
 from offload.tiers.mapped import MappedTensor
+from offload.tiers.pieces import move_jobs
 from offload.tiers.store import checksum
 
 MIN_NBYTES = 64 << 10  # smaller gradients cost more to move than to keep
@@ -81,6 +82,7 @@ class GradientSwapper:
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
+        self._watch_backward()  # first of all: to poll may send a gradient on its way again
         self.poll()
         gradient = parameter.grad
         if gradient is None or not _movable(gradient, parameter):
@@ -93,7 +95,6 @@ class GradientSwapper:
             return  # accumulated in place while it leaves: ``_finish`` will see its version
         while any(left.parameter is parameter for left in self._leaving):
             self._await_oldest("drain")  # a dropped one must not land on top of this one
-        self._watch_backward()
         self._leave(parameter, gradient)
         while self._leaving and (
             self._leaving_nbytes() > self.limit_nbytes or self.governor.room() < 0
@@ -192,25 +193,25 @@ class GradientSwapper:
             return None
         return home
 
-    def read_job(self, home: MappedTensor, start: int, staged: torch.Tensor) -> Job:
-        """A job that fills ``staged`` (1-D) from element ``start`` of a gradient in scratch.
+    def read_jobs(self, home: MappedTensor, start: int, staged: torch.Tensor) -> list[Job]:
+        """Jobs that fill ``staged`` (1-D) from element ``start`` of a gradient in scratch.
 
         From the page cache where the user's code has just brought it there (clipping does),
         else by a direct read.
         """
-        offset = start * staged.element_size()
-        address, nbytes = staged.data_ptr(), staged.nbytes
+        assert home.block is not None
+        offset, end = start * staged.element_size(), staged.data_ptr() + staged.nbytes
+        shift = home.address - home.block.extent.offset  # from a place in the file to its mapping
 
-        def job() -> None:
-            assert home.block is not None
-            if hostmem.is_cached(home.address + offset, nbytes):
-                ctypes.memmove(address, home.address + offset, nbytes)
-                hostmem.discard(home.address + offset, hostmem.page_ceil(nbytes))
+        def fill(base: int, address: int, nbytes: int) -> None:
+            if hostmem.is_cached(base + shift, nbytes):
+                ctypes.memmove(address, base + shift, min(nbytes, end - address))
+                hostmem.discard(base + shift, nbytes)
             else:
-                base = home.block.extent.offset + offset
-                self.scratch.file.read(base, address, hostmem.page_ceil(nbytes))
+                self.scratch.file.read(base, address, nbytes)
 
-        return job
+        base, nbytes = home.block.extent.offset + offset, hostmem.page_ceil(staged.nbytes)
+        return move_jobs(self.scratch.file, fill, base, staged.data_ptr(), nbytes)
 
     def stop(self) -> None:
         """Stop watching."""

@@ -20,6 +20,7 @@ from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Job, Transfer
 from offload.tiers.mapped import MappedTensor
 from offload.tiers.memory import HostBuffer
+from offload.tiers.pieces import move_jobs
 from offload.tiers.store import StoredTensor, checksum
 
 
@@ -236,28 +237,28 @@ class TilePipeline:
             parameter = target.weight.mapped.tensor.view(-1)[piece.start : piece.stop]
         else:
             parameter = buffer.tensor(target.parameter.dtype, (piece.numel,), offset=offset)
-            jobs.append(self._read_job(target.version.stored, piece, parameter))
+            jobs += self._read_jobs(target.version.stored, piece, parameter)
         offset += weight_nbytes
         gradient = target.gradient[piece.start : piece.stop]
         if target.home is not None:
             staged = buffer.tensor(gradient.dtype, (piece.numel,), offset=offset)
-            jobs.append(self.gradients.read_job(target.home, piece.start, staged))
+            jobs += self.gradients.read_jobs(target.home, piece.start, staged)
             gradient = staged
         offset += gradient_nbytes
         states: dict[str, torch.Tensor] = {}
         for (name, version), nbytes in zip(target.states.items(), state_nbytes, strict=True):
             states[name] = buffer.tensor(version.stored.dtype, (piece.numel,), offset=offset)
             if target.before:
-                jobs.append(self._read_job(version.stored, piece, states[name]))
+                jobs += self._read_jobs(version.stored, piece, states[name])
             offset += nbytes
         parameter.grad = gradient
         return _Part(piece, target, parameter, states)
 
-    def _read_job(self, stored: StoredTensor, piece: Piece, staged: torch.Tensor) -> Job:
+    def _read_jobs(self, stored: StoredTensor, piece: Piece, staged: torch.Tensor) -> list[Job]:
         assert stored.current is not None
         base = stored.current.extent.offset + piece.start * stored.dtype.itemsize
-        address, nbytes = staged.data_ptr(), page_ceil(staged.nbytes)
-        return lambda: self.tier.file.read(base, address, nbytes)
+        file, nbytes = self.tier.file, page_ceil(staged.nbytes)
+        return move_jobs(file, file.read, base, staged.data_ptr(), nbytes)
 
     def _compute(self, optimizer: Optimizer, group: Mapping[str, Any], tile: _Tile) -> None:
         afters = step_on(
@@ -280,21 +281,22 @@ class TilePipeline:
                 if name in part.target.after
             ]
             for version, data in written:
-                jobs.append(self._write_job(version, part.piece, data))
+                jobs += self._write_jobs(version, part.piece, data)
                 nbytes += data.nbytes
         label = self._label(tile.parts, reading=False)
         tile.transfer = self.tier.lanes.writes.submit(jobs, label, nbytes)
 
-    def _write_job(self, version: Version, piece: Piece, data: torch.Tensor) -> Job:
-        offset = piece.start * data.element_size()
-        address, nbytes = data.data_ptr(), data.nbytes
+    def _write_jobs(self, version: Version, piece: Piece, data: torch.Tensor) -> list[Job]:
+        file, offset = self.tier.file, piece.start * data.element_size()
+        base, address = version.target.extent.offset + offset, data.data_ptr()
 
-        def job() -> None:
-            base = version.target.extent.offset + offset
-            self.tier.file.write(base, address, page_ceil(nbytes))
-            version.checksums[offset // version.stored.chunk_nbytes] = checksum(address, nbytes)
+        def write(at: int, source: int, nbytes: int) -> None:
+            file.write(at, source, nbytes)
+            if source == address:  # once for all the pieces of the chunk
+                chunk = offset // version.stored.chunk_nbytes
+                version.checksums[chunk] = checksum(address, data.nbytes)
 
-        return job
+        return move_jobs(file, write, base, address, page_ceil(data.nbytes))
 
     def _label(self, parts: Sequence[_Part], *, reading: bool) -> Label:
         ends = (self.tier.spec.name, "host")

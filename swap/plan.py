@@ -14,6 +14,8 @@ from offload.swap.census import Census
 # What Offload itself and glibc need beside the classes below: thread stacks, page tables of the
 # mappings, heap below the mmap threshold.
 OVERHEAD_NBYTES = 24 << 20
+# Two starts of the same script differ by so much: a budget that an error names must fit again.
+VARIATION_NBYTES = 4 << 20
 # Kept free when spare bytes are handed out: steps differ a little.
 MARGIN_NBYTES = 12 << 20
 _CHUNK_NUMELS = (2 << 20, 1 << 20, 1 << 18)
@@ -85,7 +87,7 @@ def make_plan(
             f"({largest}) needs {format_nbytes(working)} for weights and gradients, then a "
             f"tile of the optimizer step {format_nbytes(_tile(chunk_numel))}, the runtime "
             f"{format_nbytes(OVERHEAD_NBYTES)}. The smallest budget that fits is "
-            f"host={_mib_ceil(needed)}MiB",
+            f"host={_mib_ceil(needed + VARIATION_NBYTES)}MiB",
             needed_nbytes=needed,
             budget_nbytes=budget_nbytes,
         )

@@ -22,7 +22,7 @@ class TierSpec:
     """What a tier is: ``name`` such as ``host`` or ``file:/data``, sizes in bytes."""
 
     name: str
-    kind: str  # host | file
+    kind: str  # host | file | device
     capacity: int
     align: int
 

@@ -18,16 +18,23 @@ import xxhash
 from offload.allocator.errors import StoreCorruptError, StoreMismatchError, TierIOError
 
 FORMAT = 1
+STRIPED_FORMAT = 2  # has a layout; what an older version can't read says so there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitRecord:
-    """What the last commit said; ``state`` is the engine's JSON (step, RNG, scalars, extra)."""
+    """What the last commit said.
+
+    Attributes:
+        state: the engine's JSON (step, RNG, scalars, extra).
+        layout: how the data is striped (``layout.Layout``); None if it is one file.
+    """
 
     step: int
     signature: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, Any]]
     state: Mapping[str, Any]
+    layout: Mapping[str, Any] | None = None
 
 
 def read_record(path: Path) -> CommitRecord | None:
@@ -56,10 +63,10 @@ def read_record(path: Path) -> CommitRecord | None:
         )
     fields = json.loads(body)
     found = fields.pop("format", None)
-    if found != FORMAT:
+    if found not in (FORMAT, STRIPED_FORMAT):
         raise StoreMismatchError(
-            f"{path} has format {found!r}, this version of Offload writes format {FORMAT}: "
-            "use the version that wrote it, or start anew with resume='never'"
+            f"{path} has format {found!r}, this version of Offload writes format {FORMAT} or "
+            f"{STRIPED_FORMAT}: use the version that wrote it, or start anew with resume='never'"
         )
     return CommitRecord(**fields)
 
@@ -70,24 +77,20 @@ def write_record(path: Path, record: CommitRecord) -> None:
     Raises:
         TierIOError: the disk could not take it; the previous record stays.
     """
-    body = json.dumps(
-        {
-            "format": FORMAT,
-            "step": record.step,
-            "signature": record.signature,
-            "tensors": record.tensors,
-            "state": record.state,
-        }
-    ).encode()
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "step": record.step,
+        "signature": record.signature,
+        "tensors": record.tensors,
+        "state": record.state,
+    }
+    if record.layout is not None:
+        fields |= {"format": STRIPED_FORMAT, "layout": record.layout}
+    body = json.dumps(fields).encode()
     content = xxhash.xxh3_64_hexdigest(body).encode() + b"\n" + body
-    temporary = path.with_suffix(".tmp")
     try:
-        _write_file(temporary, content)
-        temporary.replace(path)
-        sync_directory(path.parent)
+        replace_file(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # a full disk needs the room
         raise TierIOError(
             error.errno,
             f"can't write the commit record {path} ({len(content)} bytes): {error.strerror}; "
@@ -95,8 +98,25 @@ def write_record(path: Path, record: CommitRecord) -> None:
         ) from error
 
 
-def remove_record(path: Path) -> None:
-    """Make durable that there is no commit.
+def replace_file(path: Path, content: bytes) -> None:
+    """Make ``content`` the file at ``path``, atomically and durably.
+
+    Raises:
+        OSError: the disk could not take it; the previous file stays.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        _write_file(temporary, content)
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # a full disk needs the room
+        raise
+
+
+def remove_file(path: Path) -> None:
+    """Make durable that there is no such file: no commit, if it is the record.
 
     Raises:
         TierIOError: the disk could not take it.
@@ -105,9 +125,7 @@ def remove_record(path: Path) -> None:
         path.unlink(missing_ok=True)
         sync_directory(path.parent)
     except OSError as error:
-        raise TierIOError(
-            error.errno, f"can't remove the commit record {path}: {error.strerror}"
-        ) from error
+        raise TierIOError(error.errno, f"can't remove {path}: {error.strerror}") from error
 
 
 def sync_directory(directory: Path) -> None:

@@ -49,7 +49,7 @@ class Stall:
 
     t_s: float
     key: str
-    role: str
+    role: str  # as a move's, or buffer: room in a pool
     lane: str
     reason: str  # late | cold | full | drain
     duration_s: float

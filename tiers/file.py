@@ -9,7 +9,6 @@ read first flushes dirty cached pages of its range, a direct write drops cached 
 import contextlib
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +19,8 @@ from offload.tiers.engines.base import EngineFactory, OpenFile
 from offload.tiers.engines.threads import ThreadsEngine
 from offload.tiers.hostmem import PAGE
 from offload.tiers.memory import memory_at
+from offload.tiers.moving import move_whole
+from offload.tiers.pieces import Piece, cut
 
 _ZEROS_NBYTES = 1 << 20
 
@@ -61,6 +62,21 @@ class TierFile:
         """Whether the file system takes ``O_DIRECT``; otherwise all I/O goes by the cache."""
         return self.direct_fd != self.fd
 
+    @property
+    def block_align(self) -> int:
+        """Where large blocks should begin: at multiples of so many bytes."""
+        return PAGE
+
+    def pieces(self, offset: int, nbytes: int) -> list[Piece]:
+        """The requests that move ``nbytes`` from ``offset`` on."""
+        del offset  # the bytes of one file lie together, wherever they begin
+        return cut(0, 0, nbytes)
+
+    def growth_nbytes(self) -> int:
+        """Bytes by which the file can still grow, as its disk is now."""
+        stats = os.fstatvfs(self.fd)
+        return stats.f_bavail * stats.f_frsize
+
     def grow(self, nbytes: int) -> None:
         """Preallocate up to ``nbytes`` in all, so that a full disk is met here, not mid-step.
 
@@ -72,7 +88,7 @@ class TierFile:
         try:
             os.posix_fallocate(self.fd, self.nbytes, nbytes - self.nbytes)
         except OSError as error:
-            self._give_back_partial_growth()
+            self.shrink(self.nbytes)  # some file systems keep what they found before the end
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise TierIOError(error.errno, f"can't grow {self.label}: {error}") from error
             stats = os.fstatvfs(self.fd)
@@ -84,10 +100,11 @@ class TierFile:
             ) from error
         self.nbytes = nbytes
 
-    def _give_back_partial_growth(self) -> None:
-        """Some file systems keep what they had allocated when the room ran out."""
+    def shrink(self, nbytes: int) -> None:
+        """Give back the room beyond ``nbytes``, where the file system lets it go."""
         with contextlib.suppress(OSError):
-            os.ftruncate(self.fd, self.nbytes)
+            os.ftruncate(self.fd, nbytes)
+            self.nbytes = nbytes
 
     def read(self, offset: int, address: int, nbytes: int) -> None:
         """Fill ``nbytes`` at ``address`` from ``offset``; blocks, without the GIL.
@@ -95,13 +112,7 @@ class TierFile:
         Raises:
             TierIOError: the kernel reported an error, or the file ended early.
         """
-        done = 0
-        while done < nbytes:
-            at, left = offset + done, nbytes - done
-            count = self._request("read", self.engine.read, os.preadv, at, address + done, left)
-            if count == 0:
-                raise TierIOError(errno.EIO, f"{self.label} ends at byte {at}, {left} bytes early")
-            done += count
+        move_whole("read", self._read, self.label, offset, address, nbytes)
 
     def write(self, offset: int, address: int, nbytes: int) -> None:
         """Write ``nbytes`` at ``address`` to ``offset``; blocks, without the GIL.
@@ -109,34 +120,17 @@ class TierFile:
         Raises:
             TierIOError: the kernel reported an error (a full disk among them).
         """
-        done = 0
-        while done < nbytes:
-            at, left = offset + done, nbytes - done
-            done += self._request("write", self.engine.write, os.pwritev, at, address + done, left)
+        move_whole("write", self._write, self.label, offset, address, nbytes)
 
-    def _request(
-        self,
-        verb: str,
-        by_engine: Callable[[int, int, int], int],
-        by_cache: Callable[[int, list[memoryview], int], int],
-        offset: int,
-        address: int,
-        nbytes: int,
-    ) -> int:
-        """Bytes moved by one request: whole pages by the engine, unaligned parts by the cache."""
-        whole = nbytes // PAGE * PAGE if (offset | address) % PAGE == 0 else 0
-        try:
-            if whole:
-                return by_engine(offset, address, whole)
-            return by_cache(self.fd, [memory_at(address, nbytes)], offset)
-        except OSError as error:
-            raise self._error(verb, whole or nbytes, offset, error) from error
+    def _read(self, offset: int, address: int, nbytes: int) -> int:
+        if whole := _whole_pages(offset, address, nbytes):
+            return self.engine.read(offset, address, whole)
+        return os.preadv(self.fd, [memory_at(address, nbytes)], offset)
 
-    def _error(self, verb: str, nbytes: int, offset: int, error: OSError) -> TierIOError:
-        return TierIOError(
-            error.errno,
-            f"{verb} of {nbytes} bytes at byte {offset} of {self.label} failed: {error.strerror}",
-        )
+    def _write(self, offset: int, address: int, nbytes: int) -> int:
+        if whole := _whole_pages(offset, address, nbytes):
+            return self.engine.write(offset, address, whole)
+        return os.pwritev(self.fd, [memory_at(address, nbytes)], offset)
 
     def map(self, address: int, nbytes: int, offset: int, *, shared: bool) -> None:
         """Map ``nbytes`` of the file at ``offset`` over the pages at ``address``."""
@@ -157,7 +151,11 @@ class TierFile:
             try:
                 done += os.pwritev(self.fd, [part], at)
             except OSError as error:
-                raise self._error("clear", len(part), at, error) from error
+                raise TierIOError(
+                    error.errno,
+                    f"clear of {len(part)} bytes at byte {at} of {self.label} failed: "
+                    f"{error.strerror}",
+                ) from error
 
     def sync(self) -> None:
         """Make all written bytes durable.
@@ -191,6 +189,11 @@ class TierFile:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _whole_pages(offset: int, address: int, nbytes: int) -> int:
+    """What the engine moves of a request; the page cache takes unaligned ones and tails."""
+    return nbytes // PAGE * PAGE if (offset | address) % PAGE == 0 else 0
 
 
 def _open(directory: Path, name: str | None) -> int:

@@ -1,6 +1,5 @@
 """The file tier: extents of one preallocated file, moved by direct I/O on two lanes."""
 
-from functools import partial
 from pathlib import Path
 
 from offload.allocator.adaptors import StatisticsAdaptor
@@ -8,22 +7,39 @@ from offload.allocator.errors import CapacityError
 from offload.allocator.extent import Extent
 from offload.allocator.tlsf import TLSF
 from offload.tiers.base import Block, Tier, TierSpec
+from offload.tiers.engines.base import EngineFactory
+from offload.tiers.engines.threads import ThreadsEngine
 from offload.tiers.file import TierFile
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Lane, Transfer
+from offload.tiers.pieces import BlockFile, move_jobs
 
-CHUNK_NBYTES = 16 << 20  # one request: large enough for full speed, small enough to share lanes
+LARGE_NBYTES = 16 << 20  # blocks from here on begin and end where the file likes best
 _GROW_NBYTES = 64 << 20
 
 
 class Lanes:
-    """The two directed links between host memory and files; shared by all files of a run."""
+    """The two directed links between host memory and files; shared by all files of a run.
 
-    def __init__(self, journal: Journal, workers: int = 2) -> None:
+    Args:
+        workers: requests in flight in each direction, for each path.
+        paths: directories that files are striped over.
+        engine: makes the engine by which the bytes of a file travel.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        workers: int = 2,
+        paths: int = 1,
+        *,
+        engine: EngineFactory = ThreadsEngine,
+    ) -> None:
         self.journal = journal
-        self.reads = Lane("file→host", workers, journal)
-        self.writes = Lane("host→file", workers, journal)
+        self.engine = engine
+        self.reads = Lane("file→host", workers, journal, paths)
+        self.writes = Lane("host→file", workers, journal, paths)
 
     def drain(self) -> None:
         """Wait for both lanes; raises what a transfer that nobody waited for raised."""
@@ -46,10 +62,15 @@ class FileTier(Tier):
 
     The file grows as blocks are allocated, by preallocation: a full disk is met by
     ``allocate``, not by a write in the middle of a step.
+
+    Args:
+        file: the file to cut into blocks, if it is not ``directory/name`` alone.
     """
 
-    def __init__(self, directory: Path, name: str | None, lanes: Lanes) -> None:
-        self.file = TierFile(directory, name)
+    def __init__(
+        self, directory: Path, name: str | None, lanes: Lanes, *, file: BlockFile | None = None
+    ) -> None:
+        self.file: BlockFile = file or TierFile(directory, name, lanes.engine)
         self.lanes = lanes
         self.arena = StatisticsAdaptor(TLSF(self.file.nbytes // PAGE * PAGE))
         self._closed = False
@@ -57,23 +78,36 @@ class FileTier(Tier):
             name=f"file:{directory}", kind="file", capacity=self.arena.capacity, align=PAGE
         )
 
+    def room_nbytes(self) -> int:
+        """Bytes that blocks may take in all, as the disk is now."""
+        return self.arena.capacity + self.file.growth_nbytes()
+
     def reserve_room(self, nbytes: int) -> None:
-        """Preallocate so that blocks of ``nbytes`` in all fit besides those that live.
+        """Preallocate so that extents of ``nbytes`` in all fit besides those that live.
 
         Raises:
             CapacityError: the disk has not enough room.
         """
+        nbytes += self.file.block_align - PAGE  # what may be lost before the first large block
         free = self.arena.capacity - self.arena.current_nbytes
         if nbytes > free:
             self._grow(nbytes - free)
 
+    def extent_nbytes(self, nbytes: int) -> int:
+        """What a block of ``nbytes`` takes of the file."""
+        align = self._align(nbytes)
+        return -(-max(nbytes, 1) // align) * align
+
+    def _align(self, nbytes: int) -> int:
+        return self.file.block_align if nbytes >= LARGE_NBYTES else PAGE
+
     def allocate(self, nbytes: int) -> Block:
-        asked = page_ceil(max(nbytes, 1))
+        asked, align = self.extent_nbytes(nbytes), self._align(nbytes)
         try:
-            extent = self.arena.allocate(asked, align=PAGE)
+            extent = self.arena.allocate(asked, align=align)
         except CapacityError:
-            self._grow_for(asked)
-            extent = self.arena.allocate(asked, align=PAGE)
+            self._grow_for(asked + align - PAGE)
+            extent = self.arena.allocate(asked, align=align)
         return Block(self, extent, nbytes)
 
     def adopt(self, extent: Extent, nbytes: int) -> Block:
@@ -141,10 +175,7 @@ class FileTier(Tier):
         reading = lane is self.lanes.reads
         call = self.file.read if reading else self.file.write
         base = block.extent.offset + offset
-        jobs = [
-            partial(call, base + at, address + at, min(CHUNK_NBYTES, nbytes - at))
-            for at in range(0, nbytes, CHUNK_NBYTES)
-        ]
+        jobs = move_jobs(self.file, call, base, address, nbytes)
         source, target = (self.spec.name, "host") if reading else ("host", self.spec.name)
         return lane.submit(jobs, label or Label("", "", source, target), nbytes)
 

@@ -21,13 +21,17 @@ _PROT_READ, _PROT_WRITE = 0x1, 0x2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED = 0x01, 0x02, 0x10
 _MAP_ANONYMOUS, _MAP_NORESERVE = 0x20, 0x4000
 _MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 0x1, 0x2, 0x4
-_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_PAGEOUT, _MADV_POPULATE_READ = 4, 14, 21, 22
+_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_PAGEOUT = 4, 14, 21
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _FALLOC_FL_ZERO_RANGE = 0x10
+_MS_ASYNC = 1
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 # The PAGEMAP_SCAN ioctl and its categories of pages.
 _PAGEMAP_SCAN = 0xC0606610
 _PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
+_PAGE_IS_HUGE = 1 << 6
+_REGIONS = 512  # that one call of PAGEMAP_SCAN may answer
 # Bits of one 64-bit /proc/self/pagemap entry.
 _PAGEMAP_PRESENT, _PAGEMAP_SWAPPED, _PAGEMAP_FILE = 1 << 63, 1 << 62, 1 << 61
 
@@ -150,6 +154,43 @@ def populate(address: int, nbytes: int) -> None:
         raise _fail("madvise(MADV_POPULATE_READ)", nbytes)
 
 
+def touch(address: int, nbytes: int) -> None:
+    """Give every page of an anonymous range memory of its own; what it holds stays.
+
+    Raises:
+        TierIOError: the kernel has no memory for it.
+    """
+    if not _libc.madvise(address, nbytes, _MADV_POPULATE_WRITE):
+        return
+    if ctypes.get_errno() != errno_codes.EINVAL:
+        raise _fail("madvise(MADV_POPULATE_WRITE)", nbytes)
+    # Before Linux 5.14: write one byte of each page, as it is.
+    memory = memoryview((ctypes.c_ubyte * nbytes).from_address(address)).cast("B")
+    memory[::PAGE] = bytes(memory[::PAGE])
+
+
+def huge_ranges(address: int, nbytes: int) -> list[tuple[int, int]] | None:
+    """The parts (start, end) of a range that are mapped by huge pages; None before Linux 6.7."""
+    end = address + page_ceil(nbytes)
+    regions = (ctypes.c_uint64 * (3 * _REGIONS))()
+    found: list[tuple[int, int]] = []
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while address < end:
+            argument = (ctypes.c_uint64 * 12)(
+                96, 0, address, end, 0, ctypes.addressof(regions), _REGIONS, 0,
+                0, _PAGE_IS_HUGE, 0, _PAGE_IS_HUGE,
+            )  # fmt: skip
+            count = _libc.ioctl(fd, ctypes.c_ulong(_PAGEMAP_SCAN), argument)
+            if count < 0:
+                return None
+            found += [(regions[3 * at], regions[3 * at + 1]) for at in range(count)]
+            address = argument[4]  # where the walk ended
+    finally:
+        os.close(fd)
+    return found
+
+
 def has_private_copies(address: int, nbytes: int) -> bool:
     """Whether a private file mapping holds pages that were written since it was made.
 
@@ -190,6 +231,13 @@ def is_cached(address: int, nbytes: int) -> bool:
     if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(pages * PAGE), vector):
         return False
     return 2 * sum(bytes(vector).translate(_LOWEST_BIT)) > pages
+
+
+def is_mapped(address: int, nbytes: int) -> bool:
+    """Whether every page that the bytes touch is mapped (``msync`` fails on a hole)."""
+    start = address // PAGE * PAGE
+    length = ctypes.c_size_t(address + nbytes - start)
+    return bool(_libc.msync(ctypes.c_void_p(start), length, _MS_ASYNC) == 0)
 
 
 def zero_range(fd: int, offset: int, nbytes: int) -> bool:

@@ -6,7 +6,7 @@ whether or not anything is recorded, so step totals never depend on the recorder
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,25 +41,39 @@ class Totals:
 
 
 class Journal:
-    """Clock, counters and recorder of one run; safe to use from any thread."""
+    """Clock, counters and recorder of one run; safe to use from any thread.
 
-    def __init__(self, recorder: Recorder | None = None) -> None:
+    ``clock`` tells seconds: of this machine, or of a simulated device's virtual time.
+    """
+
+    def __init__(
+        self, recorder: Recorder | None = None, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.recorder: Recorder = recorder or NullRecorder()
         self.totals = Totals()
         self._lock = threading.Lock()
-        self._start = time.perf_counter()
+        self._clock = clock
+        self._start = clock()
         self.notices: list[str] = []
 
     def now(self) -> float:
         """Seconds since the run began."""
-        return time.perf_counter() - self._start
+        return self._clock() - self._start
 
     def record(self, event: Event) -> None:
         """Hand an event to the recorder."""
         self.recorder.record(event)
 
-    def moved(self, label: Label, nbytes: int, duration_s: float, lane: str) -> None:
-        """A transfer ended."""
+    def moved(
+        self,
+        label: Label,
+        nbytes: int,
+        duration_s: float,
+        lane: str,
+        *,
+        ended_s: float | None = None,
+    ) -> None:
+        """A transfer ended: now, or when the clock told ``ended_s``."""
         with self._lock:
             if label.src.startswith("file"):
                 self.totals.read_nbytes += nbytes
@@ -67,7 +81,7 @@ class Journal:
                 self.totals.written_nbytes += nbytes
         self.record(
             Move(
-                t_s=self.now(),
+                t_s=self.now() if ended_s is None else ended_s - self._start,
                 key=label.key,
                 role=label.role,
                 src=label.src,

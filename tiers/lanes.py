@@ -4,17 +4,33 @@
 raised again by ``Transfer.wait`` on the thread that needs the data, and a lane that has failed
 keeps serving: nothing is swallowed, nothing is turned into zeros. A transfer nobody waits for
 is kept in ``Lane.failed`` until ``Lane.drain`` raises it at the step edge.
+
+[Note: a queue for each path] Where files are striped over several paths, a lane keeps one queue
+with workers of its own for each: a slow path never holds up the requests of the others. Jobs of
+one transfer may be in several queues; it is done when the last of them has ended.
 """
 
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from offload.tiers.journal import Journal, Label
 
 Job: TypeAlias = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """A job for one queue of a lane; a plain callable goes to the first."""
+
+    queue: int
+    call: Job
+
+    def __call__(self) -> None:
+        self.call()
 
 
 class Transfer:
@@ -27,6 +43,7 @@ class Transfer:
         "_event",
         "_left",
         "_lock",
+        "ended_s",
         "error",
         "label",
         "nbytes",
@@ -42,6 +59,7 @@ class Transfer:
         self.error: BaseException | None = None
         self.observed = False  # somebody has been told of the error
         self.started_s: float | None = None
+        self.ended_s: float | None = None
         self._left = jobs
         self._lock = threading.Lock()
         self._event = threading.Event()
@@ -79,26 +97,40 @@ class Transfer:
         self._event.set()
 
 
+class _Queue:
+    """The jobs of one path that wait, and the workers' call to them."""
+
+    __slots__ = ("jobs", "wake")
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.jobs: deque[tuple[Transfer, Job]] = deque()
+        self.wake = threading.Condition(lock)
+
+
 class Lane:
     """Worker threads that run the jobs of one directed link, first come first served.
 
     Args:
         name: the link, such as ``file→host``.
-        workers: jobs in flight at once.
+        workers: jobs in flight at once, for each queue.
         journal: takes a ``Move`` for each finished transfer.
+        queues: how many queues of their own ``QueuedJob`` may name.
     """
 
-    def __init__(self, name: str, workers: int, journal: Journal) -> None:
+    def __init__(self, name: str, workers: int, journal: Journal, queues: int = 1) -> None:
         self.name = name
         self.journal = journal
         self.failed: list[Transfer] = []
-        self._jobs: deque[tuple[Transfer, Job]] = deque()
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
+        self._queues = [_Queue(self._lock) for _ in range(queues)]
+        self._idle = threading.Condition(self._lock)
         self._closed = False
-        self._busy = 0
+        self._pending = 0  # jobs that wait or run
         self._threads = [
-            threading.Thread(target=self._work, name=f"offload {name} {index}", daemon=True)
-            for index in range(workers)
+            threading.Thread(
+                target=self._work, args=(queue,), name=f"offload {name} {index}", daemon=True
+            )
+            for index, queue in enumerate(self._queues * workers)
         ]
         for thread in self._threads:
             thread.start()
@@ -114,33 +146,36 @@ class Lane:
     ) -> Transfer:
         """Queue ``jobs`` as one transfer of ``nbytes``; never blocks.
 
-        ``urgent`` goes to the head of the queue: somebody is already waiting for it. ``owner``
+        ``urgent`` goes to the head of its queues: somebody is already waiting for it. ``owner``
         is kept alive until the last job has ended.
         """
         transfer = Transfer(label, nbytes, len(jobs), owner)
-        entries = [(transfer, job) for job in jobs]
-        with self._wake:
+        with self._lock:
             if self._closed:
                 raise RuntimeError(f"lane {self.name} is closed")
-            if urgent:
-                self._jobs.extendleft(reversed(entries))
-            else:
-                self._jobs.extend(entries)
-            self._wake.notify(len(jobs))
+            for job in reversed(jobs) if urgent else jobs:
+                queue = self._queues[job.queue if isinstance(job, QueuedJob) else 0]
+                if urgent:
+                    queue.jobs.appendleft((transfer, job))
+                else:
+                    queue.jobs.append((transfer, job))
+                queue.wake.notify()
+            self._pending += len(jobs)
         return transfer
 
     def expedite(self, transfer: Transfer) -> None:
-        """Move what is still queued of ``transfer`` to the head of the queue."""
-        with self._wake:
-            waiting = [entry for entry in self._jobs if entry[0] is transfer]
-            if waiting and len(waiting) < len(self._jobs):
-                others = [entry for entry in self._jobs if entry[0] is not transfer]
-                self._jobs = deque(waiting + others)
+        """Move what is still queued of ``transfer`` to the head of its queues."""
+        with self._lock:
+            for queue in self._queues:
+                waiting = [entry for entry in queue.jobs if entry[0] is transfer]
+                if waiting and len(waiting) < len(queue.jobs):
+                    others = [entry for entry in queue.jobs if entry[0] is not transfer]
+                    queue.jobs = deque(waiting + others)
 
     def settle(self) -> None:
         """Wait until the lane is idle; errors stay with their transfers, and for ``drain``."""
-        with self._wake:
-            self._wake.wait_for(lambda: not self._jobs and self._busy == 0)
+        with self._idle:
+            self._idle.wait_for(lambda: self._pending == 0)
 
     def drain(self) -> None:
         """Wait until the lane is idle.
@@ -148,8 +183,8 @@ class Lane:
         Raises:
             BaseException: the first error of a transfer that nobody waited for.
         """
-        with self._wake:
-            self._wake.wait_for(lambda: not self._jobs and self._busy == 0)
+        with self._idle:
+            self._idle.wait_for(lambda: self._pending == 0)
             failed, self.failed = self.failed, []
         for transfer in failed:
             if not transfer.observed:
@@ -157,26 +192,27 @@ class Lane:
 
     def close(self) -> None:
         """Finish what is queued and end the workers; safe to call twice."""
-        with self._wake:
+        with self._lock:
             self._closed = True
-            self._wake.notify_all()
+            for queue in self._queues:
+                queue.wake.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _work(self) -> None:
+    def _work(self, queue: _Queue) -> None:
         while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._jobs or self._closed)
-                if not self._jobs:
+            with queue.wake:
+                queue.wake.wait_for(lambda: queue.jobs or self._closed)
+                if not queue.jobs:
                     return
-                transfer, job = self._jobs.popleft()
-                self._busy += 1
+                transfer, job = queue.jobs.popleft()
             self._run(transfer, job)
             # Release before sleeping: a job may own the last reference to a big tensor.
             del transfer, job
-            with self._wake:
-                self._busy -= 1
-                self._wake.notify_all()
+            with self._idle:
+                self._pending -= 1
+                if self._pending == 0:
+                    self._idle.notify_all()
 
     def _run(self, transfer: Transfer, job: Job) -> None:
         if transfer.started_s is None:
@@ -188,8 +224,9 @@ class Lane:
             error = caught
         if not transfer._finish_job(error):
             return
+        transfer.ended_s = time.perf_counter()
         if transfer.error is None:
-            duration_s = time.perf_counter() - transfer.started_s
+            duration_s = transfer.ended_s - transfer.started_s
             self.journal.moved(transfer.label, transfer.nbytes, duration_s, self.name)
         else:
             self.failed.append(transfer)

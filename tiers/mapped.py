@@ -8,9 +8,11 @@ that kernels hold stay valid while its bytes travel. Its pages are in one of two
 * *held*: private anonymous huge pages, filled by direct reads and moved over the address by
   ``mremap``: full speed, counted against the budget.
 
-Both changes of state replace page-table entries atomically, so a reader at any moment sees the
-same bytes before and after. (Reserving addresses once and mapping pages on demand is
-vAttention's idea, arXiv 2405.04437, section 4, applied to training state.)
+Both changes of state replace page-table entries atomically, piece by piece, so a reader at any
+moment sees the same bytes before and after, also while some pieces are in one state and some in
+the other. In a striped file *filed* is several mappings side by side. (Reserving addresses once
+and mapping pages on demand is vAttention's idea, arXiv 2405.04437, section 4, applied to
+training state.)
 
 [Note: private writes] A *filed* private mapping (``shared=False``) keeps writes in copies of
 its pages, which the kernel's page map tells apart; the block is never changed behind the
@@ -25,12 +27,12 @@ import torch
 
 from offload.tiers import hostmem
 from offload.tiers.base import Block
-from offload.tiers.file import TierFile
-from offload.tiers.lanes import Job
+from offload.tiers.lanes import Job, QueuedJob
 from offload.tiers.memory import tensor_at
 from offload.tiers.pages import PagePool, alone
+from offload.tiers.pieces import PIECE_NBYTES, BlockFile, Piece
 
-FETCH_NBYTES = 16 << 20
+FETCH_NBYTES = PIECE_NBYTES
 
 
 class MappedTensor:
@@ -55,7 +57,7 @@ class MappedTensor:
 
     def __init__(
         self,
-        file: TierFile,
+        file: BlockFile,
         dtype: torch.dtype,
         shape: Sequence[int],
         *,
@@ -80,8 +82,8 @@ class MappedTensor:
         """
         block.check(0, self.nbytes)
         if pool is not None and self.held and self.block is not None and alone():
-            for at, nbytes in self._parts():
-                pool.move_from(self.address + at, nbytes)
+            for piece in self._pieces():
+                pool.move_from(self.address + piece.start, piece.nbytes)
         self.file.map(self.address, self.padded_nbytes, block.extent.offset, shared=self.shared)
         self.block = block
         self.held = False
@@ -94,23 +96,33 @@ class MappedTensor:
         """
         if not self.file.direct:
             return [
-                partial(hostmem.populate, self.address + at, nbytes) for at, nbytes in self._parts()
+                QueuedJob(
+                    piece.queue,
+                    partial(hostmem.populate, self.address + piece.start, piece.nbytes),
+                )
+                for piece in self._pieces()
             ]
         self.held = True  # from now on its pages are not for shedding
         return [
-            partial(self._fetch, at, nbytes, pool.take(nbytes) if pool else None)
-            for at, nbytes in self._parts()
+            QueuedJob(
+                piece.queue,
+                partial(
+                    self._fetch,
+                    piece.start,
+                    piece.nbytes,
+                    pool.take(piece.nbytes) if pool else None,
+                ),
+            )
+            for piece in self._pieces()
         ]
 
-    def _parts(self) -> list[tuple[int, int]]:
-        """(offset, nbytes) of each range that moves as one."""
-        return [
-            (at, min(FETCH_NBYTES, self.padded_nbytes - at))
-            for at in range(0, self.padded_nbytes, FETCH_NBYTES)
-        ]
+    def _pieces(self) -> list[Piece]:
+        """The ranges that move as one, each on one path."""
+        assert self.block is not None
+        return self.file.pieces(self.block.extent.offset, self.padded_nbytes)
 
     def _fetch(self, at: int, nbytes: int, staged: int | None) -> None:
-        """Read one part into the pages at ``staged`` and move them over the address."""
+        """Read one piece into the pages at ``staged`` and move them over the address."""
         assert self.block is not None
         if staged is None:
             staged = hostmem.map_anonymous(nbytes)

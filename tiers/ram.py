@@ -1,25 +1,101 @@
 """The host tier: a byte-bounded pool of page-aligned RAM."""
 
-import ctypes
+from abc import abstractmethod
+from typing import Literal
 
-from offload.allocator.errors import CapacityError, StaleBlockError
+from offload.allocator.errors import CapacityError, StaleBlockError, TierIOError
 from offload.allocator.extent import Extent
 from offload.allocator.units import format_nbytes
 from offload.tiers.base import Block, Tier, TierSpec
+from offload.tiers.engines.base import FileEngine
+from offload.tiers.engines.memory import MemoryEngine
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.journal import Label
 from offload.tiers.lanes import Transfer
 from offload.tiers.memory import HostBuffer
+from offload.tiers.moving import move_whole
 
 
-class RamTier(Tier):
+class HostTier(Tier):
+    """A tier in host memory: the CPU moves its bytes, so a transfer is over when it is made."""
+
+    engine: FileEngine = MemoryEngine()  # what copies
+
+    @abstractmethod
+    def address(self, block: Block) -> int:
+        """Where the bytes of ``block`` stand in memory.
+
+        Raises:
+            StaleBlockError: the block was released, or outlived its tier.
+        """
+
+    def _before_copy(self, block: Block) -> None:
+        """Wait for what else moves bytes of ``block``; nothing does, in plain memory."""
+
+    def read(
+        self,
+        block: Block,
+        address: int,
+        *,
+        offset: int = 0,
+        nbytes: int | None = None,
+        label: Label | None = None,
+    ) -> Transfer:
+        return self._move("read", block, address, offset, nbytes, label)
+
+    def write(
+        self,
+        block: Block,
+        address: int,
+        *,
+        offset: int = 0,
+        nbytes: int | None = None,
+        label: Label | None = None,
+    ) -> Transfer:
+        return self._move("write", block, address, offset, nbytes, label)
+
+    def _move(
+        self,
+        verb: Literal["read", "write"],
+        block: Block,
+        address: int,
+        offset: int,
+        nbytes: int | None,
+        label: Label | None,
+    ) -> Transfer:
+        nbytes = block.nbytes - offset if nbytes is None else nbytes
+        block.check(offset, nbytes)
+        self._before_copy(block)
+        at = self.address(block) + offset
+        call = self.engine.read if verb == "read" else self.engine.write
+        transfer = Transfer(label or Label("", "", "host", "host"), nbytes, 0)
+        try:
+            move_whole(verb, call, f"the {self.spec.name} tier", at, address, nbytes)
+        except TierIOError as error:
+            transfer.error = error
+        return transfer
+
+    def _outlived(self, block: Block) -> StaleBlockError:
+        return StaleBlockError(
+            f"block {block.generation} ({block.nbytes} bytes) outlived its tier, {self.spec.name}"
+        )
+
+
+class RamTier(HostTier):
     """Blocks are private huge-page-advised mappings, returned to the kernel on release.
 
     ``capacity`` bounds the bytes of all living blocks, each rounded up to whole pages: exact
     sizes, never powers of two.
+
+    Args:
+        engine: what copies; by default the processor.
     """
 
-    def __init__(self, capacity: int, *, name: str = "host") -> None:
+    def __init__(
+        self, capacity: int, *, name: str = "host", engine: FileEngine | None = None
+    ) -> None:
+        if engine is not None:
+            self.engine = engine
         self.spec = TierSpec(name=name, kind="host", capacity=capacity, align=PAGE)
         self.used_nbytes = 0
         self._buffers: dict[int, HostBuffer] = {}  # by generation of the block
@@ -33,53 +109,22 @@ class RamTier(Tier):
                 f"{format_nbytes(free)} free, {format_nbytes(asked)} ({asked} bytes) were asked: "
                 f"raise the budget by {format_nbytes(asked - free)}"
             )
-        buffer = HostBuffer(asked)
+        buffer = self._map(asked)
         block = Block(self, Extent(buffer.address, asked), nbytes)
         self._buffers[block.generation] = buffer
         self.used_nbytes += asked
         return block
 
+    def _map(self, nbytes: int) -> HostBuffer:
+        """Fresh memory for a block; tiers that choose where its pages come from override it."""
+        return HostBuffer(nbytes)
+
     def address(self, block: Block) -> int:
-        """Where the bytes of ``block`` stand in memory."""
         block.check(0, 0)
         buffer = self._buffers.get(block.generation)
         if buffer is None:
-            raise StaleBlockError(
-                f"block {block.generation} ({block.nbytes} bytes) outlived its tier, "
-                f"{self.spec.name}"
-            )
+            raise self._outlived(block)
         return buffer.address
-
-    def read(
-        self,
-        block: Block,
-        address: int,
-        *,
-        offset: int = 0,
-        nbytes: int | None = None,
-        label: Label | None = None,
-    ) -> Transfer:
-        nbytes = block.nbytes - offset if nbytes is None else nbytes
-        block.check(offset, nbytes)
-        ctypes.memmove(address, self.address(block) + offset, nbytes)
-        return self._moved(label, nbytes)
-
-    def write(
-        self,
-        block: Block,
-        address: int,
-        *,
-        offset: int = 0,
-        nbytes: int | None = None,
-        label: Label | None = None,
-    ) -> Transfer:
-        nbytes = block.nbytes - offset if nbytes is None else nbytes
-        block.check(offset, nbytes)
-        ctypes.memmove(self.address(block) + offset, address, nbytes)
-        return self._moved(label, nbytes)
-
-    def _moved(self, label: Label | None, nbytes: int) -> Transfer:
-        return Transfer(label or Label("", "", "host", "host"), nbytes, 0)
 
     def _release(self, block: Block) -> None:
         buffer = self._buffers.pop(block.generation, None)

@@ -7,38 +7,23 @@ whole until a newer commit record stands. A commit is: flush the data, then repl
 """
 
 import base64
-import fcntl
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 
-from offload.allocator.errors import (
-    StoreCorruptError,
-    StoreError,
-    StoreInUseError,
-    StoreMismatchError,
-    TierIOError,
-)
+from offload.allocator.errors import StoreCorruptError, StoreError, StoreMismatchError
 from offload.allocator.extent import Extent
+from offload.tiers.bandwidth import Measure, measure_paths
 from offload.tiers.base import Block
-from offload.tiers.commit import (
-    CommitRecord,
-    read_record,
-    remove_record,
-    sync_directory,
-    write_record,
-)
+from offload.tiers.commit import CommitRecord, remove_file, write_record
 from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.home import StoreHome
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.journal import Label
 from offload.tiers.memory import HostBuffer, memory_at
-
-DIRECTORY = "offload-store"
-_DATA, _RECORD, _LOCK = "data", "commit.json", "lock"
 
 
 def checksum(address: int, nbytes: int) -> int:
@@ -113,22 +98,37 @@ class StoredTensor:
 class Store:
     """Tensors by name in ``directory/offload-store``, under an exclusive lock.
 
+    Over several directories the data is striped; the first one holds the commit record, which
+    says how. A store is continued with the layout that it was made with.
+
     Args:
-        directory: created where missing; the store's own folder gets mode 0700, files 0600.
-        lanes: the links that its tier uses.
-        discard_damaged: start anew where the last commit can't be read (``resume="never"``).
+        directories: one, or several in a fixed order; created where missing. The store's own
+            folder in each gets mode 0700, files 0600.
+        lanes: the links that its tier uses, made for as many paths.
+        discard_damaged: start anew where the last commit can't be read, or is spread over other
+            directories (``resume="never"``).
+        measure: how the rates of several directories are found when a striped store is made.
 
     Raises:
         StoreInUseError: another process holds it.
         StoreCorruptError: the commit record is damaged, or data that it names is missing.
-        StoreMismatchError: another version of Offload wrote the commit record.
-        TierIOError: the directory can't be written.
+        StoreMismatchError: another version of Offload wrote the commit record, or directories
+            are missing, swapped or of another store.
+        TierIOError: a directory can't be written, or is not Offload's.
+        CapacityError: a disk has no room for the measurement.
     """
 
-    def __init__(self, directory: Path, lanes: Lanes, *, discard_damaged: bool = False) -> None:
-        self.directory = directory / DIRECTORY
-        self._prepare_directory()
-        self._lock_fd = self._lock()
+    def __init__(
+        self,
+        directories: Path | Sequence[Path],
+        lanes: Lanes,
+        *,
+        discard_damaged: bool = False,
+        measure: Measure = measure_paths,
+    ) -> None:
+        given = [directories] if isinstance(directories, Path) else directories
+        self._home = StoreHome(given, lanes, measure)
+        self.directory = self._home.directory
         self.tensors: dict[str, StoredTensor] = {}
         self._closed = False
         self._condemned: list[Block] = []
@@ -136,68 +136,32 @@ class Store:
         self._held: dict[str, Block] = {}
         try:
             try:
-                self._open(lanes)
+                self._open()
             except StoreError:
                 if not discard_damaged:
                     raise
-                remove_record(self.directory / _RECORD)
-                self._open(lanes)
+                self._home.discard()
+                self._open()
         except BaseException:
-            os.close(self._lock_fd)
+            self._home.close()
             raise
 
-    def _open(self, lanes: Lanes) -> None:
-        self.committed = read_record(self.directory / _RECORD)
-        if self.committed is None:
-            (self.directory / _DATA).unlink(missing_ok=True)
-        self.tier = FileTier(self.directory, _DATA, lanes)
+    def _open(self) -> None:
+        self.committed = self._home.open()
+        self.tier = self._home.open_data()
         try:
             self._held = self._hold_committed()
         except BaseException:
             self.tier.close()
             raise
 
-    def _prepare_directory(self) -> None:
-        try:
-            self.directory.parent.mkdir(parents=True, exist_ok=True)
-            self.directory.mkdir(mode=0o700, exist_ok=True)
-            sync_directory(self.directory.parent)  # the store's own name is durable too
-            if self.directory.is_symlink():
-                raise TierIOError(
-                    f"{self.directory} is a symbolic link: remove it, or pass another directory"
-                )
-            self.directory.chmod(0o700)
-        except TierIOError:
-            raise
-        except OSError as error:
-            raise TierIOError(
-                error.errno,
-                f"can't make the store directory {self.directory}: {error.strerror}; "
-                "pass a writable directory with nvme=",
-            ) from error
+    def open_scratch(self) -> FileTier:
+        """A tier of unlinked files on the same paths, laid out as the store is.
 
-    def _lock(self) -> int:
-        path = self.directory / _LOCK
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise TierIOError(
-                error.errno,
-                f"can't open {path} for writing: {error.strerror}; "
-                "pass a writable directory with nvme=",
-            ) from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(fd)
-            raise StoreInUseError(
-                f"the store {self.directory} is in use by process {holder}: "
-                "wait for it to end, or pass another directory with nvme="
-            ) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        return fd
+        Raises:
+            TierIOError: a file can't be made.
+        """
+        return self._home.open_tier(None)
 
     def _hold_committed(self) -> dict[str, Block]:
         if self.committed is None:
@@ -215,7 +179,7 @@ class Store:
 
     def forget(self) -> None:
         """Give up the last commit: the store starts anew (``resume="never"``)."""
-        remove_record(self.directory / _RECORD)
+        remove_file(self._home.record)
         for block in self._held.values():
             block.release()
         self._held = {}
@@ -355,12 +319,13 @@ class Store:
         """
         self.tier.file.sync()
         write_record(
-            self.directory / _RECORD,
+            self._home.record,
             CommitRecord(
                 step=step,
                 signature=signature,
                 tensors={name: tensor.record() for name, tensor in self.tensors.items()},
                 state=state,
+                layout=self._home.layout.to_json() if self._home.layout is not None else None,
             ),
         )
         for tensor in self.tensors.values():
@@ -374,7 +339,7 @@ class Store:
         if not self._closed:
             self._closed = True
             self.tier.close()
-            os.close(self._lock_fd)
+            self._home.close()
 
 
 def _role(tensor: StoredTensor) -> str:

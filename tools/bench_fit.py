@@ -1,8 +1,10 @@
 """The smallest memory in which models of 124M to 3B parameters train, and at what speed.
 
 Every Offload run is a child process in a memory cgroup: the kernel enforces the limit, page
-cache included. The plain run's need is measured where this machine can hold it (the peak
-resident set of the same two steps in memory) and otherwise computed from 16 bytes a parameter.
+cache included. The smallest limit is the one that Offload's own errors lead to: a run with too
+small a budget says which one fits, and that one is then tried under the kernel's limit. The plain
+run's need is measured where this machine can hold it (the peak resident set of the same two steps
+in memory) and otherwise computed from 16 bytes a parameter.
 
 Efficiency = max(compute time of the step with everything resident, bytes moved / disk limit) /
 step time. Resident compute is measured on a model of the same width with few blocks and scaled
@@ -12,6 +14,7 @@ right after the run that they are compared with.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,20 +36,22 @@ _KERNEL_NBYTES = 48 * _MIB
 
 @dataclass(frozen=True)
 class Size:
-    """A model, the limits to try from the largest down, and the limit that an issue asks for."""
+    """A model, a comfortable limit, and whether that limit is a promise to keep."""
 
     name: str
     parameters: int
-    limits_mib: tuple[int, ...]
-    asked_mib: int | None = None
+    limit_mib: int
+    promised: bool = False
 
 
 SIZES = (
-    Size("124M", 134_125_056, (900, 640, 560, 520)),
-    Size("350M", 367_839_232, (900, 640, 600, 560)),
-    Size("1.3B", 1_339_232_256, (1536, 1024, 960, 900), asked_mib=1536),
-    Size("3B", 2_947_000_000, (1536, 1280, 1200, 1120)),
+    Size("124M", 134_125_056, 900),
+    Size("350M", 367_839_232, 900),
+    Size("1.3B", 1_339_232_256, 1536, promised=True),
+    Size("3B", 2_947_000_000, 1536),
 )
+_ADVICE = re.compile(r"host=(\d+)MiB")
+_MOST_ADVICE = 4  # errors in a row; each names a larger budget than the one before
 # Gradients, and weights and states in one slot or in the two that commits take, with some air.
 _DISK_NBYTES_PER_PARAMETER = {"never": 18, "step": 30}
 
@@ -75,34 +80,51 @@ def _measure(size: Size, directory: Path, result: Result, *, quick: bool) -> Non
     commit = "step" if free >= needs["step"] else "never"
     if free < (needed := needs[commit]):
         result.notes.append(f"{size.name}: left out, needs {needed} bytes of disk, {free} are free")
-        if size.asked_mib:
-            result.check(f"{size.name} trains in {size.asked_mib} MiB", 0.0, 1)
+        if size.promised:
+            result.check(f"{size.name} trains in {size.limit_mib} MiB", 0.0, 1)
         return
     plain = _plain_need(size)
+    limits = [size.limit_mib]
+    if not quick:
+        limits.append(_smallest_limit_mib(size, commit, directory))
     passed: list[dict[str, Any]] = []
-    for limit_mib in size.limits_mib[:1] if quick else size.limits_mib:
+    for limit_mib in limits:
         done = _run(size, limit_mib, commit, directory)
         if done.returncode != 0:
             result.notes.append(f"{size.name} in {limit_mib} MiB: {_why(done)}")
-            break
-        passed.append(
-            {"size": size.name, "commit": commit} | _row(size, limit_mib, done, plain, directory)
+            continue
+        row = {"size": size.name, "commit": commit}
+        passed.append(row | _row(size, limit_mib, done, plain, directory))
+        result.add(**passed[-1])
+    if size.promised:
+        _check(size, passed, directory, result)
+
+
+def _smallest_limit_mib(size: Size, commit: str, directory: Path) -> int:
+    """The limit that leaves the budget which Offload's errors end at."""
+    store, budget_mib = directory / "fit", 1
+    for _ in range(_MOST_ADVICE):
+        shutil.rmtree(store, ignore_errors=True)
+        command = _command(size, f"host={budget_mib}MiB", store, steps=1)
+        done = subprocess.run(
+            [*command, "--commit", commit], capture_output=True, text=True, check=False
         )
-    for row in passed[:1] + passed[1:][-1:]:  # the largest limit tried, and the smallest that works
-        result.add(**row)
-    if size.asked_mib:
-        _check(size, size.asked_mib, passed, directory, result)
+        advice = _ADVICE.findall(done.stderr)
+        if done.returncode == 0 or not advice:
+            break
+        budget_mib = int(advice[-1])
+    shutil.rmtree(store, ignore_errors=True)
+    return budget_mib + _KERNEL_NBYTES // _MIB
 
 
-def _check(
-    size: Size, asked_mib: int, passed: list[dict[str, Any]], directory: Path, result: Result
-) -> None:
-    """The figures that are asked for at one limit."""
-    asked = [row for row in passed if row["limit_nbytes"] == asked_mib * _MIB]
-    result.check(f"{size.name} trains in {asked_mib} MiB", float(bool(asked)), 1)
-    if asked:
-        result.check(f"{size.name} efficiency in {asked_mib} MiB", asked[0]["efficiency"], 0.6)
-    with MemoryCgroup("offload-fit-plain", asked_mib * _MIB) as group:
+def _check(size: Size, passed: list[dict[str, Any]], directory: Path, result: Result) -> None:
+    """The figures that are promised at one limit."""
+    limit_mib = size.limit_mib
+    kept = [row for row in passed if row["limit_nbytes"] == limit_mib * _MIB]
+    result.check(f"{size.name} trains in {limit_mib} MiB", float(bool(kept)), 1)
+    if kept:
+        result.check(f"{size.name} efficiency in {limit_mib} MiB", kept[0]["efficiency"], 0.6)
+    with MemoryCgroup("offload-fit-plain", limit_mib * _MIB) as group:
         killed = group.run(_command(size, None, directory)).killed
     result.check(f"the same limit kills plain {size.name}", float(killed), 1)
 
@@ -143,8 +165,8 @@ def _run(size: Size, limit_mib: int, commit: str, directory: Path) -> Finished:
         shutil.rmtree(store, ignore_errors=True)
 
 
-def _command(size: Size, budget: str | None, store: Path) -> list[str]:
-    command = [sys.executable, str(_JOB), "--size", size.name, "--steps", "3"]
+def _command(size: Size, budget: str | None, store: Path, steps: int = 3) -> list[str]:
+    command = [sys.executable, str(_JOB), "--size", size.name, "--steps", str(steps)]
     return command if budget is None else [*command, "--budget", budget, "--nvme", str(store)]
 
 

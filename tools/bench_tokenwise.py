@@ -7,6 +7,7 @@ each layer, and with rows rebuilt on top of the tensor cache, which swaps to a f
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import statistics
@@ -21,15 +22,11 @@ import torch
 from torch import nn
 
 from benchlib import Check, Result, arguments, finish
-from offload.swap.activations import ActivationCache
-from offload.swap.tokenwise.home import CacheHome
+from offload import ActivationSwap
 from offload.swap.tokenwise.plans import Settings
 from offload.swap.tokenwise.tokenwise import TokenWise
 from offload.tiers import hostmem
-from offload.tiers.events import NullRecorder
-from offload.tiers.filetier import FileTier, Lanes
-from offload.tiers.journal import Journal
-from throttledhome import Clock, ThrottledHome
+from throttled_keeper import Clock, ThrottledKeeper
 
 REPEATS = 7
 WARM_UPS = 4  # recorded, verified, solved, settled
@@ -57,15 +54,15 @@ def llama(rows: int, width: int, layers: int) -> Any:
 
 
 class Contestant:
-    """A copy of the model whose saved tensors go to a home of their own."""
+    """A copy of the model whose saved tensors have a keeper of their own."""
 
     def __init__(self, model: nn.Module, alpha: Any, bytes_per_s: float, clock: Clock) -> None:
         self.clock = clock
         self.alpha = alpha
         self.model: Any = copy.deepcopy(model)
         weights = list(self.model.parameters())
-        self.home = ThrottledHome(bytes_per_s, 32 << 20, weights, clock)
-        self.rows = TokenWise(self.model, self.home, Settings(alpha=alpha), clock=clock.now_s)
+        self.keeper = ThrottledKeeper(bytes_per_s, 32 << 20, weights, clock)
+        self.rows = TokenWise(self.model, self.keeper, Settings(alpha=alpha), clock=clock.now_s)
         self.times_s: list[float] = []
 
     def step(self, tokens: torch.Tensor) -> float:
@@ -104,8 +101,8 @@ def sweep(result: Result, clock: Clock, *, quick: bool) -> None:
                 alpha=str(one.alpha),
                 swapped_rows=statistics.mean(swapped),
                 step_s=one.median_s,
-                moved_nbytes=one.home.moved_nbytes / (WARM_UPS + len(one.times_s)),
-                waited_s=one.home.waited_s / (WARM_UPS + len(one.times_s)),
+                moved_nbytes=one.keeper.moved_nbytes / (WARM_UPS + len(one.times_s)),
+                waited_s=one.keeper.waited_s / (WARM_UPS + len(one.times_s)),
             )
         if not quick:
             _check_sweep(result, rate, contestants)
@@ -126,15 +123,6 @@ def at_most(result: Result, name: str, value: float, limit: float) -> None:
     result.checks.append(Check(name, value, f"<= {limit}", value <= limit))
 
 
-class NoWeights:
-    """The cache's view of a model whose weights stay in memory."""
-
-    weights: dict[str, Any] = {}  # noqa: RUF012 (none, for all)
-
-    def use(self, names: Any) -> None:
-        """They are here."""
-
-
 def job(kind: str, rows: int, width: int, layers: int, steps: int, folder: Path) -> None:
     """Train ``steps`` steps in this process and print its peak resident set."""
     hostmem.return_freed_memory()
@@ -143,35 +131,24 @@ def job(kind: str, rows: int, width: int, layers: int, steps: int, folder: Path)
     before = hostmem.resident_nbytes()[0]
     digest, seconds = 0.0, []
     if kind == "checkpoint":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    lanes = Lanes(Journal(NullRecorder()))
-    with FileTier(folder, None, lanes) as scratch:
-        cache = ActivationCache(
-            NoWeights(),  # type: ignore[arg-type]
-            scratch,
-            lanes.journal,
-            limit_nbytes=8 << 20,
-            min_nbytes=64 << 10,
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    swap = None
+    if kind in ("swap", "tokenwise"):
+        how: dict[str, Any] = (
+            {"recompute": "tokenwise", "alpha": 0.0} if kind == "tokenwise" else {}
         )
-        names = {one.untyped_storage()._cdata: name for name, one in model.named_parameters()}
-        cache.know_weights(names)
-        hooks: Any = cache
-        if kind == "tokenwise":
-            hooks = TokenWise(model, CacheHome(cache), Settings(alpha=0.0))
-        for _ in range(steps):
-            began_s = time.perf_counter()
-            if kind in ("plain", "checkpoint"):
-                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            else:
-                with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
-                    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
-            digest = sum(one.grad.double().abs().sum().item() for one in model.parameters())
-            model.zero_grad(set_to_none=True)
-            del loss
-            seconds.append(time.perf_counter() - began_s)
-        cache.close()
-    lanes.close()
+        swap = ActivationSwap(model, limit="8MiB", in_flight="8MiB", nvme=folder, **how)
+    for _ in range(steps):
+        began_s = time.perf_counter()
+        with swap or contextlib.nullcontext():
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        digest = sum(one.grad.double().abs().sum().item() for one in model.parameters())
+        model.zero_grad(set_to_none=True)
+        del loss
+        seconds.append(time.perf_counter() - began_s)
+    if swap is not None:
+        swap.close()
     peak = hostmem.peak_resident_nbytes()
     figures = {"peak_nbytes": peak, "before_nbytes": before, "digest": digest}
     print(json.dumps({**figures, "step_s": min(seconds)}))

@@ -43,6 +43,10 @@ class Result:
         """A figure that must reach ``at_least``."""
         self.checks.append(Check(name, value, f">= {at_least}", value >= at_least))
 
+    def at_most(self, name: str, value: float, most: float) -> None:
+        """A figure that must not exceed ``most``."""
+        self.checks.append(Check(name, value, f"<= {most}", value <= most))
+
 
 def arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:
     """The parser that every benchmark starts from."""

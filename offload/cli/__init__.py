@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import offload
 from offload.allocator.errors import OffloadError
-from offload.cli import report, run
+from offload.cli import bench, doctor, report, run
 
-_VERBS = {"run": run, "report": report}
+_VERBS = {"run": run, "report": report, "doctor": doctor, "bench": bench}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,5 +47,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"offload: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("offload: interrupted; the store keeps the last finished step", file=sys.stderr)
+        kept = "; the store keeps the last finished step" if arguments.verb == "run" else ""
+        print(f"offload: interrupted{kept}", file=sys.stderr)
         return 130

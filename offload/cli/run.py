@@ -24,13 +24,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with the same keys")
     parser.add_argument("--budget", metavar="B", help="for example host=24GiB, or just 24GiB")
-    parser.add_argument("--nvme", metavar="DIR", help="directory of the store and of scratch")
+    parser.add_argument(
+        "--nvme",
+        metavar="DIR",
+        action="append",
+        help="directory of the store and of scratch; several, in a fixed order, are striped over",
+    )
     parser.add_argument("--record", metavar="DIR", help="run directory for offload report")
     parser.add_argument("--resume", choices=["auto", "never", "must"], help="default: auto")
     parser.add_argument(
         "--commit",
         choices=["step", "never"],
         help="never: nothing is durable, half the room on the drive (default: step)",
+    )
+    parser.add_argument(
+        "--io-engine", metavar="E", help="auto (default), threads, kvikio, deepspeed or aiofiles"
+    )
+    parser.add_argument(
+        "--nvme-write-budget",
+        metavar="BYTES",
+        help="that a step may write to the drive, for example 2GiB; activations beyond it stay",
+    )
+    parser.add_argument(
+        "--nvme-endurance",
+        metavar="BYTES",
+        help="that the drive's data sheet promises, for example 600TB: tells how long it lasts",
+    )
+    parser.add_argument(
+        "--recompute",
+        choices=["off", "tokenwise"],
+        help="tokenwise: swap some token rows of what blocks save, rebuild the others (default: off)",
+    )
+    parser.add_argument(
+        "--alpha", metavar="A", help="the share of rows that is swapped, 0 to 1, or auto (default)"
     )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module as a script")
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py args…")
@@ -45,10 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
     config = make_config(
         Path(arguments.config) if arguments.config else None,
         budget=arguments.budget,
-        nvme=arguments.nvme,
+        nvme=arguments.nvme and ",".join(arguments.nvme),
         record=arguments.record,
         resume=arguments.resume,
         commit=arguments.commit,
+        io_engine=arguments.io_engine,
+        nvme_write_budget=arguments.nvme_write_budget,
+        nvme_endurance=arguments.nvme_endurance,
+        recompute=arguments.recompute,
+        alpha=arguments.alpha,
     )
     rest = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
     if arguments.module:

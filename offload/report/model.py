@@ -41,6 +41,21 @@ class Headline:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drive:
+    """What the run wrote to files in one step, and how long the drive lasts at that.
+
+    ``life_steps`` is endurance over bytes per step; None where the endurance was not given.
+    """
+
+    written_nbytes: int
+    activation_nbytes: int
+    budget_nbytes: int | None
+    endurance_nbytes: int | None
+    life_steps: int | None
+    life_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LaneRow:
     """One role on one lane: what moved and how fast while it moved."""
 
@@ -82,6 +97,7 @@ class Report:
     """Everything a reporter shows."""
 
     headline: Headline
+    drive: Drive
     lanes: tuple[LaneRow, ...]
     stalls: tuple[StallRow, ...]
     tensors: tuple[TensorRow, ...]
@@ -92,8 +108,10 @@ class Report:
 def summarise(run: RunEvents) -> Report:
     """The report of a run; medians over the steps of all its segments."""
     events = [event for segment in run.segments for event in segment]
+    headline = _headline(run, events)
     return Report(
-        headline=_headline(run, events),
+        headline=headline,
+        drive=_drive(headline, events),
         lanes=_lanes(events),
         stalls=_stalls(events),
         tensors=_tensors(events),
@@ -128,6 +146,26 @@ def _headline(run: RunEvents, events: list[Event]) -> Headline:
         written_nbytes=int(median("written_nbytes")),
         peak_nbytes=max(peaks, default=0),
         budget_nbytes=started[-1].budget.get("host", 0) if started else 0,
+    )
+
+
+def _drive(headline: Headline, events: list[Event]) -> Drive:
+    started = _of(events, RunStarted)
+    budget = started[-1].budget if started else {}
+    activations = sum(
+        move.nbytes
+        for move in _of(events, Move)
+        if move.role == "activation" and move.dst.startswith("file")
+    )
+    endurance, written = budget.get("nvme_endurance"), headline.written_nbytes
+    life_steps = endurance // written if endurance and written else None
+    return Drive(
+        written_nbytes=written,
+        activation_nbytes=activations // max(headline.steps, 1),
+        budget_nbytes=budget.get("nvme_write"),
+        endurance_nbytes=endurance,
+        life_steps=life_steps,
+        life_s=None if life_steps is None else life_steps * headline.step_s,
     )
 
 

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offload.allocator.units import format_nbytes, format_rate, format_seconds
-from offload.report.model import Headline, Report
+from offload.report.model import Drive, Headline, Report
 
 WIDTH = 80
 FORMAT_VERSION = 1
@@ -22,6 +22,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """Print the tables; colours only on a terminal, and never with ``NO_COLOR``."""
     console = console or Console(width=WIDTH, highlight=False)
     _print_headline(report.headline, console)
+    _print_drive(report.drive, console)
     if report.lanes:
         console.print(_lane_table(report))
     if report.stalls:
@@ -53,8 +54,30 @@ def _print_headline(head: Headline, console: Console) -> None:
     console.print(f"step         {format_seconds(head.step_s)} = {split}")
     console.print(
         f"disk         {format_nbytes(head.read_nbytes)} read, "
-        f"{format_nbytes(head.written_nbytes)} written per step\n"
+        f"{format_nbytes(head.written_nbytes)} written per step"
     )
+
+
+def _print_drive(drive: Drive, console: Console) -> None:
+    """What the drive has to bear; nothing where nothing was written."""
+    if drive.written_nbytes:
+        budget = ""
+        if drive.budget_nbytes is not None:
+            budget = f" of a budget of {format_nbytes(drive.budget_nbytes)}"
+        console.print(
+            f"wear         {format_nbytes(drive.written_nbytes)} per step{budget}, "
+            f"{format_nbytes(drive.activation_nbytes)} of it activations"
+        )
+        console.print(f"drive life   {_life(drive)}")
+    console.print()
+
+
+def _life(drive: Drive) -> str:
+    if drive.life_steps is None or drive.life_s is None:
+        return "unknown: pass its endurance, for example --nvme-endurance 600TB"
+    days = drive.life_s / 86400
+    span = f"{days / 365:.1f} years" if days > 730 else f"{days:.1f} days"
+    return f"{drive.life_steps:,} steps, {span} of such training"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -3,7 +3,7 @@
 [Note: one forward of a block] The first forward with inputs of some shape is recorded and swaps
 everything whole; at its end the chain is found and its rows are rebuilt and compared, while what
 was saved is still at hand. A cut that has verified is used from then on. Tensors that the chain
-starts from are handed to the home at the next moment outside an operation: inside one, their
+starts from are handed to the keeper at the next moment outside an operation: inside one, their
 version counters are not up to date.
 
 [Note: versions] Saved-tensor hooks switch off autograd's check for tensors changed in place. A
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from offload.swap.tokenwise.analyse import Target
-from offload.swap.tokenwise.home import Home
+from offload.swap.tokenwise.keeper import Keeper
 from offload.swap.tokenwise.measure import Measurements
 from offload.swap.tokenwise.program import Slot, Value
 from offload.swap.tokenwise.record import Recorder
@@ -62,7 +62,7 @@ class BlockPass:
 
     def __init__(
         self,
-        home: Home,
+        keeper: Keeper,
         weights: Weights,
         recorder: Recorder,
         replay: Replay | None,
@@ -77,7 +77,7 @@ class BlockPass:
         self.measurements = measurements
         self.on_part = on_part
         self.device = device
-        self.home = home
+        self.keeper = keeper
         self.weights = weights
         self.recorder: Recorder | None = recorder
         self.replay = replay
@@ -110,15 +110,15 @@ class BlockPass:
         if self.keeps:
             if slot.root is not None and slot.storage not in self.packed_saved:
                 whole = root_of(tensor, self.recorder.value(slot.root))
-                self.packed_saved[slot.storage] = self.home.pack(whole)
-            return self.home.pack(tensor)
+                self.packed_saved[slot.storage] = self.keeper.pack(whole)
+            return self.keeper.pack(tensor)
         if slot.storage in self._targets and self.recorder.diverged is None:
             return self._rows_handle(slot, tensor)
-        return self.home.pack(tensor)
+        return self.keeper.pack(tensor)
 
     def saved(self, storage: int) -> torch.Tensor:
         """What fills a storage of which this forward has saved views."""
-        return self.home.unpack(self.packed_saved[storage])
+        return self.keeper.unpack(self.packed_saved[storage])
 
     def leave(self) -> None:
         """The forward has ended."""
@@ -127,7 +127,7 @@ class BlockPass:
 
     def _take_sources(self) -> None:
         for value, tensor in self._pending:
-            self.packed_sources[value] = self.home.pack(tensor)
+            self.packed_sources[value] = self.keeper.pack(tensor)
         self._pending.clear()
 
     def _rows_handle(self, slot: Slot, tensor: torch.Tensor) -> "RowsHandle":
@@ -139,7 +139,7 @@ class BlockPass:
             began_s = self._clock()
             head = rows_of(root, target.axis, 0, cut).clone(memory_format=torch.contiguous_format)
             self.heads_s += self._clock() - began_s
-            self.packed_heads[slot.storage] = self.home.pack(head)
+            self.packed_heads[slot.storage] = self.keeper.pack(head)
         part = self._parts.get(target.part)
         if part is None:
             part = self._parts[target.part] = Part(self)
@@ -147,7 +147,7 @@ class BlockPass:
         return RowsHandle(part, part.piece_of(target), slot, tensor)
 
     def packed(self) -> list[Any]:
-        """Everything that backward needs from the home, in the order of need."""
+        """Everything that backward needs from the keeper, in the order of need."""
         return [*self.packed_sources.values(), *self.packed_heads.values()]
 
     def check_weights(self) -> None:
@@ -179,15 +179,15 @@ class BlockPass:
         self.check_weights()
         needed = self.replay.sources_of(roots)
         packed = [self.packed_sources[value] for value in needed]
-        self.home.prefetch([*packed, *(self.packed_heads[storage] for storage in heads)])
-        sources = {value: self.home.unpack(self.packed_sources[value]) for value in needed}
+        self.keeper.prefetch([*packed, *(self.packed_heads[storage] for storage in heads)])
+        sources = {value: self.keeper.unpack(self.packed_sources[value]) for value in needed}
         self._prefetch_what_follows()
         began_s = self._clock()
         self.run(self.replay, roots, sources, sink)
         rebuild_s = self._clock() - began_s
         del sources
         for storage, head in heads.items():
-            fetched = self.home.unpack(self.packed_heads[storage])
+            fetched = self.keeper.unpack(self.packed_heads[storage])
             began_s = self._clock()
             head.copy_(fetched)
             self.heads_s += self._clock() - began_s
@@ -195,10 +195,10 @@ class BlockPass:
 
     def _prefetch_what_follows(self) -> None:
         """What backward needs next: the rest of this block, then the block before it."""
-        self.home.prefetch(self.packed())
+        self.keeper.prefetch(self.packed())
         before = self.previous() if self.previous is not None else None
         if before is not None:
-            self.home.prefetch(before.packed())
+            self.keeper.prefetch(before.packed())
 
     def run(
         self,
@@ -208,7 +208,7 @@ class BlockPass:
         sink: Sink,
     ) -> None:
         """Execute ``replay`` with the block's weights as they are now."""
-        self.home.use_weights([self.weights.prefix + name for name in replay.weights])
+        self.keeper.use_weights([self.weights.tensors[name] for name in replay.weights])
         replay.run(roots, sources, self.weights.tensors, sink)
 
 

@@ -72,7 +72,7 @@ class BlockPlan:
 
     Args:
         rows: tokens of each sequence.
-        share: blocks that the home's free bytes are for.
+        share: blocks that the keeper's free bytes are for.
         shared: figures by program; blocks that do the same add to the same ones.
         clock: seconds.
 
@@ -313,5 +313,5 @@ def _keeps_sources(chain: Chain, block_pass: BlockPass) -> bool:
 
 def _kept_source(chain: Chain, block_pass: BlockPass, value: int) -> torch.Tensor:
     if value in block_pass.packed_sources:
-        return block_pass.home.unpack(block_pass.packed_sources[value])
+        return block_pass.keeper.unpack(block_pass.packed_sources[value])
     return block_pass.saved(chain.program.values[value].storage)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from offload.swap.tokenwise.buffers import RoundingBuffers, layout
-from offload.swap.tokenwise.home import Home
+from offload.swap.tokenwise.keeper import Keeper
 from offload.swap.tokenwise.measure import Measurements
 from offload.swap.tokenwise.passes import BlockPass, Part, Piece, RowsHandle
 from offload.swap.tokenwise.program import Program
@@ -69,8 +69,10 @@ class Rebuilder:
         rounding: take flat buffers on the host, too.
     """
 
-    def __init__(self, home: Home, clock: Callable[[], float], *, rounding: bool = False) -> None:
-        self._home = home
+    def __init__(
+        self, keeper: Keeper, clock: Callable[[], float], *, rounding: bool = False
+    ) -> None:
+        self._keeper = keeper
         self._clock = clock
         self._rounding = rounding
         self._buffers = RoundingBuffers()
@@ -145,7 +147,7 @@ class Rebuilder:
         offsets, nbytes = layout([piece.target.nbytes for piece in pieces])
         turn = self._free_turn()
         self._rebuilt[turn] = _Rebuilt(weakref.ref(part), nbytes)
-        self._home.borrow(nbytes)
+        self._keeper.borrow(nbytes)
         values = [program.values[piece.target.root] for piece in pieces]
         if device.type == "cpu" and not self._rounding:
             return [
@@ -174,7 +176,7 @@ class Rebuilder:
         if rebuilt is None:
             return
         self._rebuilt[turn] = None
-        self._home.borrow(-rebuilt.nbytes)
+        self._keeper.borrow(-rebuilt.nbytes)
         part = rebuilt.of()
         if part is not None:
             part.let_go()

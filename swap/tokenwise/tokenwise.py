@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from offload.swap.tokenwise.blocks import find_blocks
-from offload.swap.tokenwise.home import Home
-from offload.swap.tokenwise.measure import Measurements  # noqa: TC001 (as Home)
+from offload.swap.tokenwise.keeper import Keeper
+from offload.swap.tokenwise.measure import Measurements  # noqa: TC001 (as Keeper)
 from offload.swap.tokenwise.passes import BlockPass, RowsHandle, Weights
 from offload.swap.tokenwise.plans import BlockPlan, PlanReport, Settings
-from offload.swap.tokenwise.program import Program  # noqa: TC001 (as Home)
+from offload.swap.tokenwise.program import Program  # noqa: TC001 (as Keeper)
 from offload.swap.tokenwise.rebuild import Rebuilder
 from offload.swap.tokenwise.record import PLAIN, Recorder
 
@@ -48,10 +48,10 @@ class _Running:
 
 
 class TokenWise:
-    """Saved-tensor hooks: inside a block row by row, elsewhere those of ``home``.
+    """Saved-tensor hooks: inside a block row by row, elsewhere those of ``keeper``.
 
     Args:
-        home: takes what is swapped.
+        keeper: takes what is swapped.
         notice: is told, once each, what can't be rebuilt and why.
         clock: seconds; measures what alpha is solved from.
         rounding: rebuild into flat buffers on the host, too, as on a device.
@@ -63,14 +63,14 @@ class TokenWise:
     def __init__(
         self,
         model: nn.Module,
-        home: Home,
+        keeper: Keeper,
         settings: Settings,
         *,
         notice: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
         rounding: bool = False,
     ) -> None:
-        self.home = home
+        self.keeper = keeper
         self.settings = settings
         self._notice = notice
         self._told: set[str] = set()
@@ -78,7 +78,7 @@ class TokenWise:
         self._running: _Running | None = None
         self._previous: weakref.ref[BlockPass] | None = None
         self._measurements: dict[Program, Measurements] = {}
-        self._rebuilder = Rebuilder(home, clock, rounding=rounding)
+        self._rebuilder = Rebuilder(keeper, clock, rounding=rounding)
         found = find_blocks(model, settings.blocks)
         self._blocks = [_Block(name, module) for name, module in found.items()]
         self._handles = [
@@ -113,10 +113,10 @@ class TokenWise:
         """Called by autograd for each tensor that it saves."""
         running = self._running
         if running is None:
-            return self.home.pack(tensor)
+            return self.keeper.pack(tensor)
         began_s = self._clock()
         if running.recording is None or not _plain(tensor):
-            packed = self.home.pack(tensor)
+            packed = self.keeper.pack(tensor)
         else:
             # What packing does is no part of the block's forward.
             with torch._C._DisableTorchDispatch():
@@ -134,9 +134,22 @@ class TokenWise:
             return self._rebuilder.unpack(packed)
         began_s = self._clock()
         try:
-            return self.home.unpack(packed)
+            return self.keeper.unpack(packed)
         finally:
             self._rebuilder.waited(self._clock() - began_s)
+
+    def _saves(self) -> bool:
+        """Whether autograd hands what it saves to this object, outside of backward.
+
+        In a region of ``torch.utils.checkpoint``, say, it does not.
+        """
+        top = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+        return (
+            torch.is_grad_enabled()
+            and torch._C._current_graph_task_id() == -1
+            and top is not None
+            and bool(top[0] == self.pack)
+        )
 
     def remove(self) -> None:
         """Take the hooks off; what was saved stays usable."""
@@ -146,7 +159,7 @@ class TokenWise:
 
     def _before(self, block: _Block) -> Callable[..., None]:
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self._running is not None or not _saves():
+            if self._running is not None or not self._saves():
                 return
             inputs = [tensor for tensor in _tensors((args, kwargs)) if _plain(tensor)]
             hidden = next((one for one in inputs if one.is_floating_point() and one.ndim > 1), None)
@@ -158,7 +171,7 @@ class TokenWise:
             if plan.gave_up is not None:
                 return
             recording = None
-            if plan.wants_a_look(self.home.links):
+            if plan.wants_a_look(self.keeper.links):
                 recording = self._record(block, plan, hidden)
             self._running = _Running(block, plan, recording, self._clock())
 
@@ -204,7 +217,7 @@ class TokenWise:
         )
         before = self._previous() if self._previous is not None else None
         block_pass = BlockPass(
-            self.home,
+            self.keeper,
             weights,
             recorder,
             replay,
@@ -235,7 +248,7 @@ class TokenWise:
             block_pass.leave()
             if output is None:  # it raised, or nothing depends on it
                 return
-            text = running.plan.end(block_pass, recorder, forward_s, self.home.links)
+            text = running.plan.end(block_pass, recorder, forward_s, self.keeper.links)
             if text is not None:
                 self._tell(text)
 
@@ -245,15 +258,6 @@ class TokenWise:
         if text not in self._told and self._notice is not None:
             self._told.add(text)
             self._notice(text)
-
-
-def _saves() -> bool:
-    """Whether autograd saves tensors through hooks here, outside of backward."""
-    return (
-        torch.is_grad_enabled()
-        and torch._C._current_graph_task_id() == -1
-        and bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
-    )
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

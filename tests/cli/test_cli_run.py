@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from offload.cli import main
+from offload.tiers.machine import read_machine
 
 SCRIPT = """
 import sys, torch, hashlib
@@ -64,6 +65,8 @@ def test_an_unmodified_script_gives_the_same_bits(script: Path, tmp_path: Path) 
     assert offloaded.returncode == plain.returncode == 7
     assert offloaded.stdout == plain.stdout
     assert f"offload report {record}" in offloaded.stderr
+    machine = read_machine(record / "machine.json")
+    assert machine.tier(f"file:{tmp_path.resolve()}/nvme").kind == "file"
     report = run("-m", "offload", "report", "--json", record)
     document = json.loads(report.stdout)
     assert document["headline"]["steps"] == 10
@@ -72,6 +75,33 @@ def test_an_unmodified_script_gives_the_same_bits(script: Path, tmp_path: Path) 
     other = run("-m", "offload", "run", *options, script, "0")
     assert other.returncode == 2
     assert "another command" in other.stderr
+
+
+def test_nvme_may_be_given_more_than_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import torch\nm = torch.nn.Linear(999, 999)\no = torch.optim.SGD(m.parameters(), 0.1)\n"
+        "m(torch.ones(1, 999)).sum().backward(); o.step()\n"
+    )
+    a, b, record = tmp_path / "a", tmp_path / "b", tmp_path / "record"
+    paths = [f"--nvme={a}", f"--nvme={b}"]
+    done = run("-m", "offload", "run", "--budget=8GiB", *paths, f"--record={record}", script)
+    assert done.returncode == 0, done.stderr
+    assert all((path / "offload-store" / "part.json").exists() for path in (a, b))
+    assert main(["report", "--json", str(record)]) == 0
+    notices = json.loads(capsys.readouterr().out)["notices"]
+    assert sum("stripes; measured reading" in notice for notice in notices) == 2
+    assert sum("is on the same file system as" in notice for notice in notices) == 1
+    (tmp_path / "link").symlink_to(a)
+    for wrong, code, message in [
+        ([f"--nvme={b}", f"--nvme={a}"], 1, f"nvme={a},{b} in that order"),
+        ([f"--nvme={a},{a}"], 2, "is given twice"),
+        ([f"--nvme={tmp_path / 'link'}"], 2, "symbolic link"),
+    ]:
+        assert main(["run", "--budget=8GiB", *wrong, str(script)]) == code
+        assert message in capsys.readouterr().err
 
 
 def test_a_module_and_a_script_that_fails(tmp_path: Path) -> None:
@@ -120,6 +150,8 @@ def test_interrupts_end_cleanly_and_the_run_continues(
         (["run", "missing.py"], "can't read the script missing.py"),
         (["run", "--budget", "much", "x.py"], "'much' is not a size"),
         (["run", "-m", "no.such.module"], "no module named"),
+        (["run", "--alpha", "0.5", "x.py"], "only recompute='tokenwise' uses alpha"),
+        (["run", "--recompute", "tokenwise", "--alpha", "2", "x.py"], "is no fraction of the rows"),
         (["report", "nowhere"], "not a run directory"),
     ],
 )

@@ -1,13 +1,16 @@
 """Rows rebuilt in models of every shape: gradients keep each bit, and no class is named."""
 
+import contextlib
 import copy
+import threading
 
 import pytest
 import torch
 import transformers
 
 import offload.errors
-from offload.swap.tokenwise.home import MemoryHome
+from offload import ActivationSwap
+from offload.swap.tokenwise.keeper import MemoryKeeper
 from offload.swap.tokenwise.plans import Settings
 from offload.swap.tokenwise.tokenwise import TokenWise
 
@@ -100,7 +103,7 @@ def test_gradients_keep_each_bit(name, dropout, dtype, batch):
     plain = MODELS[name](dropout).to(dtype).train()
     model = copy.deepcopy(plain)
     settings = Settings(alpha=0.5 if batch == 2 else 0.0, min_nbytes=1024)
-    rows = TokenWise(model, MemoryHome(), settings)
+    rows = TokenWise(model, MemoryKeeper(), settings)
     assert len(rows.block_names) == LAYERS
     for seed in range(2):  # the first one is recorded and verified
         expected = gradients(plain, name, batch, seed)
@@ -162,3 +165,57 @@ def test_reasons_are_told(starve):
     tokens = torch.randint(VOCABULARY, (1, 40))
     model(input_ids=tokens, labels=tokens).loss.backward()
     assert any("40 tokens are too few rows" in notice for notice in engine.notices)
+
+
+def step_gradients(model, swap, seed):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    if swap is None:
+        loss = loss_of(model, "llama", 2)
+    else:
+        with swap:
+            loss = loss_of(model, "llama", 2)
+    loss.backward()
+    return [loss.detach(), *(one.grad for one in model.parameters())]
+
+
+def test_without_an_engine_too(tmp_path):
+    plain = wide_llama().train()
+    model = copy.deepcopy(plain)
+    with contextlib.closing(
+        ActivationSwap(model, nvme=tmp_path, recompute="tokenwise", alpha=0.5)
+    ) as swap:
+        for seed in range(3):
+            loss_of(model, "llama", 2).backward()  # outside of the context nothing is learnt
+            expected = step_gradients(plain, None, seed)
+            for one, other in zip(expected, step_gradients(model, swap, seed), strict=True):
+                assert torch.equal(one, other)
+        assert {report.cut for report in swap.tokenwise.report()} == {ROWS // 2}
+        assert all(report.rebuilt_nbytes > 0 for report in swap.tokenwise.report())
+        assert swap.journal.totals.written_nbytes > 0
+
+
+def test_what_checkpoint_recomputes_is_left_to_it(tmp_path):
+    plain = wide_llama().train()
+    model = copy.deepcopy(plain)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    with contextlib.closing(
+        ActivationSwap(model, nvme=tmp_path, recompute="tokenwise", alpha=0.5)
+    ) as swap:
+        for seed in range(2):
+            expected = step_gradients(plain, None, seed)
+            for one, other in zip(expected, step_gradients(model, swap, seed), strict=True):
+                assert torch.equal(one, other)
+        assert swap.tokenwise.report() == []
+
+
+def test_recompute_without_a_model_is_refused(tmp_path):
+    with pytest.raises(offload.errors.ConfigError, match="pass model="):
+        ActivationSwap(nvme=tmp_path, recompute="tokenwise")
+
+
+def test_an_unknown_block_leaves_nothing_open(tmp_path):
+    before = threading.active_count()
+    with pytest.raises(offload.errors.ConfigError, match=r"no module 'model\.h'"):
+        ActivationSwap(wide_llama(), nvme=tmp_path, recompute="tokenwise", blocks=["model.h"])
+    assert threading.active_count() == before

@@ -14,14 +14,17 @@ import torch, xxhash
 from torch import nn
 from torch.nn import functional as F
 import offload
+from offload.tiers import home
 
-place, steps = Path(sys.argv[1]), int(sys.argv[2])
+place, steps, paths = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+home.UNIT_NBYTES = 16 << 10  # every weight is on every path
+nvme = [place / f"nvme{path}" for path in range(paths)]
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = nn.Sequential(nn.Linear(400, 600), nn.Dropout(0.2), nn.Linear(600, 400))
 optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-engine = offload.attach(model, optimizer, budget="8GiB", nvme=place / "nvme", commit="manual")
+engine = offload.attach(model, optimizer, budget="8GiB", nvme=nvme, commit="manual")
 if engine.resumed:
     schedule.load_state_dict(engine.extra["schedule"])
 while engine.step < steps:
@@ -42,10 +45,10 @@ print("digest", digest.hexdigest(), flush=True)
 """
 
 
-def start(place: Path, steps: int) -> "subprocess.Popen[str]":
+def start(place: Path, steps: int, paths: int) -> "subprocess.Popen[str]":
     script = place / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(place), str(steps)]
+    command = [sys.executable, str(script), str(place), str(steps), str(paths)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -55,11 +58,11 @@ def finish(process: "subprocess.Popen[str]") -> str:
     return output.splitlines()[-1]
 
 
-def killed_and_resumed(place: Path, steps: int, kills: int, seed: int) -> str:
+def killed_and_resumed(place: Path, steps: int, paths: int, kills: int, seed: int) -> str:
     """Kill the run ``kills`` times, each a random instant after a random number of steps."""
     moments = random.Random(seed)
     for _ in range(kills):
-        process = start(place, steps)
+        process = start(place, steps, paths)
         assert process.stdout is not None
         for _ in range(moments.randint(1, 3)):
             process.stdout.readline()
@@ -70,17 +73,27 @@ def killed_and_resumed(place: Path, steps: int, kills: int, seed: int) -> str:
             process.kill()
         process.stdout.close()
         process.wait()
-    return finish(start(place, steps))
+    return finish(start(place, steps, paths))
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"),
-    [(4, 40), pytest.param(20, 200, marks=pytest.mark.slow)],
+    ("kills", "steps", "paths"),
+    [
+        (4, 40, 1),
+        (3, 20, 2),
+        pytest.param(20, 200, 1, marks=pytest.mark.slow),
+        pytest.param(20, 200, 3, marks=pytest.mark.slow),
+    ],
 )
-def test_killed_runs_end_like_an_undisturbed_one(kills: int, steps: int, tmp_path: Path) -> None:
+def test_killed_runs_end_like_an_undisturbed_one(
+    kills: int, steps: int, paths: int, tmp_path: Path
+) -> None:
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
     for place in (calm, disturbed):
         place.mkdir()
-    expected = finish(start(calm, steps))
+    expected = finish(start(calm, steps, 1))  # over several paths the very same comes out
     assert expected.startswith("digest ")
-    assert killed_and_resumed(disturbed, steps, kills, seed=kills) == expected
+    assert killed_and_resumed(disturbed, steps, paths, kills, seed=kills) == expected
+    for path in range(1, paths):
+        data = disturbed / f"nvme{path}" / "offload-store" / "data"
+        assert data.stat().st_size > 1 << 20

@@ -3,13 +3,16 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from store_files import read_commit
 
+from offload.tiers import home as home_module
 from offload.tiers.filetier import Lanes
+from offload.tiers.health import PathRates
 from offload.tiers.hostmem import PAGE
 from offload.tiers.journal import Journal
 from offload.tiers.store import Store
@@ -17,6 +20,7 @@ from offload.tiers.store import Store
 COUNTS = {"a": 10, "b": PAGE // 4, "c": PAGE // 4 + 1, "d": 3000, "e": 0}
 NAMES = st.sampled_from(sorted(COUNTS))
 SEEDS = st.integers(0, 1000)
+RATES = [PathRates(read_bytes_per_s=rate, write_bytes_per_s=rate) for rate in (2e9, 1e9)]
 
 
 def values(name, seed):
@@ -24,15 +28,22 @@ def values(name, seed):
 
 
 class StoreMachine(RuleBasedStateMachine):
+    count = 1  # of directories
+
     @initialize()
     def open(self):
         self.folder = TemporaryDirectory(prefix="offload-store-machine-")
-        self.path = Path(self.folder.name)
-        self.lanes = Lanes(Journal())
-        self.store = Store(self.path, self.lanes)
+        self.paths = [Path(self.folder.name) / str(index) for index in range(self.count)]
+        self.lanes = Lanes(Journal(), paths=self.count)
+        self.store = self.opened()
         self.step = 0
         self.committed = None  # (step, {name: values})
         self.current = {}
+
+    def opened(self):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(home_module, "UNIT_NBYTES", PAGE)
+            return Store(self.paths, self.lanes, measure=lambda _: RATES[: self.count])
 
     @rule(name=NAMES, seed=SEEDS)
     def write(self, name, seed):
@@ -68,7 +79,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def be_killed_and_continue(self):
         self.store.close()  # a killed process does nothing else
-        self.store = Store(self.path, self.lanes)
+        self.store = self.opened()
         assert self.store.committed.step == self.committed[0]
         self.current = dict(self.committed[1])
         for name in self.current:
@@ -80,13 +91,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def be_killed_and_start_anew(self):
         self.store.close()
-        self.store = Store(self.path, self.lanes)
+        self.store = self.opened()
         self.store.forget()
         self.committed, self.current = None, {}
 
     @invariant()
     def the_files_hold_the_last_commit(self):
-        found = read_commit(self.path)
+        found = read_commit(*self.paths)
         if self.committed is None:
             assert found is None
             return
@@ -116,5 +127,11 @@ class StoreMachine(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
+class StripedStoreMachine(StoreMachine):
+    count = 2
+
+
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=30, stateful_step_count=25)
+TestStripedStoreMachine = StripedStoreMachine.TestCase
+TestStripedStoreMachine.settings = settings(max_examples=20, stateful_step_count=25)

@@ -59,8 +59,8 @@ def test_a_killed_child_is_named_by_its_signal(tmp_path: Path) -> None:
 def test_ctrl_c_reaches_the_child_once_and_is_waited_for(tmp_path: Path) -> None:
     text = """if True:
         import os, pathlib, signal
-        os.kill(os.getppid(), signal.SIGINT)
         try:
+            os.kill(os.getppid(), signal.SIGINT)
             signal.pause()
         except KeyboardInterrupt:
             pathlib.Path(__file__).with_name("cleaned").touch()

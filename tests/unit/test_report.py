@@ -118,3 +118,11 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     file.write_text("{}\n" + event_to_json(started(0)) + "\n")
     with pytest.raises(ConfigError, match="line 1 is damaged"):
         read_run(tmp_path)
+
+
+def test_how_long_a_drive_lasts_needs_its_endurance(run: Path) -> None:
+    report = summarise(read_run(run))
+    assert (report.drive.written_nbytes, report.drive.life_steps) == (2 << 20, None)
+    stream = StringIO()
+    print_report(report, Console(file=stream, width=80))
+    assert "drive life   unknown: pass its endurance" in stream.getvalue()

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from offload.allocator.errors import TierIOError
+from offload.allocator.errors import CapacityError, TierIOError
 from offload.swap.activations import ActivationCache
 from offload.swap.census import storage_key
+from offload.swap.homes import FileHome
 from offload.swap.residency import Residency
 from offload.tiers.events import ListRecorder, ResidencyChange, Stall
 from offload.tiers.filetier import FileTier, Lanes
@@ -59,7 +60,11 @@ def scratch(tmp_path, journal):
 def make_cache(scratch, journal):
     def make(limit_nbytes, min_nbytes=1024):
         return ActivationCache(
-            FakeWeights(), scratch, journal, limit_nbytes=limit_nbytes, min_nbytes=min_nbytes
+            [FileHome(scratch)],
+            journal,
+            limit_nbytes=limit_nbytes,
+            min_nbytes=min_nbytes,
+            weights=FakeWeights(),
         )
 
     return make
@@ -106,7 +111,7 @@ def packed(cache, count):
 
 
 def residencies(handles):
-    return [handle.storage.residency for handle in handles]
+    return [handle.part.unit.residency for handle in handles]
 
 
 def blocks(scratch):
@@ -115,7 +120,7 @@ def blocks(scratch):
 
 def settle(cache):
     """All transfers end, and the cache takes note."""
-    cache.scratch.lanes.settle()
+    cache.spiller.homes[0].tier.lanes.settle()
     cache.pack(torch.zeros(1))
 
 
@@ -129,7 +134,7 @@ def test_what_fits_is_not_copied(make_cache):
     back = cache.unpack(handle)
     assert back.data_ptr() == tensor.data_ptr()
     assert torch.equal(back, values(1))
-    assert cache.kept_nbytes == cache.peak_nbytes == NBYTES
+    assert cache.kept_nbytes == cache.spiller.peak_nbytes == NBYTES
 
 
 def test_views_of_one_storage_count_once(make_cache):
@@ -148,7 +153,7 @@ def test_views_of_one_storage_count_once(make_cache):
 def test_a_view_counts_the_storage_that_it_keeps_alive(make_cache):
     cache = make_cache(10 * NBYTES)
     handle = cache.pack(values(1)[:5])
-    assert cache.kept_nbytes == handle.storage.nbytes == NBYTES
+    assert cache.kept_nbytes == handle.part.nbytes == NBYTES
 
 
 def test_memory_that_was_freed_and_used_again_is_a_new_storage(make_cache):
@@ -166,7 +171,40 @@ def test_small_tensors_stay_and_do_not_count(make_cache):
     handle = cache.pack(small)
     assert cache.unpack(handle).data_ptr() == small.data_ptr()
     assert cache.kept_nbytes == 0
-    assert cache.pack(torch.arange(256.0)).storage.nbytes == 1024
+    assert cache.pack(torch.arange(256.0)).part.unit.nbytes == 1024
+
+
+def test_small_tensors_leave_together_when_there_are_many(make_cache, journal):
+    cache = make_cache(0, min_nbytes=64 << 10)
+    tensors = [values(seed, 1000) for seed in range(300)]
+    base = tensors[0].clone()
+    part = cache.pack(base[5:])
+    handles = [cache.pack(base), *(cache.pack(tensor.clone()) for tensor in tensors[1:])]
+    assert part.part is handles[0].part
+    del base
+    settle(cache)
+    gone = [handle.part.memory is None for handle in handles]
+    assert 250 < gone.count(True) < 300  # the others wait for the next batch
+    assert len({handle.part.unit for handle, left in zip(handles, gone, strict=True) if left}) == 1
+    del handles[1:50]  # the batch stays for the others
+    for index, handle in zip([0, *range(50, 300)], handles, strict=True):
+        assert torch.equal(cache.unpack(handle), tensors[index])
+    assert torch.equal(cache.unpack(part), tensors[0][5:])
+    moves = [event for event in journal.recorder.events if hasattr(event, "src")]
+    assert [move.key for move in moves] == ["saved 0", "saved 0"]
+    handles.clear()
+    del part, handle
+    settle(cache)
+    assert cache.kept_nbytes == 0
+    assert blocks(cache.spiller.homes[0].tier) == 0
+
+
+def test_dead_small_tensors_are_not_kept_for_their_batch(make_cache):
+    cache = make_cache(0, min_nbytes=64 << 10)
+    for seed in range(400):
+        cache.pack(values(seed, 1000))
+    assert cache._batch_nbytes <= 1 << 20
+    assert cache.kept_nbytes == 0
 
 
 def test_weights_stay_and_are_asked_for(make_cache):
@@ -181,6 +219,29 @@ def test_weights_stay_and_are_asked_for(make_cache):
     assert cache.weights.used == ["layer.weight", "layer.weight"]
 
 
+def test_parameters_and_buffers_of_a_model_stay(make_cache):
+    cache = make_cache(0)
+    model = nn.BatchNorm1d(NUMEL)
+    model.register_buffer("table", values(1))
+    cache.know_model(model)
+    for tensor in (
+        model.weight,
+        model.table,
+        model.running_mean[5:],
+        model.table.view(100, 200).t(),
+    ):
+        handle = cache.pack(tensor.detach())
+        assert handle.part is None
+        assert cache.unpack(handle).data_ptr() == tensor.data_ptr()
+    model.table = values(2)  # looked up again for each pass
+    cache.begin_pass("model")
+    assert cache.pack(model.table).part is None
+    handle = cache.pack(model.table)
+    model.table.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cache.unpack(handle)
+
+
 class Wrapped(torch.Tensor):
     pass
 
@@ -190,11 +251,9 @@ class Wrapped(torch.Tensor):
     [
         torch.eye(200).to_sparse(),
         values(1).as_subclass(Wrapped),
-        torch.view_as_complex(values(1).view(-1, 2)).conj(),
-        torch.view_as_complex(values(1).view(-1, 2)).conj().imag,
         torch.empty(NUMEL, device="meta"),
     ],
-    ids=["sparse", "subclass", "conjugate", "negative", "meta"],
+    ids=["sparse", "subclass", "meta"],
 )
 def test_tensors_that_are_more_than_their_bytes_are_left_alone(make_cache, tensor):
     cache = make_cache(0)
@@ -209,6 +268,23 @@ def test_tensors_that_are_more_than_their_bytes_are_left_alone(make_cache, tenso
     )
     if not tensor.is_meta:
         assert torch.equal(back.to_dense(), tensor.to_dense())
+    (reason,) = cache.left_alone
+    assert (cache.left_alone[reason].count, cache.left_alone[reason].nbytes > 0) == (1, True)
+    cache.pack(tensor)
+    (notice,) = cache.journal.notices  # told once, counted at the end
+    assert notice.endswith(f"stays in memory: it is {reason}")
+    cache.close()
+    assert "2 saved tensors" in cache.journal.notices[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_slice_of_something_large_does_not_move_all_of_it(make_cache, seed):
+    cache = make_cache(0)
+    data = torch.zeros(5 << 20)
+    handle = cache.pack(data[seed * 100 : seed * 100 + 50])
+    assert list(cache.left_alone) == ["a small slice of a large storage"]
+    assert cache.unpack(handle).data_ptr() == data.data_ptr() + 400 * seed
+    assert cache.kept_nbytes == 0
 
 
 # Beyond the limit.
@@ -221,6 +297,10 @@ VIEWS = {
     "expanded": lambda base: base[:50].view(50, 1).expand(50, 30),
     "scalar": lambda base: base[77],
     "empty": lambda base: base[:0],
+    "conjugate": lambda base: torch.view_as_complex(base.view(-1, 2)).conj(),
+    "negative": lambda base: torch.view_as_complex(base.view(-1, 2)).conj().imag,
+    "complex": lambda base: torch.view_as_complex(base.view(-1, 2))[3:].t(),
+    "bytes": lambda base: base.view(torch.uint8)[3:77],
 }
 
 
@@ -231,13 +311,15 @@ def test_every_view_comes_back_with_its_shape_and_strides(make_cache, view):
     expected = view(base).clone()
     shape, strides = view(base).shape, view(base).stride()
     offset = view(base).storage_offset()
+    kind = view(base).dtype, view(base).is_conj(), view(base).is_neg()
     handle = cache.pack(view(base))
     del base
     settle(cache)
-    assert handle.storage.residency is Residency.ABSENT
+    assert handle.part.unit.residency is Residency.ABSENT
     back = cache.unpack(handle)
     assert torch.equal(back, expected)
     assert (back.shape, back.stride(), back.storage_offset()) == (shape, strides, offset)
+    assert (back.dtype, back.is_conj(), back.is_neg()) == kind
 
 
 @pytest.mark.parametrize(
@@ -294,9 +376,9 @@ def test_what_came_back_is_dropped_again_without_a_second_write(make_cache, jour
     assert torch.equal(cache.unpack(first), values(1))
     third = cache.pack(values(3))
     settle(cache)
-    assert first.storage.residency is Residency.ABSENT
+    assert first.part.unit.residency is Residency.ABSENT
     assert torch.equal(cache.unpack(first), values(1))
-    assert [second.storage.index, third.storage.index] == [1, 2]
+    assert [second.part.unit.index, third.part.unit.index] == [1, 2]
     writes = {move.key: move.nbytes for move in journal.recorder.events if hasattr(move, "src")
               and move.src == "host"}  # fmt: skip
     assert writes["saved 0"] == NBYTES
@@ -336,7 +418,7 @@ def test_backward_finds_the_next_ones_on_their_way(make_cache):
         assert torch.equal(cache.unpack(handle), values(seed))
         del handle
         settle(cache)
-        arriving = [earlier.storage.residency for earlier in handles[-2:]]
+        arriving = [earlier.part.unit.residency for earlier in handles[-2:]]
         assert Residency.ABSENT not in arriving
         assert cache.kept_nbytes <= 3 * NBYTES
     assert cache.kept_nbytes == 0
@@ -346,7 +428,7 @@ def test_a_storage_may_die_while_others_are_fetched(make_cache, monkeypatch):
     cache = make_cache(4 * NBYTES)
     handles = packed(cache, 8)
     settle(cache)
-    whole = cache._fetch
+    whole = cache.spiller._fetch
 
     def fetch(storage):
         if handles:
@@ -355,7 +437,7 @@ def test_a_storage_may_die_while_others_are_fetched(make_cache, monkeypatch):
 
     last = handles.pop()
     del handles[4:]
-    monkeypatch.setattr(cache, "_fetch", fetch)
+    monkeypatch.setattr(cache.spiller, "_fetch", fetch)
     assert torch.equal(cache.unpack(last), values(7))
 
 
@@ -396,7 +478,7 @@ def test_a_tensor_on_its_way_out_is_read_from_memory(make_cache, make_gate, jour
     tensor = values(1)
     handle = cache.pack(tensor)
     assert gate.begun.wait(PATIENCE_S)
-    assert handle.storage.residency is Residency.WRITING
+    assert handle.part.unit.residency is Residency.WRITING
     assert cache.unpack(handle).data_ptr() == tensor.data_ptr()
     assert journal.totals.read_nbytes == 0
 
@@ -448,7 +530,7 @@ def test_a_handle_that_dies_in_flight_leaves_nothing_behind(make_cache, scratch,
     if call == "write":
         handles.append(cache.pack(values(2)))  # the second leaves
     else:
-        cache._fetch(handles[0].storage)
+        cache.spiller._fetch(handles[0].part.unit)
     assert gate.begun.wait(PATIENCE_S)
     handles.clear()
     gc.collect()
@@ -470,14 +552,15 @@ def test_memory_outlives_handle_and_cache_until_its_transfer_has_ended(make_cach
     if call == "read":
         settle(cache)
         gate = make_gate(call)
-        cache._fetch(handle.storage)
+        cache.spiller._fetch(handle.part.unit)
     else:
         settle(cache)
         gate = make_gate(call)
         handle = cache.pack(values(1))
     assert gate.begun.wait(PATIENCE_S)
-    transfer, memory = handle.storage.transfer, handle.storage.memory
-    lanes = cache.scratch.lanes
+    transfer = handle.part.unit.transfer
+    memory = handle.part.memory or handle.part.unit.arriving
+    lanes = cache.spiller.homes[0].tier.lanes
     del handle, cache
     gc.collect()
     assert transfer.owner is memory
@@ -564,13 +647,16 @@ def test_a_small_tensor_or_weight_changed_in_place_is_an_error(make_cache):
         cache.unpack(handle)
 
 
-def test_a_change_after_the_bytes_have_left_does_not_reach_them(make_cache):
+def test_a_change_after_the_bytes_have_left_is_an_error_too(make_cache):
+    """As in plain autograd, which knows of no leaving."""
     cache = make_cache(0)
     tensor = values(1)
     handle = cache.pack(tensor)
     settle(cache)
+    assert handle.part.unit.residency is Residency.ABSENT
     tensor.zero_()
-    assert torch.equal(cache.unpack(handle), values(1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cache.unpack(handle)
 
 
 def test_each_view_has_the_version_at_which_it_was_saved(make_cache):
@@ -584,7 +670,175 @@ def test_each_view_has_the_version_at_which_it_was_saved(make_cache):
         cache.unpack(before)
 
 
+@pytest.mark.parametrize("limit_nbytes", [0, 10 * NBYTES], ids=["leaving", "kept"])
+def test_a_restored_tensor_changed_in_place_is_an_error(make_cache, limit_nbytes):
+    cache = make_cache(limit_nbytes)
+    handles = packed(cache, 1)
+    settle(cache)
+    cache.unpack(handles[0]).add_(1)  # as a custom backward might
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        cache.unpack(handles[0])
+
+
+def test_changing_what_was_saved_through_grad_fn_is_an_error(make_cache):
+    cache = make_cache(0)
+    with torch.autograd.graph.saved_tensors_hooks(cache.pack, cache.unpack):
+        result = values(1).requires_grad_().exp()
+    settle(cache)
+    assert torch.equal(result.grad_fn._saved_result, values(1).exp())
+    result.grad_fn._saved_result.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+# One storage, one handle, for its whole life.
+
+
+def writes(journal):
+    journal.recorder.flush()
+    return [event.nbytes for event in journal.recorder.events if getattr(event, "src", "") == "host"
+            and event.nbytes]  # fmt: skip
+
+
+def test_a_storage_that_is_saved_again_after_it_has_left_moves_once(make_cache, journal):
+    cache = make_cache(0)
+    tensor = values(1)
+    first = cache.pack(tensor)
+    settle(cache)
+    assert first.part.unit.residency is Residency.ABSENT
+    second = cache.pack(tensor[100:])
+    assert second.part is first.part
+    settle(cache)
+    settle(cache)
+    assert first.part.unit.residency is Residency.ABSENT
+    assert writes(journal) == [NBYTES]
+    del tensor
+    assert torch.equal(cache.unpack(second), values(1)[100:])
+    assert torch.equal(cache.unpack(first), values(1))
+
+
+def test_what_the_user_still_holds_is_not_read_back(make_cache, journal):
+    cache = make_cache(0)
+    tensor = values(1)
+    handle = cache.pack(tensor)
+    settle(cache)
+    assert cache.unpack(handle).data_ptr() == tensor.data_ptr()
+    assert journal.totals.read_nbytes == 0
+
+
+@pytest.mark.parametrize("change", ["data", "numpy", "counted"])
+def test_a_storage_that_was_changed_and_saved_again_is_written_again(make_cache, journal, change):
+    cache = make_cache(0)
+    tensor = values(1)
+    first = cache.pack(tensor)
+    settle(cache)
+    if change == "data":
+        tensor.data.add_(1)
+    elif change == "numpy":
+        tensor.numpy()[:] += 1
+    else:
+        tensor.add_(1)
+    second = cache.pack(tensor)
+    for _ in range(3):
+        settle(cache)
+    assert second.part.unit.residency is Residency.ABSENT
+    assert writes(journal) == [NBYTES, NBYTES]
+    del tensor
+    assert torch.equal(cache.unpack(second), values(1) + 1)
+    if change == "counted":
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            cache.unpack(first)
+
+
+def test_a_storage_that_is_changed_while_it_leaves_and_saved_again(make_cache, make_gate):
+    cache = make_cache(LEAVES_NBYTES)
+    gate = make_gate("write")
+    tensor = values(1)
+    handle = cache.pack(tensor)
+    assert gate.begun.wait(PATIENCE_S)
+    tensor.add_(1)
+    changed = cache.pack(tensor)
+    assert changed.part is handle.part
+    gate.open()
+    for _ in range(3):
+        settle(cache)
+    del tensor
+    assert changed.part.unit.residency is Residency.ABSENT
+    assert torch.equal(cache.unpack(changed), values(1) + 1)
+
+
+def test_a_storage_that_is_saved_again_while_it_arrives(make_cache, make_gate, monkeypatch):
+    cache = make_cache(4 * NBYTES)
+    tensor = values(1)
+    handles = [cache.pack(tensor), *(cache.pack(values(seed)) for seed in range(2, 7))]
+    settle(cache)
+    assert handles[0].part.unit.residency is Residency.ABSENT
+    gate = make_gate("read")
+    monkeypatch.setattr(handles[0].part.__class__, "living", lambda _self: None)
+    cache.spiller._fetch(handles[0].part.unit)
+    assert handles[0].part.unit.residency is Residency.FETCHING
+    again = cache.pack(tensor)
+    assert again.part is handles[0].part
+    assert cache.unpack(handles[0]).data_ptr() == tensor.data_ptr()
+    gate.open()
+    settle(cache)
+    handles.clear()
+    del again
+    settle(cache)
+    assert cache.kept_nbytes == 0
+    assert blocks(cache.spiller.homes[0].tier) == 0
+
+
+def test_what_came_back_and_is_saved_by_another_graph_moves_once(make_cache, journal):
+    """As in double backward: its new storage stands for the same bytes."""
+    cache = make_cache(0)
+    handle = cache.pack(values(1))
+    settle(cache)
+    back = cache.unpack(handle)
+    again = cache.pack(back)
+    assert again.part is handle.part
+    del back
+    cache.pack(values(2))
+    for _ in range(3):
+        settle(cache)
+    assert writes(journal) == [NBYTES, NBYTES]
+    assert torch.equal(cache.unpack(again), values(1))
+
+
+def test_views_of_a_storage_that_lives_long_do_not_pile_up(make_cache):
+    cache = make_cache(10 * NBYTES)
+    tensor = values(1)
+    kept = cache.pack(tensor)
+    for _ in range(500):
+        cache.pack(tensor)
+    assert len(kept.part.views) < 50
+
+
+def test_retained_graphs_stay_within_the_limit(make_cache):
+    """Nothing dies in a backward that retains its graph: what was used is given up again."""
+    cache = make_cache(3 * NBYTES)
+    handles = packed(cache, 12)
+    for _ in range(2):
+        for seed, handle in reversed(list(enumerate(handles))):
+            settle(cache)
+            assert torch.equal(cache.unpack(handle), values(seed))
+            assert cache.kept_nbytes <= 7 * NBYTES  # with what is being written
+
+
 # Errors and the end.
+
+
+def test_what_no_home_takes_stays_while_there_is_room(make_cache, scratch, monkeypatch):
+    def refuse(_nbytes):
+        raise CapacityError("the disk is full")
+
+    cache = make_cache(2 * NBYTES)
+    monkeypatch.setattr(scratch, "allocate", refuse)
+    handles = packed(cache, 4)
+    with pytest.raises(CapacityError, match=r"400000 bytes\) are .* too many .*the disk is full"):
+        cache.pack(values(4))
+    for seed, handle in enumerate(handles):
+        assert torch.equal(cache.unpack(handle), values(seed))
 
 
 def test_a_failed_write_is_raised_and_the_tensor_stays(make_cache, scratch, monkeypatch):
@@ -597,7 +851,7 @@ def test_a_failed_write_is_raised_and_the_tensor_stays(make_cache, scratch, monk
     with pytest.raises(TierIOError, match="no room"):
         settle(cache)
     assert torch.equal(cache.unpack(handle), values(1))
-    assert (handle.storage.residency, blocks(scratch)) == (Residency.READY, 0)
+    assert (handle.part.unit.residency, blocks(scratch)) == (Residency.READY, 0)
     del handle
     scratch.lanes.drain()  # told once; its traceback goes
     gc.collect()

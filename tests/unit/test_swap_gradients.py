@@ -186,6 +186,21 @@ def test_changes_between_later_steps_are_kept_too(swapper, parameter, gate):
     assert torch.equal(parameter.grad, values(1) * 0.25)
 
 
+def test_a_change_by_the_user_is_kept_when_the_gradient_left_again_in_backward(
+    swapper, parameter, scratch, monkeypatch
+):
+    """Its first write has ended, unnoticed, when the second backward adds to it."""
+    backward(parameter, values(1))
+    swapper._leaving[0].transfer.settle()
+    gate = Gate(scratch, monkeypatch, "after")
+    backward(parameter, values(2))
+    assert gate.begun.wait(PATIENCE_S)
+    parameter.grad.data.mul_(3)  # tells no version counter
+    gate.open()
+    swapper.drain()
+    assert torch.equal(parameter.grad, (values(1) + values(2)) * 3)
+
+
 def test_a_failed_backward_does_not_end_the_watch(swapper, parameter, gate):
     class Refuse(torch.autograd.Function):
         @staticmethod
@@ -297,8 +312,9 @@ def test_a_gradient_is_not_written_beside_an_older_one_on_its_way(
     assert begun.wait(PATIENCE_S)
     parameter.grad = None
     backward(parameter, values(2))
-    while swapper._leaving[-1].transfer.done() is False and not first_may_end.is_set():
-        pass  # the newer write passes the older one, if it may
+    while not first_may_end.is_set() and swapper._leaving:
+        if swapper._leaving[-1].transfer.done():
+            break  # the newer write has passed the older one, if it may
     first_may_end.set()
     swapper.drain()
     scratch.lanes.drain()
@@ -410,8 +426,8 @@ def test_a_tile_of_a_gradient_is_read_for_the_optimizer(swapper, cached):
     staged = buffer.tensor(torch.float32, (8192,))
     start = 4 * 8192
     staged = staged[: 40_000 - start]
-    job = swapper.read_job(home, start, staged)
-    swapper.scratch.lanes.reads.submit([job], Label("", "gradient", "", ""), staged.nbytes).wait()
+    jobs = swapper.read_jobs(home, start, staged)
+    swapper.scratch.lanes.reads.submit(jobs, Label("", "gradient", "", ""), staged.nbytes).wait()
     assert torch.equal(staged, values(1, (40_000,))[start:] * 3)
     assert torch.equal(parameter.grad, values(1, (40_000,)) * 3)
     buffer.release()

@@ -9,7 +9,7 @@ import pytest
 
 from offload.tiers.events import ListRecorder, Move
 from offload.tiers.journal import Journal, Label
-from offload.tiers.lanes import Lane
+from offload.tiers.lanes import Lane, QueuedJob
 
 LABEL = Label("key", "weight", "file:/data", "host")
 PATIENCE_S = 60  # far above any wait of a right implementation; a deadlock fails loudly
@@ -24,8 +24,8 @@ def recorder():
 def make_lane(recorder):
     lanes = []
 
-    def make(workers=1):
-        lanes.append(Lane("file→host", workers, Journal(recorder)))
+    def make(workers=1, queues=1):
+        lanes.append(Lane("file→host", workers, Journal(recorder), queues))
         return lanes[-1]
 
     yield make
@@ -272,3 +272,69 @@ def test_a_waiting_thread_finds_the_bytes_counted(lane):
     for count in range(1, 200):
         lane.submit([lambda: None], LABEL, 1).wait()
         assert lane.journal.totals.read_nbytes == count
+
+
+# [Note: a queue for each path]
+
+
+def test_each_queue_has_workers_of_its_own(make_lane):
+    lane, done = make_lane(queues=2), []
+    gate = Gate(lane)  # holds the first queue
+    lane.submit([QueuedJob(1, partial(done.append, index)) for index in range(5)], LABEL, 1).wait()
+    assert done == list(range(5))
+    assert not gate.transfer.done()
+    gate.open()
+
+
+def test_a_transfer_over_two_queues_is_done_when_both_are(make_lane):
+    lane, done = make_lane(queues=2), []
+    gate = Gate(lane)
+    both = lane.submit(
+        [QueuedJob(queue, partial(done.append, queue)) for queue in (0, 1)], LABEL, 1
+    )
+    lane.submit([QueuedJob(1, lambda: None)], LABEL, 1).wait()
+    assert done == [1]
+    assert not both.done()
+    gate.open()
+    both.wait()
+    assert done == [1, 0]
+
+
+def test_urgent_and_expedited_jobs_go_to_the_head_of_each_queue(make_lane):
+    lane, done = make_lane(queues=2), {0: [], 1: []}
+    gates = [Gate(lane), None]
+    entered, opened = threading.Event(), threading.Event()
+    lane.submit(
+        [QueuedJob(1, lambda: (entered.set(), opened.wait(PATIENCE_S)))], LABEL, 0
+    )  # holds the second queue
+    assert entered.wait(PATIENCE_S)
+
+    def jobs(name):
+        return [
+            QueuedJob(queue, partial(done[queue].append, f"{name}{part}"))
+            for part in (1, 2)
+            for queue in (0, 1)
+        ]
+
+    lane.submit(jobs("a"), LABEL, 1)
+    late = lane.submit(jobs("b"), LABEL, 1)
+    lane.submit(jobs("c"), LABEL, 1, urgent=True)
+    lane.expedite(late)
+    gates[0].open()
+    opened.set()
+    lane.drain()
+    assert done[0] == done[1] == ["b1", "b2", "c1", "c2", "a1", "a2"]
+
+
+def test_settling_waits_for_every_queue(make_lane):
+    lane, done = make_lane(workers=2, queues=3), []
+    for index in range(60):
+        lane.submit([QueuedJob(index % 3, partial(done.append, index))], LABEL, 1)
+    lane.settle()
+    assert sorted(done) == list(range(60))
+
+
+def test_a_queue_that_is_not_there_is_refused(lane):
+    with pytest.raises(IndexError):
+        lane.submit([QueuedJob(1, lambda: None)], LABEL, 1)
+    lane.settle()

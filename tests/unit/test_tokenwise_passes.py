@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from offload.allocator.errors import ConfigError
-from offload.swap.tokenwise.home import MemoryHome
+from offload.swap.tokenwise.keeper import MemoryKeeper
 from offload.swap.tokenwise.plans import Settings
 from offload.swap.tokenwise.tokenwise import TokenWise
 
@@ -44,16 +44,16 @@ class Net(nn.Module):
 class Pair:
     """The same model twice: plain, and with rows rebuilt."""
 
-    def __init__(self, make_model, home=None, rounding=False, **settings):
+    def __init__(self, make_model, keeper=None, rounding=False, **settings):
         torch.manual_seed(0)
         self.plain = make_model()
         self.model = copy.deepcopy(self.plain)
-        self.home = home or MemoryHome()
+        self.keeper = keeper or MemoryKeeper()
         self.notices = []
         settings = {"alpha": 0.5, "min_nbytes": 1024, **settings}
         self.rows = TokenWise(
             self.model,
-            self.home,
+            self.keeper,
             Settings(**settings),
             notice=self.notices.append,
             rounding=rounding,
@@ -108,13 +108,13 @@ def test_fewer_rows_are_stored_the_smaller_alpha_is():
     for alpha in (1.0, 0.5, 0.0):
         pair = Pair(Net, alpha=alpha)
         pair.step(0)  # recorded and verified
-        pair.home.peak_nbytes = pair.home.nbytes
+        pair.keeper.peak_nbytes = pair.keeper.nbytes
         pair.step(1)
-        peaks.append(pair.home.peak_nbytes)
+        peaks.append(pair.keeper.peak_nbytes)
     assert peaks[0] > peaks[1] > peaks[2]
     inputs = 3 * 2 * ROWS * WIDTH * 4
     weights = 3 * 2 * WIDTH * 3 * WIDTH * 4
-    # This home knows neither weights nor equal storages: each input is packed for its norm and
+    # This keeper knows neither weights nor equal storages: each input is packed for its norm and
     # as a source. Then there is the last block's output, which the square saves.
     assert peaks[2] == 2 * inputs + weights + inputs // 3
 
@@ -135,7 +135,7 @@ def test_two_buffers_serve_any_number_of_blocks_and_go_with_the_graph():
         peaks.append(max(held))
         assert pair.rows.held_nbytes == 0
         gc.collect()
-        assert pair.home.nbytes == 0
+        assert pair.keeper.nbytes == 0
     assert peaks[0] == peaks[1] > 0
 
 

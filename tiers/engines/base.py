@@ -1,9 +1,11 @@
-"""The contract of a file engine: it moves whole pages between one open file and host memory.
+"""The contract of a file engine: it moves whole pages between one open file and memory.
 
 An engine is made for one file and called from the worker threads of the lanes, several at once.
 The lanes give it concurrency and order; an engine that keeps requests of its own in flight cuts
-a call into them. ``TierFile`` guarantees whole pages at page boundaries, repeats what came
-short, and turns errors into ``TierIOError``; an engine only moves bytes and tells how many.
+a call into them. Its callers guarantee whole pages at page boundaries, repeat what came short,
+and turn errors into ``TierIOError``; an engine only moves bytes and tells how many.
+
+``offload.tiers.testing.EngineContract`` holds the suite that every engine and wrapper passes.
 """
 
 from abc import ABC, abstractmethod
@@ -35,6 +37,8 @@ class FileEngine(ABC):
     """Moves bytes of one file; safe to call from several threads at once."""
 
     name: ClassVar[str]
+    reaches_device: ClassVar[bool] = False
+    """Whether an address may lie in device memory too (CUDA's addresses are unified)."""
 
     @abstractmethod
     def read(self, offset: int, address: int, nbytes: int) -> int:
@@ -59,7 +63,10 @@ class FileEngine(ABC):
         """
 
     def close(self) -> None:
-        """Give back what the engine opened; the file's descriptors are not its own."""
+        """Give back what the engine opened; safe to call twice, later calls raise ``OSError``.
+
+        The file's descriptors are not the engine's own.
+        """
         return
 
 

@@ -1,7 +1,7 @@
 """The default engine: ``preadv`` and ``pwritev`` from the lanes' own threads.
 
-Two to four threads with requests of 8 to 32 MiB to huge-page-backed memory reach the limit of an
-NVMe drive at the least CPU time of all engines (``tools/bench_io.py``).
+Two to eight threads with requests of 8 to 32 MiB to huge-page-backed memory reach the limit of the
+disk, at the least processor time of the engines here (``tools/bench_io.py``, docs/benchmarks.md).
 """
 
 import os

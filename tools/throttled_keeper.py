@@ -1,4 +1,4 @@
-"""A home for saved tensors behind a link of a given rate, in memory: what a bench compares."""
+"""Keeps saved tensors behind a link of a given rate, in memory: what a bench compares."""
 
 import time
 import weakref
@@ -50,7 +50,7 @@ class _Handle:
         self.tensor = tensor.detach()
 
 
-class ThrottledHome:
+class ThrottledKeeper:
     """Every storage is written and read back once, in order, at ``bytes_per_s``.
 
     The bytes stay in memory; what is throttled is the time at which they are away and back.
@@ -110,7 +110,7 @@ class ThrottledHome:
             if isinstance(one, _Handle):
                 self._ask(one.stored)
 
-    def use_weights(self, names: Sequence[str]) -> None:
+    def use_weights(self, weights: Sequence[torch.Tensor]) -> None:
         """Weights are in memory."""
 
     def borrow(self, nbytes: int) -> None:

@@ -1,90 +1,17 @@
-"""The contract of ``Tier`` as tests: subclass it for a new backend, and pytest does the rest.
-
-    class TestMyTier(TierContract):
-        @contextmanager
-        def open_tier(self, directory): ...
-        def peek(self, tier, block, offset, nbytes): ...
-        def poke(self, tier, block, offset, data): ...
-
-    TestMyTierMachine = machine_of(TestMyTier)
-
-``peek`` and ``poke`` reach the bytes around the tier's own methods, so that a fault in ``write``
-can't be hidden by the same fault in ``read``. ``machine_of`` drives the backend at random against
-a dictionary of bytes.
-"""
+"""The contract of ``Tier`` as tests."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, ClassVar, Self
-from unittest import TestCase
+from typing import ClassVar
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    rule,
-)
 
 from offload.allocator.errors import CapacityError, OffloadError, StaleBlockError
 from offload.tiers.base import Block, Tier
 from offload.tiers.journal import Label
-from offload.tiers.memory import HostBuffer, memory_at
-
-if TYPE_CHECKING:
-    from offload.tiers.lanes import Transfer
-
-
-def pattern(nbytes: int, seed: int = 1) -> bytes:
-    """Bytes without a period that a page or a request could hide; ``seed`` tells them apart."""
-    period = bytes((index * 167 + seed * 29) % 251 for index in range(251))
-    return (period * (nbytes // 251 + 1))[:nbytes]
-
-
-class Memory:
-    """Host memory for one transfer, ``shift`` bytes off page alignment."""
-
-    def __init__(self, nbytes: int, *, shift: int = 0) -> None:
-        self.nbytes = nbytes
-        self._buffer = HostBuffer(max(nbytes + shift, 1))
-        self.address = self._buffer.address + shift
-
-    @classmethod
-    def of(cls, data: bytes, *, shift: int = 0) -> Self:
-        """Memory that holds ``data``."""
-        memory = cls(len(data), shift=shift)
-        memory_at(memory.address, memory.nbytes)[:] = data
-        return memory
-
-    def data(self) -> bytes:
-        """What the memory holds now."""
-        return bytes(memory_at(self.address, self.nbytes))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._buffer.release()
-
-
-def put(tier: Tier, block: Block, data: bytes, *, offset: int = 0, shift: int = 0) -> None:
-    """Write ``data`` through the tier, and wait."""
-    with Memory.of(data, shift=shift) as memory:
-        tier.write(block, memory.address, offset=offset, nbytes=len(data)).wait()
-
-
-def get(tier: Tier, block: Block, *, offset: int, nbytes: int, shift: int = 0) -> bytes:
-    """Read through the tier, and wait."""
-    with Memory(nbytes, shift=shift) as memory:
-        tier.read(block, memory.address, offset=offset, nbytes=nbytes).wait()
-        return memory.data()
+from offload.tiers.testing.memory import Memory, get, pattern, put
 
 
 class TierContract(ABC):
@@ -114,7 +41,7 @@ class TierContract(ABC):
     def test_spec_tells_what_the_tier_is(self, tier: Tier) -> None:
         spec = tier.spec
         assert spec.name
-        assert spec.kind in {"host", "file"}
+        assert spec.kind in {"host", "file", "device"}
         assert spec.align > 0
         assert spec.align & (spec.align - 1) == 0
         assert spec.capacity >= (4 * self.large_nbytes if self.bounded else 0)
@@ -315,80 +242,3 @@ class TierContract(ABC):
                 with pytest.raises(OffloadError):
                     move(block, memory.address).wait()
         block.release()  # owners may outlive the tier
-
-
-class TierMachine(RuleBasedStateMachine):
-    """Random use of a tier, compared with a dictionary from blocks to their bytes."""
-
-    contract: ClassVar[TierContract]
-    blocks = Bundle[Block]("blocks")
-
-    @initialize()
-    def open(self) -> None:
-        self.folder = TemporaryDirectory(prefix="offload-contract-")
-        self.context = self.contract.open_tier(Path(self.folder.name))
-        self.tier = self.context.__enter__()
-        self.model: dict[Block, bytearray] = {}
-        self.moving: list[tuple[Transfer, Memory]] = []
-
-    @rule(target=blocks, nbytes=st.sampled_from([1, 100, 4095, 4096, 4097, 70_000]))
-    def allocate(self, nbytes: int) -> Block:
-        block = self.tier.allocate(nbytes)
-        put(self.tier, block, bytes(nbytes))  # what fresh bytes are is not promised
-        self.model[block] = bytearray(nbytes)
-        return block
-
-    @rule(block=blocks, draw=st.data(), shift=st.sampled_from([0, 0, 1, 513]))
-    def write(self, block: Block, draw: st.DataObject, shift: int) -> None:
-        offset = draw.draw(st.integers(0, block.nbytes - 1), "offset")
-        nbytes = draw.draw(st.integers(0, block.nbytes - offset), "nbytes")
-        data = pattern(nbytes, seed=draw.draw(st.integers(0, 250), "seed"))
-        self.settle()  # overlapping writes have no order of their own
-        memory = Memory.of(data, shift=shift)
-        transfer = self.tier.write(block, memory.address, offset=offset, nbytes=nbytes)
-        self.moving.append((transfer, memory))
-        self.model[block][offset : offset + nbytes] = data
-
-    @rule(block=blocks, draw=st.data(), shift=st.sampled_from([0, 0, 1, 513]))
-    def read(self, block: Block, draw: st.DataObject, shift: int) -> None:
-        offset = draw.draw(st.integers(0, block.nbytes - 1), "offset")
-        nbytes = draw.draw(st.integers(0, block.nbytes - offset), "nbytes")
-        self.settle()
-        got = get(self.tier, block, offset=offset, nbytes=nbytes, shift=shift)
-        assert got == bytes(self.model[block][offset : offset + nbytes])
-
-    @rule(block=consumes(blocks))
-    def release(self, block: Block) -> None:
-        self.settle()
-        block.release()
-        del self.model[block]
-        with pytest.raises(StaleBlockError):
-            self.tier.read(block, 0, nbytes=1)
-
-    @rule()
-    def settle(self) -> None:
-        for transfer, memory in self.moving:
-            transfer.wait()
-            memory.__exit__()
-        self.moving.clear()
-
-    @invariant()
-    def holds_what_was_written(self) -> None:
-        for block, expected in getattr(self, "model", {}).items():
-            if all(transfer.done() for transfer, _ in self.moving):
-                assert self.contract.peek(self.tier, block, 0, block.nbytes) == bytes(expected)
-
-    def teardown(self) -> None:
-        if hasattr(self, "tier"):
-            self.settle()
-            self.context.__exit__(None, None, None)
-            self.folder.cleanup()
-
-
-def machine_of(contract: type[TierContract]) -> type[TestCase]:
-    """The ``TestCase`` that drives the tiers of ``contract`` at random."""
-    case: type[TestCase] = type(
-        f"{contract.__name__}Machine", (TierMachine,), {"contract": contract()}
-    ).TestCase  # type: ignore[attr-defined]
-    case.settings = settings(max_examples=40, stateful_step_count=30)  # type: ignore[attr-defined]
-    return case

@@ -1,24 +1,25 @@
 """The seam to whatever stores saved tensors: plain tensors go out and come back, no more."""
 
 import math
-import shutil
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from offload.allocator.errors import CapacityError
 from offload.swap.activations import ActivationCache
-from offload.swap.copying import read_jobs, write_jobs
-from offload.swap.residency import Residency
+from offload.swap.homes import Home
+from offload.swap.saved import View
 from offload.swap.tokenwise.solve import Link
-from offload.tiers.journal import Label
+from offload.tiers.base import Block
+from offload.tiers.lanes import Transfer
 
 _PROBE_NBYTES = 16 << 20
 
 
-class Home(Protocol):
+class Keeper(Protocol):
     """Where saved tensors wait between forward and backward."""
 
     def pack(self, tensor: torch.Tensor) -> Any:
@@ -30,8 +31,8 @@ class Home(Protocol):
     def prefetch(self, packed: Sequence[Any]) -> None:
         """These are needed soon, in this order; never blocks."""
 
-    def use_weights(self, names: Sequence[str]) -> None:
-        """The model's weights of these names are read now."""
+    def use_weights(self, weights: Sequence[torch.Tensor]) -> None:
+        """These weights of the model are read now."""
 
     def borrow(self, nbytes: int) -> None:
         """What is rebuilt takes ``nbytes`` more memory (less, if negative) than before."""
@@ -40,7 +41,7 @@ class Home(Protocol):
         """Where saved bytes go, measured, with the free bytes; empty while that is unknown."""
 
 
-class MemoryHome:
+class MemoryKeeper:
     """Copies in memory: nothing is swapped, only rebuilt.
 
     Attributes:
@@ -71,7 +72,7 @@ class MemoryHome:
     def prefetch(self, packed: Sequence[Any]) -> None:
         """Everything is here already."""
 
-    def use_weights(self, names: Sequence[str]) -> None:
+    def use_weights(self, weights: Sequence[torch.Tensor]) -> None:
         """Weights are in memory."""
 
     def borrow(self, nbytes: int) -> None:
@@ -81,8 +82,8 @@ class MemoryHome:
         return ()
 
 
-class CacheHome:
-    """The tensor cache as a home."""
+class CacheKeeper:
+    """The tensor cache keeps them."""
 
     def __init__(self, cache: ActivationCache) -> None:
         self._cache = cache
@@ -92,22 +93,14 @@ class CacheHome:
         return self._cache.pack(tensor)
 
     def unpack(self, packed: Any) -> torch.Tensor:
-        tensor = self._cache.unpack(packed)
-        self._cache._spill()  # what was fetched beyond the limit goes with its last user
-        return tensor
+        return self._cache.unpack(packed)
 
     def prefetch(self, packed: Sequence[Any]) -> None:
-        cache = self._cache
-        for one in packed:
-            storage = getattr(one, "storage", None)
-            if storage is None or storage.residency is not Residency.ABSENT:
-                continue
-            if cache.kept_nbytes + storage.nbytes > cache.limit_nbytes:
-                return
-            cache._fetch(storage)
+        parts = [one.part for one in packed if isinstance(one, View) and one.part is not None]
+        self._cache.spiller.prefetch(part.unit for part in parts if part.unit is not None)
 
-    def use_weights(self, names: Sequence[str]) -> None:
-        self._cache.weights.use([name for name in names if name in self._cache.weights.weights])
+    def use_weights(self, weights: Sequence[torch.Tensor]) -> None:
+        self._cache.use_weights(weights)
 
     def borrow(self, nbytes: int) -> None:
         self._cache.limit_nbytes -= nbytes
@@ -117,28 +110,33 @@ class CacheHome:
             kept = Link(
                 name="memory", bytes_per_s=math.inf, free_nbytes=float(self._cache.limit_nbytes)
             )
-            self._links = (kept, self._scratch_link())
+            measured = map(_measure, self._cache.spiller.homes)
+            self._links = (kept, *(link for link in measured if link is not None))
         return self._links
 
-    def _scratch_link(self) -> Link:
-        """Scratch, measured once by a write and a read of a few MiB; the slower one counts."""
-        scratch = self._cache.scratch
-        memory = torch.empty(_PROBE_NBYTES, dtype=torch.uint8)
-        block = scratch.allocate(_PROBE_NBYTES)
-        label = Label("link probe", "activation", "host", scratch.spec.name)
-        slowest_s = 0.0
-        try:
-            for lane, jobs_of in (
-                (scratch.lanes.writes, write_jobs),
-                (scratch.lanes.reads, read_jobs),
-            ):
-                jobs = jobs_of(scratch.file, block, memory.data_ptr(), memory.nbytes)
-                began_s = time.perf_counter()
-                lane.submit(jobs, label, memory.nbytes, owner=memory).wait()
-                slowest_s = max(slowest_s, time.perf_counter() - began_s)
-        finally:
-            block.release()
-        free = shutil.disk_usage(scratch.file.directory).free
-        return Link(
-            name=scratch.spec.name, bytes_per_s=_PROBE_NBYTES / slowest_s, free_nbytes=float(free)
-        )
+
+def _measure(home: Home) -> Link | None:
+    """The link to ``home``, by one write and one read of some MiB; None if it takes nothing."""
+    room_nbytes = home.room_nbytes()
+    memory = torch.UntypedStorage(_PROBE_NBYTES, device="cpu")
+    try:
+        block = home.allocate(_PROBE_NBYTES)
+    except CapacityError:
+        return None
+    try:
+        slowest_s = max(_seconds(move, block, memory) for move in (home.write, home.read))
+    finally:
+        block.release()
+    return Link(
+        name=home.name, bytes_per_s=_PROBE_NBYTES / slowest_s, free_nbytes=float(room_nbytes)
+    )
+
+
+def _seconds(
+    move: Callable[[Block, torch.UntypedStorage, str], Transfer],
+    block: Block,
+    memory: torch.UntypedStorage,
+) -> float:
+    began_s = time.perf_counter()
+    move(block, memory, "link probe").wait()
+    return time.perf_counter() - began_s

@@ -1,0 +1,136 @@
+"""Where saved activations go: homes in the order in which they are tried, fastest first.
+
+A home gives blocks out and moves whole storages to and from them. It stands on a tier; tiers of
+devices and memory nodes become homes as memory and files do.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from offload.allocator.errors import CapacityError
+from offload.swap.copying import read_jobs, write_jobs
+from offload.tiers.base import Block, Tier
+from offload.tiers.filetier import FileTier
+from offload.tiers.journal import Label
+from offload.tiers.lanes import Job, Lane, Transfer
+
+_CHUNK_NBYTES = 16 << 20
+_ROLE = "activation"
+
+
+class Home(ABC):
+    """A place for the bytes of saved storages.
+
+    Attributes:
+        name: of its tier.
+        reads, writes: the links to and from it.
+    """
+
+    name: str
+    reads: Lane
+    writes: Lane
+
+    @abstractmethod
+    def allocate(self, nbytes: int) -> Block:
+        """A block of at least ``nbytes``.
+
+        Raises:
+            CapacityError: the home takes no more; the next one may.
+        """
+
+    @abstractmethod
+    def room_nbytes(self) -> int:
+        """Bytes that its blocks may take in all."""
+
+    @abstractmethod
+    def _write_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
+        """Jobs that copy ``nbytes`` at ``address`` to ``block``."""
+
+    @abstractmethod
+    def _read_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
+        """Jobs that copy ``nbytes`` of ``block`` to ``address``."""
+
+    def write(
+        self, block: Block, memory: torch.UntypedStorage, key: str, before: Sequence[Job] = ()
+    ) -> Transfer:
+        """Copy ``memory`` to ``block``; ``before`` are jobs that run as part of it."""
+        nbytes = memory.nbytes()
+        jobs = [*before, *self._write_jobs(block, memory.data_ptr(), nbytes)]
+        return self.writes.submit(jobs, Label(key, _ROLE, "host", self.name), nbytes, owner=memory)
+
+    def read(self, block: Block, memory: torch.UntypedStorage, key: str) -> Transfer:
+        """Fill ``memory`` from ``block``."""
+        nbytes = memory.nbytes()
+        jobs = self._read_jobs(block, memory.data_ptr(), nbytes)
+        return self.reads.submit(jobs, Label(key, _ROLE, self.name, "host"), nbytes, owner=memory)
+
+
+class FileHome(Home):
+    """A file tier, by way of its lanes and bounded bounce buffers."""
+
+    def __init__(self, tier: FileTier) -> None:
+        self.tier = tier
+        self.name = tier.spec.name
+        self.reads, self.writes = tier.lanes.reads, tier.lanes.writes
+
+    def allocate(self, nbytes: int) -> Block:
+        return self.tier.allocate(nbytes)
+
+    def room_nbytes(self) -> int:
+        return self.tier.room_nbytes()
+
+    def _write_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
+        return write_jobs(self.tier.file, block, address, nbytes)
+
+    def _read_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
+        return read_jobs(self.tier.file, block, address, nbytes)
+
+
+class MemoryHome(Home):
+    """A tier whose copies the processor makes (host memory, a memory node), on lanes of its own."""
+
+    def __init__(self, tier: Tier, reads: Lane, writes: Lane) -> None:
+        self.tier = tier
+        self.name = tier.spec.name
+        self.reads, self.writes = reads, writes
+
+    def allocate(self, nbytes: int) -> Block:
+        return self.tier.allocate(nbytes)
+
+    def room_nbytes(self) -> int:
+        return self.tier.spec.capacity
+
+    def _write_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
+        return [partial(self._copy_in, block, address, *chunk) for chunk in _chunks(nbytes)]
+
+    def _read_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
+        return [partial(self._copy_out, block, address, *chunk) for chunk in _chunks(nbytes)]
+
+    def _copy_in(self, block: Block, address: int, at: int, nbytes: int) -> None:
+        self.tier.write(block, address + at, offset=at, nbytes=nbytes).wait()
+
+    def _copy_out(self, block: Block, address: int, at: int, nbytes: int) -> None:
+        self.tier.read(block, address + at, offset=at, nbytes=nbytes).wait()
+
+
+def allocate_in(homes: Sequence[Home], nbytes: int) -> tuple[Home, Block]:
+    """A block in the first home that takes it.
+
+    Raises:
+        CapacityError: none does; with what each of them said.
+    """
+    refusals: list[str] = []
+    for home in homes:
+        try:
+            return home, home.allocate(nbytes)
+        except CapacityError as error:
+            refusals.append(f"{home.name}: {error}")
+    raise CapacityError("; ".join(refusals))
+
+
+def _chunks(nbytes: int) -> list[tuple[int, int]]:
+    """(offset, nbytes) of each copy."""
+    return [(at, min(_CHUNK_NBYTES, nbytes - at)) for at in range(0, nbytes, _CHUNK_NBYTES)]

@@ -1,0 +1,400 @@
+"""Units of saved bytes leave memory while too many are in it, and come back before their use.
+
+[Note: what is spilled] The oldest first, for backward uses the oldest last (Belady's rule); and
+last of all the ones that the previous pass of this kind used first, as many as fit the limit: the
+last blocks and the loss. Bytes that are on their way out are used where they are. Bytes that have
+left, but that the user still holds, are taken from there instead of being read.
+
+[Note: a block that is doubted] A unit that came back and is given up again needs no second write,
+unless its bytes were changed. What came from its block, nobody changes. What was taken back from
+the user, or saved again while it was written, is compared by a checksum with what was written, on
+the lane: so a storage that is saved, written, changed and saved again is told from one that is
+merely saved again, even if the change went past the version counter (``.data``, numpy).
+
+[Note: just in time] In backward a unit is fetched when its expected use is nearer than twice the
+time that the measured link needs for it and for what is queued before it; never beyond the limit.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+
+from offload.allocator.errors import CapacityError
+from offload.allocator.units import format_nbytes
+from offload.swap.homes import Home, allocate_in
+from offload.swap.links import LinkRate
+from offload.swap.residency import Residency
+from offload.swap.saved import Graveyard, Part, Remains, Unit
+from offload.tiers.journal import Journal, Label
+from offload.tiers.lanes import Job  # noqa: TC001 (as all of ours)
+from offload.tiers.store import checksum
+
+_ROLE = "activation"
+
+
+class Spiller:
+    """Holds units within a limit; called by one thread at a time.
+
+    Args:
+        homes: where units go, in this order.
+        limit_nbytes: of units that stay in memory.
+        in_flight_nbytes: more, while they leave, and to fetch ahead; by default the limit again.
+        room: bytes left in the budget, asked when no home takes a unit.
+    """
+
+    def __init__(
+        self,
+        homes: Sequence[Home],
+        journal: Journal,
+        limit_nbytes: int,
+        in_flight_nbytes: int | None = None,
+        room: Callable[[], int] | None = None,
+    ) -> None:
+        self.homes = tuple(homes)
+        self.journal = journal
+        self.limit_nbytes = limit_nbytes
+        self.peak_nbytes = 0
+        self.graveyard: Graveyard = deque()
+        self._links = {home.name: LinkRate() for home in homes}
+        self._kept_nbytes: int = 0  # of units in memory, arriving or leaving
+        self._absent = 0  # units whose bytes are in their block only
+        self._order: deque[weakref.ref[Unit]] = deque()
+        self._staying: deque[weakref.ref[Unit]] = deque()
+        self._writing: list[Unit] = []
+        self._in_flight_nbytes = in_flight_nbytes
+        self._room = room or (lambda: self._most_nbytes - self._kept_nbytes)
+        self._buried: list[Remains] = []  # with a transfer that has not ended
+
+    @property
+    def _most_nbytes(self) -> int:
+        """Bytes of units in memory, leaving ones included."""
+        more = self._in_flight_nbytes
+        return self.limit_nbytes + (self.limit_nbytes if more is None else more)
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of units in memory, arriving or leaving."""
+        self._bury()
+        return self._kept_nbytes
+
+    @property
+    def is_over(self) -> bool:
+        """Whether more is in memory than may stay."""
+        return self._kept_nbytes > self.limit_nbytes
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the bytes of any unit are in their block only."""
+        return self._absent > 0
+
+    def add(self, unit: Unit) -> None:
+        """Take charge of a unit whose bytes are in memory; others may have to leave.
+
+        Raises:
+            CapacityError: as ``spill``.
+        """
+        self._count(unit.nbytes)
+        self._enqueue(unit)
+        if self.is_over:
+            self.spill()
+
+    def _enqueue(self, unit: Unit) -> None:
+        (self._staying if unit.stays else self._order).append(weakref.ref(unit))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether ``settle`` may have something to do."""
+        return bool(self._writing or self.graveyard or self._buried)
+
+    # Out.
+
+    def spill(self, sparing: Unit | None = None) -> None:
+        """Let the oldest units leave until the rest fits.
+
+        Args:
+            sparing: a unit that backward is about to use. Nothing new has come then, so that
+                what no home takes stays in any case.
+
+        Raises:
+            CapacityError: no home takes them, and memory has no room for them.
+        """
+        self._send_excess_away(sparing)
+        while self._writing and self._kept_nbytes > self._most_nbytes:
+            self._await_written(self._writing[0], "full")
+            self._send_excess_away(sparing)  # what had changed meanwhile is written again
+
+    def _send_excess_away(self, sparing: Unit | None) -> None:
+        excess = self._kept_nbytes - sum(unit.nbytes for unit in self._writing) - self.limit_nbytes
+        for queue in (self._order, self._staying):
+            if excess > 0:
+                excess = self._spill_from(queue, excess, sparing)
+
+    def _spill_from(
+        self, queue: "deque[weakref.ref[Unit]]", excess: int, sparing: Unit | None
+    ) -> int:
+        """What is still in excess after units of ``queue`` have begun to leave."""
+        passed_over: list[weakref.ref[Unit]] = []
+        while excess > 0 and queue:
+            known = queue.popleft()
+            unit = known()
+            if unit is None:
+                continue
+            if unit is sparing or unit.residency is Residency.FETCHING:
+                passed_over.append(known)  # its turn comes
+            elif unit.residency is Residency.READY:
+                excess -= unit.nbytes
+                if not self._try_to_send_away(unit, refusable=sparing is None):
+                    passed_over.append(known)
+                    break
+        queue.extendleft(reversed(passed_over))
+        return excess
+
+    def _try_to_send_away(self, unit: Unit, *, refusable: bool) -> bool:
+        """Whether a home takes the bytes of ``unit``; if not, they stay."""
+        try:
+            self._send_away(unit)
+        except CapacityError as error:
+            if refusable:
+                self._check_room(error)
+            return False
+        return True
+
+    def _check_room(self, refusal: CapacityError) -> None:
+        """No home takes more: raise unless memory has room."""
+        while self._room() < 0 and self._writing:
+            self._await_written(self._writing[0], "full")
+        missing = -self._room()
+        if missing > 0:
+            raise CapacityError(
+                f"saved activations of {format_nbytes(self._kept_nbytes)} "
+                f"({self._kept_nbytes} bytes) are {format_nbytes(missing)} too many for memory, "
+                f"and can't leave it: {refusal}. Take a smaller batch, or a larger budget"
+            ) from refusal
+
+    def _send_away(self, unit: Unit) -> None:
+        if unit.changed:
+            self._give_up_block(unit)
+        if unit.block is None:
+            self._write(unit)
+        elif unit.doubtful:
+            self._compare(unit)
+        else:
+            self._drop(unit)
+
+    def _write(self, unit: Unit) -> None:
+        home, block = allocate_in(self.homes, unit.nbytes)
+        unit.home, unit.block = home, block
+        memory = unit.gathered()
+        note = partial(_note_digest, weakref.ref(unit), memory.data_ptr(), memory.nbytes())
+        unit.transfer = home.write(block, memory, unit.name, before=[note])
+        self._become(unit, Residency.WRITING)
+        self._writing.append(unit)
+
+    def _compare(self, unit: Unit) -> None:
+        """See [Note: a block that is doubted]: compare instead of writing again."""
+        assert unit.home is not None
+        unit.doubtful = False
+        memory = unit.gathered()
+        job: Job = partial(_compare_digest, unit, memory.data_ptr(), memory.nbytes())
+        label = Label(unit.name, _ROLE, "host", "host")
+        unit.transfer = unit.home.writes.submit([job], label, 0, owner=memory)
+        self._become(unit, Residency.WRITING)
+        self._writing.append(unit)
+
+    def settle(self) -> None:
+        """Take note of what has ended and of what has died; never blocks."""
+        if self._writing:
+            self._finish_ended()
+        self._bury()
+
+    def _finish_ended(self) -> None:
+        stayed = False
+        for unit in [unit for unit in self._writing if _is_done(unit)]:
+            self._finish_write(unit)
+            stayed = stayed or unit.residency is Residency.READY
+        if stayed:
+            self.spill()  # it has to be written again
+
+    def _bury(self) -> None:
+        while self.graveyard:
+            remains = self.graveyard.popleft()
+            self._kept_nbytes -= remains[0]
+            self._absent -= not remains[0]
+            if remains[1] is not None:
+                self._buried.append(remains)
+        if self._buried:
+            self._buried = [remains for remains in self._buried if not _is_released(remains)]
+
+    def _await_written(self, unit: Unit, reason: str) -> None:
+        assert unit.transfer is not None
+        assert unit.home is not None
+        with self.journal.stall(unit.name, _ROLE, unit.home.writes.name, reason):
+            unit.transfer.settle()
+        self._finish_write(unit)
+
+    def _finish_write(self, unit: Unit) -> None:
+        self._writing.remove(unit)
+        transfer, unit.transfer = unit.transfer, None
+        assert transfer is not None
+        if transfer.error is not None or unit.changed:  # memory is whole: as if never begun
+            self._give_up_block(unit)
+            self._become(unit, Residency.READY)
+            self._enqueue(unit)
+            transfer.wait()
+        elif unit.doubtful:
+            self._compare(unit)
+        else:
+            self._drop(unit)
+
+    def _give_up_block(self, unit: Unit) -> None:
+        assert unit.block is not None
+        unit.block.release()
+        unit.block = unit.home = unit.digest = None
+        unit.doubtful = unit.changed = False
+
+    def _drop(self, unit: Unit) -> None:
+        for part in unit.living():
+            part.let_go()
+        self._count(-unit.nbytes)
+        self._absent += 1
+        self._become(unit, Residency.ABSENT)
+
+    # Back in.
+
+    def take_back(self, unit: Unit, part: Part, memory: torch.UntypedStorage) -> None:
+        """The user still holds the bytes of an absent unit of one ``part``: hold them too."""
+        if unit.residency is Residency.FETCHING:
+            unit.arriving = unit.transfer = None  # the transfer keeps its memory until it ends
+        else:
+            self._count(unit.nbytes)
+            self._absent -= 1
+        part.hold(memory)
+        unit.doubtful = True
+        self._become(unit, Residency.READY)
+        self._enqueue(unit)
+
+    def bring(self, unit: Unit) -> None:
+        """Have the bytes of ``unit`` in memory now.
+
+        Raises:
+            TierIOError: they could not be read back.
+        """
+        if unit.residency is Residency.ABSENT:
+            self._fetch(unit)
+        if unit.residency is not Residency.FETCHING:
+            return
+        assert unit.transfer is not None
+        assert unit.home is not None
+        if not unit.transfer.done():
+            unit.home.reads.expedite(unit.transfer)
+            with self.journal.stall(unit.name, _ROLE, unit.home.reads.name, "late"):
+                unit.transfer.settle()
+        self._arrive(unit)
+
+    def _fetch(self, unit: Unit) -> None:
+        if (living := unit.held_by_user()) is not None:
+            self.take_back(unit, *living)
+            return
+        assert unit.home is not None
+        assert unit.block is not None
+        unit.arriving = torch.UntypedStorage(unit.nbytes, device="cpu")
+        unit.transfer = unit.home.read(unit.block, unit.arriving, unit.name)
+        self._count(unit.nbytes)
+        self._absent -= 1
+        self._become(unit, Residency.FETCHING)
+        self._enqueue(unit)
+
+    def _arrive(self, unit: Unit) -> None:
+        transfer, memory = unit.transfer, unit.arriving
+        assert transfer is not None
+        assert memory is not None
+        assert unit.home is not None
+        unit.transfer = unit.arriving = None
+        if transfer.error is not None:
+            self._count(-unit.nbytes)
+            self._absent += 1
+            self._become(unit, Residency.ABSENT)
+            transfer.wait()
+        self._links[unit.home.name].measured(transfer.nbytes, transfer.started_s, transfer.ended_s)
+        for part in unit.living():
+            whole = part.nbytes == unit.nbytes
+            part.hold(memory if whole else memory[part.offset : part.offset + part.nbytes])
+        self._become(unit, Residency.READY)
+
+    def fetch_ahead(self, upcoming: Iterable[tuple[Unit, float]]) -> None:
+        """Fetch what is used next; see [Note: just in time].
+
+        Args:
+            upcoming: units in the order of their use, with the seconds until then (0: unknown).
+        """
+        if not self._absent:
+            return
+        next_use_s: float | None = None
+        queued_nbytes = 0
+        for unit, due_s in upcoming:
+            next_use_s = due_s if next_use_s is None else next_use_s
+            if unit.residency is Residency.FETCHING:
+                queued_nbytes += unit.nbytes
+            if unit.residency is not Residency.ABSENT:
+                continue
+            assert unit.home is not None
+            queued_nbytes += unit.nbytes
+            lead_s = 2 * self._links[unit.home.name].seconds(queued_nbytes)
+            if due_s > lead_s + next_use_s or not self._has_room_ahead(unit):
+                return
+            self._fetch(unit)
+
+    def prefetch(self, units: Iterable[Unit]) -> None:
+        """Fetch these, in this order, as far as the limit has room; never blocks."""
+        for unit in units:
+            if unit.residency is Residency.ABSENT:
+                if not self._has_room_ahead(unit):
+                    return
+                self._fetch(unit)
+
+    def _has_room_ahead(self, unit: Unit) -> bool:
+        ahead_nbytes = max(self.limit_nbytes, self._in_flight_nbytes or 0)
+        return self._kept_nbytes + unit.nbytes <= ahead_nbytes
+
+    def _become(self, unit: Unit, residency: Residency) -> None:
+        old, unit.residency = unit.residency, residency
+        if old is residency:
+            return
+        self.journal.residency(unit.name, _ROLE, old.value, residency.value, unit.nbytes)
+
+    def _count(self, nbytes: int) -> None:
+        self._kept_nbytes += nbytes
+        self.peak_nbytes = max(self.peak_nbytes, self._kept_nbytes)
+
+    def close(self) -> None:
+        """Wait for writes in flight; saved tensors that still live stay usable."""
+        while self._writing:
+            self._await_written(self._writing[0], "drain")
+        self.settle()
+
+
+def _note_digest(known: "weakref.ref[Unit]", address: int, nbytes: int) -> None:
+    unit = known()
+    if unit is not None:
+        unit.digest = checksum(address, nbytes)
+
+
+def _compare_digest(unit: Unit, address: int, nbytes: int) -> None:
+    unit.changed = unit.changed or unit.digest != checksum(address, nbytes)
+
+
+def _is_released(remains: Remains) -> bool:
+    """Give the block of ``remains`` back, unless its transfer still uses it."""
+    _, block, transfer = remains
+    if transfer is not None and not transfer.done():
+        return False
+    if block is not None:
+        block.release()
+    return True
+
+
+def _is_done(unit: Unit) -> bool:
+    return unit.transfer is not None and unit.transfer.done()

@@ -1,0 +1,142 @@
+"""The CPU as the device: device memory is host memory, and work is over when it is enqueued.
+
+It is the reference that races are found against: everything happens in the order of the calls.
+"""
+
+import ctypes
+import time
+import weakref
+from collections.abc import Callable, Iterable
+
+from offload.allocator.errors import BudgetError, CapacityError
+from offload.allocator.units import format_nbytes
+from offload.tiers import hostmem
+from offload.tiers.accelerator import Accelerator, DeviceMemory, Event, Stream
+from offload.tiers.memory import tensor_at
+
+
+class DoneEvent(Event):
+    """An event in the past."""
+
+    def __init__(self, started_s: float = 0.0, ended_s: float = 0.0) -> None:
+        self._span = started_s, ended_s
+
+    def done(self) -> bool:
+        return True
+
+    def settle(self) -> None:
+        return
+
+    def span(self) -> tuple[float, float]:
+        return self._span
+
+
+class CpuStream(Stream):
+    """A stream that never has work left."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def record(self) -> Event:
+        return DoneEvent()
+
+    def wait(self, event: Event) -> None:
+        event.settle()  # an event of another device: here the host is the stream
+
+
+class HostMemoryPool:
+    """Device memory made of host memory: bounded, counted, unmapped with its last tensor."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self.limit = capacity
+        self.used_nbytes = self.peak_nbytes = 0
+
+    def set_limit(self, nbytes: int, owner: str) -> None:
+        if self.capacity is not None and nbytes > self.capacity:
+            raise BudgetError(
+                f"{owner} has {format_nbytes(self.capacity)} ({self.capacity} bytes), its budget "
+                f"says {format_nbytes(nbytes)}: write device={self.capacity}",
+                needed_nbytes=nbytes,
+                budget_nbytes=self.capacity,
+            )
+        self.limit = nbytes
+
+    def allocate(self, nbytes: int, owner: str, ready: Event) -> DeviceMemory:
+        import torch
+
+        held = hostmem.page_ceil(max(nbytes, 1))
+        if self.limit is not None and self.used_nbytes + held > self.limit:
+            raise CapacityError(
+                f"{owner} may hold {format_nbytes(self.limit)}, of which "
+                f"{format_nbytes(self.limit - self.used_nbytes)} are free; "
+                f"{format_nbytes(held)} ({held} bytes) were asked"
+            )
+        address = hostmem.map_anonymous(held)
+        tensor = tensor_at(address, torch.uint8, (held,), on_release=(address, held))
+        self.used_nbytes += held
+        self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
+        memory = DeviceMemory(tensor=tensor[:nbytes], ready=ready)
+        weakref.finalize(tensor.untyped_storage(), self._freed, held).atexit = False
+        return memory
+
+    def _freed(self, nbytes: int) -> None:
+        self.used_nbytes -= nbytes
+
+
+class CpuAccelerator(Accelerator):
+    """The host as a device of ``capacity`` bytes (None: as many as the host gives)."""
+
+    name = "cpu"
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self._pool = HostMemoryPool(capacity)
+        self._streams: dict[str, CpuStream] = {}
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def allocate(self, nbytes: int) -> DeviceMemory:
+        return self._pool.allocate(nbytes, self.name, DoneEvent())
+
+    def stream(self, name: str) -> Stream:
+        return self._streams.setdefault(name, CpuStream(name))
+
+    def current_stream(self) -> Stream:
+        return self.stream("compute")
+
+    def copy_in(
+        self, stream: Stream, memory: DeviceMemory, offset: int, address: int, nbytes: int
+    ) -> Event:
+        del stream
+        return self._copy(memory.tensor.data_ptr() + offset, address, nbytes)
+
+    def copy_out(
+        self, stream: Stream, memory: DeviceMemory, offset: int, address: int, nbytes: int
+    ) -> Event:
+        del stream
+        return self._copy(address, memory.tensor.data_ptr() + offset, nbytes)
+
+    def _copy(self, target: int, source: int, nbytes: int) -> Event:
+        began = self.now()
+        ctypes.memmove(target, source, nbytes)
+        return DoneEvent(began, self.now())
+
+    def launch(self, call: Callable[[], object], *, stream: Stream | None = None) -> None:
+        del stream
+        call()
+
+    def poison(
+        self, memory: DeviceMemory, offset: int, nbytes: int, after: Iterable[Event]
+    ) -> Event | None:
+        del memory, offset, nbytes, after  # nothing is ever late here
+        return None
+
+    def set_limit(self, nbytes: int) -> None:
+        self._pool.set_limit(nbytes, self.name)
+
+    def peak_nbytes(self) -> int:
+        return self._pool.peak_nbytes
+
+    def synchronize(self) -> None:
+        return

@@ -1,0 +1,1 @@
+"""Measuring the links of a machine, within seconds and without leaving anything behind."""
