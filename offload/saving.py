@@ -1,4 +1,8 @@
-"""The homes of an engine's saved activations."""
+"""The homes of saved activations: those of an engine, and those of a swap that has none."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
 
 from torch import nn
 from torch.optim import Optimizer
@@ -7,9 +11,20 @@ from offload.config import OffloadConfig
 from offload.runtime import Runtime
 from offload.swap.census import named_weights
 from offload.swap.gradients import MIN_NBYTES
-from offload.swap.homes import FileHome, Home
+from offload.swap.homes import FileHome, Home, MemoryHome
 from offload.swap.optim_kinds import state_nbytes
+from offload.swap.places import DevicePlace, HostPlace, Place
 from offload.swap.writebudget import BudgetedHome, WriteBudget
+from offload.tiers.accelerator import Accelerator
+from offload.tiers.base import Tier
+from offload.tiers.cuda import CudaAccelerator
+from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.journal import Journal
+from offload.tiers.lanes import Lane
+from offload.tiers.numa import NumaTier
+from offload.tiers.pinned import PinnedTier
+from offload.tiers.pinning import CudaPinner, Pinner
+from offload.tiers.ram import RamTier
 
 
 def make_homes(
@@ -49,3 +64,87 @@ def budgets_of(config: OffloadConfig, host_nbytes: int) -> dict[str, int]:
         "nvme_endurance": config.nvme_endurance,
     }
     return {name: nbytes for name, nbytes in named.items() if nbytes is not None}
+
+
+class SwapHomes:
+    """Opens homes, fastest first: a pool of host memory, memory nodes, a scratch file.
+
+    Args:
+        accelerator: the device that saved tensors are on; None: they are in host memory.
+        opened: closes what is opened here, last first.
+        workers: requests in flight in each direction of a home.
+
+    Attributes:
+        place: where saved tensors live.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None,
+        journal: Journal,
+        opened: ExitStack,
+        *,
+        workers: int,
+    ) -> None:
+        self.homes: list[Home] = []
+        self.place: Place = HostPlace()
+        self._accelerator = accelerator
+        self._journal = journal
+        self._opened = opened
+        self._workers = workers
+        on_cuda = isinstance(accelerator, CudaAccelerator)
+        self._pinners: tuple[Pinner, ...] = (CudaPinner(),) if on_cuda else ()
+
+    def open(
+        self, memory_nbytes: int | None, node_nbytes: Mapping[int, int], nvme: Path | None
+    ) -> None:
+        """Open the homes that are given.
+
+        Raises:
+            TierIOError: the directory can't be written.
+            CapacityError, ConfigError: a node that does not exist, or has not so much memory.
+        """
+        if self._accelerator is not None:
+            staged = len(node_nbytes) + (nvme is not None)
+            self.place = DevicePlace(
+                self._accelerator,
+                self._journal,
+                buffers=2 * staged * self._workers,
+                pinners=self._pinners,
+            )
+            self._opened.callback(self.place.close)
+        if memory_nbytes is not None:
+            self._add_memory(self._pool(memory_nbytes))
+        for node, nbytes in sorted(node_nbytes.items()):
+            self._add_memory(NumaTier(node, nbytes, journal=self._journal))
+        if nvme is not None:
+            self._add_files(nvme)
+
+    def _pool(self, nbytes: int) -> Tier:
+        if self._accelerator is None:
+            return RamTier(nbytes, name="memory")
+        return PinnedTier(nbytes, pinners=self._pinners, journal=self._journal, name="memory")
+
+    def _add_memory(self, tier: Tier) -> None:
+        self._opened.enter_context(tier)
+        name = tier.spec.name
+        links = f"{name}→host", f"host→{name}"
+        reads, writes = (Lane(link, self._workers, self._journal) for link in links)
+        self._opened.callback(reads.close)
+        self._opened.callback(writes.close)
+        self.homes.append(MemoryHome(tier, reads, writes))
+
+    def _add_files(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        lanes = Lanes(self._journal, self._workers)
+        self._opened.callback(lanes.close)
+        tier = self._opened.enter_context(FileTier(directory, None, lanes))
+        self.homes.append(FileHome(tier))
+
+
+def device_of(model: nn.Module | None) -> Accelerator | None:
+    """The GPU that ``model`` is on, if it is on one."""
+    parameter = next(model.parameters(), None) if model is not None else None
+    if parameter is None or parameter.device.type != "cuda":
+        return None
+    return CudaAccelerator(parameter.device)

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 from offload.allocator.units import format_nbytes
 from offload.swap.homes import Home
 from offload.swap.lookahead import Lookahead
+from offload.swap.places import Place
 from offload.swap.residency import Residency
 from offload.swap.saved import KnownParts, Part, Unit, View
 from offload.swap.spilling import Spiller
@@ -78,6 +79,7 @@ class ActivationCache:
         weights: told when backward needs one of ``know_weights``.
         room: bytes left in the budget; asked when no home takes more. By default saved tensors
             may then take what leaving ones may.
+        place: where saved tensors live that may be moved; by default host memory.
 
     Attributes:
         left_alone: what was not moved, by reason.
@@ -93,11 +95,13 @@ class ActivationCache:
         in_flight_nbytes: int | None = None,
         weights: WeightUser | None = None,
         room: Callable[[], int] | None = None,
+        place: Place | None = None,
     ) -> None:
         self.journal = journal
         self.weights = weights or _Nobody()
         self.min_nbytes = min_nbytes
-        self.spiller = Spiller(homes, journal, limit_nbytes, in_flight_nbytes, room)
+        self.spiller = Spiller(homes, journal, limit_nbytes, in_flight_nbytes, room, place)
+        self._owns = self.spiller.place.owns
         self.lookahead = Lookahead()
         self.left_alone: dict[str, LeftAlone] = {}
         self._weights: Mapping[int, str] = {}
@@ -180,7 +184,7 @@ class ActivationCache:
         if (
             type(tensor) not in _PLAIN_TYPES
             or tensor.layout is not _STRIDED
-            or not tensor.is_cpu
+            or not self._owns(tensor)
             or tensor.is_quantized
             or tensor.is_inference()
         ):
@@ -289,7 +293,7 @@ class ActivationCache:
         self.lookahead.used(unit, self.journal.now())
         if self.spiller.is_over:
             self.spiller.spill(sparing=unit)
-        if unit.residency is not Residency.READY:
+        if unit.residency is not Residency.READY or unit.arrival is not None:
             self.spiller.bring(unit)
         if self.spiller.is_away:
             self.spiller.fetch_ahead(self.lookahead.upcoming(unit))
@@ -298,7 +302,8 @@ class ActivationCache:
 
     def _pack_other(self, tensor: torch.Tensor) -> Saved:
         if type(tensor) in _PLAIN_TYPES or not _is_wrapper(tensor):
-            return self._leave_alone(tensor.detach(), _reason(tensor) or _foreign(tensor))
+            reason = _reason(tensor, self._owns) or _foreign(tensor)
+            return self._leave_alone(tensor.detach(), reason)
         names, context = _flattened(tensor)
         inner = {name: getattr(tensor, name) for name in names}
         inner = {
@@ -362,12 +367,12 @@ _STRIDED = torch.strided
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def _reason(tensor: torch.Tensor) -> str:
-    """Why storage, offset, size and stride are not all there is to ``tensor``, if so."""
+def _reason(tensor: torch.Tensor, owns: Callable[[torch.Tensor], bool]) -> str:
+    """Why ``tensor`` is more than some bytes of the place, with offset, size and stride, if so."""
     if tensor.layout is not torch.strided:
         return f"of layout {tensor.layout}"
-    if not tensor.is_cpu:
-        return f"on {tensor.device}"
+    if not owns(tensor):
+        return f"on {tensor.device}, which is another place"
     if tensor.is_quantized:
         return "quantised"
     return "an inference tensor" if tensor.is_inference() else ""

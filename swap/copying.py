@@ -13,16 +13,20 @@ from offload.tiers.pieces import BlockFile, move_jobs
 _BOUNCE_NBYTES = 4 << 20
 
 
-def write_jobs(file: BlockFile, block: Block, address: int, nbytes: int) -> list[Job]:
-    """Jobs that write ``nbytes`` at ``address`` (any alignment) to ``block``."""
+def write_jobs(
+    file: BlockFile, block: Block, address: int, nbytes: int, offset: int = 0
+) -> list[Job]:
+    """Jobs that write ``nbytes`` at ``address`` (any alignment) to ``block`` from ``offset`` on."""
     call = file.write if address % PAGE == 0 else partial(_write_bounced, file)
-    return move_jobs(file, call, block.extent.offset, address, nbytes)
+    return move_jobs(file, call, block.extent.offset + offset, address, nbytes)
 
 
-def read_jobs(file: BlockFile, block: Block, address: int, nbytes: int) -> list[Job]:
-    """Jobs that read ``nbytes`` of ``block`` to ``address`` (any alignment)."""
+def read_jobs(
+    file: BlockFile, block: Block, address: int, nbytes: int, offset: int = 0
+) -> list[Job]:
+    """Jobs that read ``nbytes`` of ``block`` from ``offset`` on to ``address`` (any alignment)."""
     call = file.read if address % PAGE == 0 else partial(_read_bounced, file)
-    return move_jobs(file, call, block.extent.offset, address, nbytes)
+    return move_jobs(file, call, block.extent.offset + offset, address, nbytes)
 
 
 def _write_bounced(file: BlockFile, offset: int, address: int, nbytes: int) -> None:

@@ -1,28 +1,25 @@
 """Where saved activations go: homes in the order in which they are tried, fastest first.
 
-A home gives blocks out and moves whole storages to and from them. It stands on a tier; tiers of
-devices and memory nodes become homes as memory and files do.
+A home gives out blocks, and copies between them and host memory. It stands on a tier: files, plain
+or pinned host memory, memory nodes. What saved tensors live in is a ``Place``.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 
-import torch
-
 from offload.allocator.errors import CapacityError
 from offload.swap.copying import read_jobs, write_jobs
 from offload.tiers.base import Block, Tier
 from offload.tiers.filetier import FileTier
-from offload.tiers.journal import Label
-from offload.tiers.lanes import Job, Lane, Transfer
+from offload.tiers.lanes import Job, Lane
 
 _CHUNK_NBYTES = 16 << 20
-_ROLE = "activation"
+ROLE = "activation"
 
 
 class Home(ABC):
-    """A place for the bytes of saved storages.
+    """Where the bytes of saved storages wait.
 
     Attributes:
         name: of its tier.
@@ -46,26 +43,12 @@ class Home(ABC):
         """Bytes that its blocks may take in all."""
 
     @abstractmethod
-    def _write_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
-        """Jobs that copy ``nbytes`` at ``address`` to ``block``."""
+    def write_jobs(self, block: Block, address: int, nbytes: int, offset: int = 0) -> list[Job]:
+        """Jobs that copy ``nbytes`` of memory at ``address`` to ``block`` from ``offset`` on."""
 
     @abstractmethod
-    def _read_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
-        """Jobs that copy ``nbytes`` of ``block`` to ``address``."""
-
-    def write(
-        self, block: Block, memory: torch.UntypedStorage, key: str, before: Sequence[Job] = ()
-    ) -> Transfer:
-        """Copy ``memory`` to ``block``; ``before`` are jobs that run as part of it."""
-        nbytes = memory.nbytes()
-        jobs = [*before, *self._write_jobs(block, memory.data_ptr(), nbytes)]
-        return self.writes.submit(jobs, Label(key, _ROLE, "host", self.name), nbytes, owner=memory)
-
-    def read(self, block: Block, memory: torch.UntypedStorage, key: str) -> Transfer:
-        """Fill ``memory`` from ``block``."""
-        nbytes = memory.nbytes()
-        jobs = self._read_jobs(block, memory.data_ptr(), nbytes)
-        return self.reads.submit(jobs, Label(key, _ROLE, self.name, "host"), nbytes, owner=memory)
+    def read_jobs(self, block: Block, address: int, nbytes: int, offset: int = 0) -> list[Job]:
+        """Jobs that copy ``nbytes`` of ``block`` from ``offset`` on to memory at ``address``."""
 
 
 class FileHome(Home):
@@ -82,11 +65,11 @@ class FileHome(Home):
     def room_nbytes(self) -> int:
         return self.tier.room_nbytes()
 
-    def _write_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
-        return write_jobs(self.tier.file, block, address, nbytes)
+    def write_jobs(self, block: Block, address: int, nbytes: int, offset: int = 0) -> list[Job]:
+        return write_jobs(self.tier.file, block, address, nbytes, offset)
 
-    def _read_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
-        return read_jobs(self.tier.file, block, address, nbytes)
+    def read_jobs(self, block: Block, address: int, nbytes: int, offset: int = 0) -> list[Job]:
+        return read_jobs(self.tier.file, block, address, nbytes, offset)
 
 
 class MemoryHome(Home):
@@ -103,17 +86,19 @@ class MemoryHome(Home):
     def room_nbytes(self) -> int:
         return self.tier.spec.capacity
 
-    def _write_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
-        return [partial(self._copy_in, block, address, *chunk) for chunk in _chunks(nbytes)]
+    def write_jobs(self, block: Block, address: int, nbytes: int, offset: int = 0) -> list[Job]:
+        return [partial(self._copy_in, block, address, offset, *chunk) for chunk in _chunks(nbytes)]
 
-    def _read_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
-        return [partial(self._copy_out, block, address, *chunk) for chunk in _chunks(nbytes)]
+    def read_jobs(self, block: Block, address: int, nbytes: int, offset: int = 0) -> list[Job]:
+        return [
+            partial(self._copy_out, block, address, offset, *chunk) for chunk in _chunks(nbytes)
+        ]
 
-    def _copy_in(self, block: Block, address: int, at: int, nbytes: int) -> None:
-        self.tier.write(block, address + at, offset=at, nbytes=nbytes).wait()
+    def _copy_in(self, block: Block, address: int, offset: int, at: int, nbytes: int) -> None:
+        self.tier.write(block, address + at, offset=offset + at, nbytes=nbytes).wait()
 
-    def _copy_out(self, block: Block, address: int, at: int, nbytes: int) -> None:
-        self.tier.read(block, address + at, offset=at, nbytes=nbytes).wait()
+    def _copy_out(self, block: Block, address: int, offset: int, at: int, nbytes: int) -> None:
+        self.tier.read(block, address + at, offset=offset + at, nbytes=nbytes).wait()
 
 
 def allocate_in(homes: Sequence[Home], nbytes: int) -> tuple[Home, Block]:

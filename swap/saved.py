@@ -16,14 +16,15 @@ bytes are let go, the alias is exchanged for one without bytes that still shares
 change in place is an error whenever it happens, and wherever the bytes are, as in plain autograd.
 """
 
-import ctypes
 import weakref
 from collections import deque
+from functools import cache
 from typing import TypeAlias
 
 import torch
 
 from offload.swap.homes import Home  # noqa: TC001 (as all of ours)
+from offload.swap.places import Place
 from offload.swap.residency import Residency
 from offload.tiers.base import Block
 from offload.tiers.lanes import Transfer
@@ -85,13 +86,14 @@ class View:
                 tensor.is_conj(),
                 tensor.is_neg(),
             )
-            self._exchange(torch.empty(0, device="cpu"))
+            self._exchange(_no_bytes(tensor.device))
 
     def come_back(self, memory: torch.UntypedStorage) -> None:
         """Be the same view of ``memory``, which has the storage's bytes."""
         if self.layout is not None:
             dtype, offset, size, stride, conjugate, negative = self.layout
-            view = torch.empty(0, dtype=dtype, device="cpu").set_(memory, offset, size, stride)
+            view = torch.empty(0, dtype=dtype, device=memory.device)
+            view.set_(memory, offset, size, stride)
             view = torch._conj(view) if conjugate else view
             self._exchange(torch._neg_view(view) if negative else view)
             self.layout = None
@@ -101,6 +103,11 @@ class View:
         alias = self.tensor.detach()
         alias.data = content
         self.tensor = alias
+
+
+@cache
+def _no_bytes(device: torch.device) -> torch.Tensor:
+    return torch.empty(0, device=device)
 
 
 class Part:
@@ -184,8 +191,9 @@ class Unit:
     """
 
     __slots__ = (
-        "__weakref__", "arriving", "block", "changed", "digest", "doubtful", "graveyard", "home",
-        "index", "nbytes", "origin", "parts", "position", "residency", "stays", "transfer",
+        "__weakref__", "arrival", "arriving", "block", "changed", "digest", "doubtful",
+        "graveyard", "home", "index", "nbytes", "origin", "parts", "position", "residency",
+        "stays", "transfer",
     )  # fmt: skip
 
     def __init__(self, parts: list[Part], nbytes: int, index: int, graveyard: "Graveyard") -> None:
@@ -203,6 +211,7 @@ class Unit:
         self.doubtful = False  # the bytes in memory may no longer be those of the block
         self.transfer: Transfer | None = None
         self.arriving: torch.UntypedStorage | None = None
+        self.arrival: Transfer | None = None  # has filled the memory for those who wait for it
         self.residency = Residency.READY
 
     @property
@@ -214,17 +223,15 @@ class Unit:
         """Its parts that somebody still needs."""
         return [part for known in self.parts if (part := known()) is not None]
 
-    def gathered(self) -> torch.UntypedStorage:
+    def gathered(self, place: Place) -> torch.UntypedStorage:
         """One storage with the bytes of all living parts, which are in memory."""
         parts = self.living()
         if len(self.parts) == 1 and parts and parts[0].memory is not None:
             return parts[0].memory
-        memory = torch.UntypedStorage(self.nbytes, device="cpu")
-        for part in parts:
-            assert part.memory is not None
-            target = memory.data_ptr() + part.offset
-            ctypes.memmove(target, part.memory.data_ptr(), part.nbytes)
-        return memory
+        pieces = [
+            (part.offset, part.nbytes, part.memory) for part in parts if part.memory is not None
+        ]
+        return place.gather(pieces, self.nbytes)
 
     def held_by_user(self) -> tuple[Part, torch.UntypedStorage] | None:
         """The one part and its storage, if somebody else still holds that."""
@@ -236,10 +243,50 @@ class Unit:
 
     def __del__(self) -> None:
         held_nbytes = self.nbytes if self.residency is not Residency.ABSENT else 0
-        self.graveyard.append((held_nbytes, self.block, self.transfer))
+        self.graveyard.add(held_nbytes, self.block, self.transfer)
 
 
-# What a dead unit leaves: the bytes that it held in memory, its block, and the transfer that uses
-# both until it has ended.
-Remains: TypeAlias = tuple[int, Block | None, Transfer | None]
-Graveyard: TypeAlias = deque[Remains]  # units die on any thread, at any moment
+class Graveyard:
+    """What dead units leave; they die on any thread, at any moment.
+
+    That is the bytes that each held in memory, its block, and the transfer that uses both until
+    it has ended.
+    """
+
+    def __init__(self) -> None:
+        self._dead: deque[tuple[int, Block | None, Transfer | None]] = deque()
+        self._buried: list[tuple[Block, Transfer | None]] = []  # used by a transfer still
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether ``bury`` may have something to do."""
+        return bool(self._dead or self._buried)
+
+    def add(self, held_nbytes: int, block: Block | None, transfer: Transfer | None) -> None:
+        """A unit has died."""
+        self._dead.append((held_nbytes, block, transfer))
+
+    def bury(self) -> tuple[int, int]:
+        """Give blocks back that no transfer uses.
+
+        Returns:
+            Bytes of memory that the units which died meanwhile held, and how many held none.
+        """
+        held_nbytes = absent = 0
+        while self._dead:
+            nbytes, block, transfer = self._dead.popleft()
+            held_nbytes += nbytes
+            absent += not nbytes
+            if block is not None:
+                self._buried.append((block, transfer))
+        if self._buried:
+            self._buried = [entry for entry in self._buried if not _is_released(*entry)]
+        return held_nbytes, absent
+
+
+def _is_released(block: Block, transfer: Transfer | None) -> bool:
+    """Give ``block`` back, unless ``transfer`` still uses it."""
+    if transfer is not None and not transfer.done():
+        return False
+    block.release()
+    return True

@@ -25,9 +25,10 @@ import torch
 from offload.allocator.errors import CapacityError
 from offload.allocator.units import format_nbytes
 from offload.swap.homes import Home, allocate_in
-from offload.swap.links import LinkRate
+from offload.swap.links import Links
+from offload.swap.places import HostPlace, Place
 from offload.swap.residency import Residency
-from offload.swap.saved import Graveyard, Part, Remains, Unit
+from offload.swap.saved import Graveyard, Part, Unit
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Job  # noqa: TC001 (as all of ours)
 from offload.tiers.store import checksum
@@ -43,6 +44,7 @@ class Spiller:
         limit_nbytes: of units that stay in memory.
         in_flight_nbytes: more, while they leave, and to fetch ahead; by default the limit again.
         room: bytes left in the budget, asked when no home takes a unit.
+        place: where units live between their uses; by default host memory.
     """
 
     def __init__(
@@ -52,13 +54,15 @@ class Spiller:
         limit_nbytes: int,
         in_flight_nbytes: int | None = None,
         room: Callable[[], int] | None = None,
+        place: Place | None = None,
     ) -> None:
+        self.place = place or HostPlace()
         self.homes = tuple(homes)
         self.journal = journal
         self.limit_nbytes = limit_nbytes
         self.peak_nbytes = 0
-        self.graveyard: Graveyard = deque()
-        self._links = {home.name: LinkRate() for home in homes}
+        self.graveyard = Graveyard()
+        self._links = Links(home.name for home in homes)
         self._kept_nbytes: int = 0  # of units in memory, arriving or leaving
         self._absent = 0  # units whose bytes are in their block only
         self._order: deque[weakref.ref[Unit]] = deque()
@@ -66,7 +70,6 @@ class Spiller:
         self._writing: list[Unit] = []
         self._in_flight_nbytes = in_flight_nbytes
         self._room = room or (lambda: self._most_nbytes - self._kept_nbytes)
-        self._buried: list[Remains] = []  # with a transfer that has not ended
 
     @property
     def _most_nbytes(self) -> int:
@@ -107,7 +110,7 @@ class Spiller:
     @property
     def is_busy(self) -> bool:
         """Whether ``settle`` may have something to do."""
-        return bool(self._writing or self.graveyard or self._buried)
+        return bool(self._writing) or self.graveyard.is_busy or self._links.is_busy
 
     # Out.
 
@@ -175,7 +178,7 @@ class Spiller:
             ) from refusal
 
     def _send_away(self, unit: Unit) -> None:
-        if unit.changed:
+        if self._must_rewrite(unit):
             self._give_up_block(unit)
         if unit.block is None:
             self._write(unit)
@@ -184,12 +187,21 @@ class Spiller:
         else:
             self._drop(unit)
 
+    def _must_rewrite(self, unit: Unit) -> bool:
+        """Whether its block, if there is one, does not hold the bytes of ``unit``."""
+        return unit.changed or (unit.doubtful and not self.place.compares)
+
     def _write(self, unit: Unit) -> None:
         home, block = allocate_in(self.homes, unit.nbytes)
         unit.home, unit.block = home, block
-        memory = unit.gathered()
-        note = partial(_note_digest, weakref.ref(unit), memory.data_ptr(), memory.nbytes())
-        unit.transfer = home.write(block, memory, unit.name, before=[note])
+        if unit.arrival is not None:
+            self.place.order(unit.arrival)
+        memory = unit.gathered(self.place)
+        before: list[Job] = []
+        if self.place.compares:
+            known = weakref.ref(unit)
+            before = [partial(_note_digest, known, memory.data_ptr(), memory.nbytes())]
+        unit.transfer = self.place.send(home, block, memory, unit.nbytes, unit.name, before)
         self._become(unit, Residency.WRITING)
         self._writing.append(unit)
 
@@ -197,7 +209,7 @@ class Spiller:
         """See [Note: a block that is doubted]: compare instead of writing again."""
         assert unit.home is not None
         unit.doubtful = False
-        memory = unit.gathered()
+        memory = unit.gathered(self.place)
         job: Job = partial(_compare_digest, unit, memory.data_ptr(), memory.nbytes())
         label = Label(unit.name, _ROLE, "host", "host")
         unit.transfer = unit.home.writes.submit([job], label, 0, owner=memory)
@@ -205,10 +217,16 @@ class Spiller:
         self._writing.append(unit)
 
     def settle(self) -> None:
-        """Take note of what has ended and of what has died; never blocks."""
+        """Take note of what has ended and of what has died; never blocks.
+
+        Raises:
+            TierIOError: bytes could not be read back that streams have been waiting for.
+        """
         if self._writing:
             self._finish_ended()
         self._bury()
+        if self._links.is_busy:
+            self._links.look()
 
     def _finish_ended(self) -> None:
         stayed = False
@@ -219,14 +237,9 @@ class Spiller:
             self.spill()  # it has to be written again
 
     def _bury(self) -> None:
-        while self.graveyard:
-            remains = self.graveyard.popleft()
-            self._kept_nbytes -= remains[0]
-            self._absent -= not remains[0]
-            if remains[1] is not None:
-                self._buried.append(remains)
-        if self._buried:
-            self._buried = [remains for remains in self._buried if not _is_released(remains)]
+        held_nbytes, absent = self.graveyard.bury()
+        self._kept_nbytes -= held_nbytes
+        self._absent -= absent
 
     def _await_written(self, unit: Unit, reason: str) -> None:
         assert unit.transfer is not None
@@ -239,7 +252,9 @@ class Spiller:
         self._writing.remove(unit)
         transfer, unit.transfer = unit.transfer, None
         assert transfer is not None
-        if transfer.error is not None or unit.changed:  # memory is whole: as if never begun
+        if transfer.error is not None or self._must_rewrite(
+            unit
+        ):  # memory is whole: as if never begun
             self._give_up_block(unit)
             self._become(unit, Residency.READY)
             self._enqueue(unit)
@@ -282,13 +297,15 @@ class Spiller:
         Raises:
             TierIOError: they could not be read back.
         """
+        if unit.arrival is not None:
+            self._check_arrival(unit)
         if unit.residency is Residency.ABSENT:
             self._fetch(unit)
         if unit.residency is not Residency.FETCHING:
             return
         assert unit.transfer is not None
         assert unit.home is not None
-        if not unit.transfer.done():
+        if not self.place.order(unit.transfer):
             unit.home.reads.expedite(unit.transfer)
             with self.journal.stall(unit.name, _ROLE, unit.home.reads.name, "late"):
                 unit.transfer.settle()
@@ -300,8 +317,9 @@ class Spiller:
             return
         assert unit.home is not None
         assert unit.block is not None
-        unit.arriving = torch.UntypedStorage(unit.nbytes, device="cpu")
-        unit.transfer = unit.home.read(unit.block, unit.arriving, unit.name)
+        unit.arriving, unit.transfer = self.place.fetch(
+            unit.home, unit.block, unit.nbytes, unit.name
+        )
         self._count(unit.nbytes)
         self._absent -= 1
         self._become(unit, Residency.FETCHING)
@@ -313,16 +331,32 @@ class Spiller:
         assert memory is not None
         assert unit.home is not None
         unit.transfer = unit.arriving = None
-        if transfer.error is not None:
-            self._count(-unit.nbytes)
-            self._absent += 1
-            self._become(unit, Residency.ABSENT)
+        if transfer.done() and transfer.error is not None:
+            self._drop(unit)
             transfer.wait()
-        self._links[unit.home.name].measured(transfer.nbytes, transfer.started_s, transfer.ended_s)
+        if not transfer.done():  # a stream waits for it, and the host does not
+            unit.arrival = transfer
+        self._links.arrives(unit.home.name, transfer)
         for part in unit.living():
             whole = part.nbytes == unit.nbytes
             part.hold(memory if whole else memory[part.offset : part.offset + part.nbytes])
         self._become(unit, Residency.READY)
+
+    def _check_arrival(self, unit: Unit) -> None:
+        """A stream has waited for the bytes of ``unit``: this one must too, until they are there.
+
+        Raises:
+            TierIOError: they could not be read back.
+        """
+        arrival = unit.arrival
+        assert arrival is not None
+        if not arrival.done():
+            self.place.order(arrival)
+            return
+        unit.arrival = None
+        if arrival.error is not None:
+            self._drop(unit)
+            arrival.wait()
 
     def fetch_ahead(self, upcoming: Iterable[tuple[Unit, float]]) -> None:
         """Fetch what is used next; see [Note: just in time].
@@ -342,7 +376,7 @@ class Spiller:
                 continue
             assert unit.home is not None
             queued_nbytes += unit.nbytes
-            lead_s = 2 * self._links[unit.home.name].seconds(queued_nbytes)
+            lead_s = 2 * self._links.seconds(unit.home.name, queued_nbytes)
             if due_s > lead_s + next_use_s or not self._has_room_ahead(unit):
                 return
             self._fetch(unit)
@@ -373,6 +407,7 @@ class Spiller:
         """Wait for writes in flight; saved tensors that still live stay usable."""
         while self._writing:
             self._await_written(self._writing[0], "drain")
+        self._links.settle()
         self.settle()
 
 
@@ -384,16 +419,6 @@ def _note_digest(known: "weakref.ref[Unit]", address: int, nbytes: int) -> None:
 
 def _compare_digest(unit: Unit, address: int, nbytes: int) -> None:
     unit.changed = unit.changed or unit.digest != checksum(address, nbytes)
-
-
-def _is_released(remains: Remains) -> bool:
-    """Give the block of ``remains`` back, unless its transfer still uses it."""
-    _, block, transfer = remains
-    if transfer is not None and not transfer.done():
-        return False
-    if block is not None:
-        block.release()
-    return True
 
 
 def _is_done(unit: Unit) -> bool:

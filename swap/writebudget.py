@@ -88,8 +88,8 @@ class BudgetedHome(Home):
     def room_nbytes(self) -> int:
         return min(self.inner.room_nbytes(), self.budget.step_nbytes)
 
-    def _write_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
-        return self.inner._write_jobs(block, address, nbytes)
+    def write_jobs(self, block: Block, address: int, nbytes: int, offset: int = 0) -> list[Job]:
+        return self.inner.write_jobs(block, address, nbytes, offset)
 
-    def _read_jobs(self, block: Block, address: int, nbytes: int) -> list[Job]:
-        return self.inner._read_jobs(block, address, nbytes)
+    def read_jobs(self, block: Block, address: int, nbytes: int, offset: int = 0) -> list[Job]:
+        return self.inner.read_jobs(block, address, nbytes, offset)

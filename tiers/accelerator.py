@@ -80,9 +80,14 @@ class DeviceMemory:
 
 
 class Accelerator(ABC):
-    """One device."""
+    """One device.
+
+    Attributes:
+        torch_device: where torch has the tensors whose bytes are on it.
+    """
 
     name: str
+    torch_device: "torch.device"
 
     @abstractmethod
     def now(self) -> float:
@@ -95,6 +100,10 @@ class Accelerator(ABC):
         Raises:
             CapacityError: the device or its limit has no room; names both byte counts.
         """
+
+    @abstractmethod
+    def owns(self, tensor: "torch.Tensor") -> bool:
+        """Whether the bytes of ``tensor`` are on this device."""
 
     @abstractmethod
     def stream(self, name: str) -> Stream:

@@ -7,12 +7,16 @@ import ctypes
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from offload.allocator.errors import BudgetError, CapacityError
 from offload.allocator.units import format_nbytes
 from offload.tiers import hostmem
 from offload.tiers.accelerator import Accelerator, DeviceMemory, Event, Stream
 from offload.tiers.memory import tensor_at
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DoneEvent(Event):
@@ -51,6 +55,7 @@ class HostMemoryPool:
         self.capacity = capacity
         self.limit = capacity
         self.used_nbytes = self.peak_nbytes = 0
+        self._held: dict[int, int] = {}  # bytes by address
 
     def set_limit(self, nbytes: int, owner: str) -> None:
         if self.capacity is not None and nbytes > self.capacity:
@@ -75,13 +80,22 @@ class HostMemoryPool:
         address = hostmem.map_anonymous(held)
         tensor = tensor_at(address, torch.uint8, (held,), on_release=(address, held))
         self.used_nbytes += held
+        self._held[address] = held
         self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
         memory = DeviceMemory(tensor=tensor[:nbytes], ready=ready)
-        weakref.finalize(tensor.untyped_storage(), self._freed, held).atexit = False
+        weakref.finalize(tensor.untyped_storage(), self._freed, address, held).atexit = False
         return memory
 
-    def _freed(self, nbytes: int) -> None:
+    def _freed(self, address: int, nbytes: int) -> None:
         self.used_nbytes -= nbytes
+        del self._held[address]
+
+    def owns(self, tensor: "torch.Tensor") -> bool:
+        """Whether the bytes of ``tensor`` are in this memory."""
+        if not tensor.is_cpu:
+            return False
+        at = tensor.untyped_storage().data_ptr()
+        return any(start <= at < start + nbytes for start, nbytes in self._held.items())
 
 
 class CpuAccelerator(Accelerator):
@@ -90,6 +104,9 @@ class CpuAccelerator(Accelerator):
     name = "cpu"
 
     def __init__(self, capacity: int | None = None) -> None:
+        import torch
+
+        self.torch_device = torch.device("cpu")
         self._pool = HostMemoryPool(capacity)
         self._streams: dict[str, CpuStream] = {}
 
@@ -98,6 +115,9 @@ class CpuAccelerator(Accelerator):
 
     def allocate(self, nbytes: int) -> DeviceMemory:
         return self._pool.allocate(nbytes, self.name, DoneEvent())
+
+    def owns(self, tensor: "torch.Tensor") -> bool:
+        return self._pool.owns(tensor)
 
     def stream(self, name: str) -> Stream:
         return self._streams.setdefault(name, CpuStream(name))

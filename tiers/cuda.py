@@ -141,6 +141,7 @@ class CudaAccelerator(Accelerator):
         if self._device.type == "cuda" and index is None:  # some calls want a number
             self._device = torch.device("cuda", self._runtime.current_device())
         self.name = str(self._device)
+        self.torch_device = self._device
         self._checked = checked
         self._streams: dict[str, CudaStream] = {}
         anchor = self._runtime.Event(enable_timing=True)
@@ -171,6 +172,9 @@ class CudaAccelerator(Accelerator):
         if self._checked:
             tensor.fill_(POISON)
         return DeviceMemory(tensor=tensor, ready=self.current_stream().record())
+
+    def owns(self, tensor: "torch.Tensor") -> bool:
+        return tensor.device == self._device
 
     def stream(self, name: str) -> Stream:
         if name not in self._streams:

@@ -72,6 +72,7 @@ class DeviceTransfer(Transfer):
             if self._seen:
                 return
             self._seen = True
+            self.owner = None
             self.error = event.error
         if self.error is None:
             self.started_s, ended_s = event.span()

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recompute",
         choices=["off", "tokenwise"],
-        help="tokenwise: swap some token rows of what blocks save, rebuild the others (default: off)",
+        help="tokenwise: swap some token rows of what blocks save, rebuild the rest (default: off)",
     )
     parser.add_argument(
         "--alpha", metavar="A", help="the share of rows that is swapped, 0 to 1, or auto (default)"

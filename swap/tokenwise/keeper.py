@@ -3,7 +3,7 @@
 import math
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,12 +11,11 @@ import torch
 from offload.allocator.errors import CapacityError
 from offload.swap.activations import ActivationCache
 from offload.swap.homes import Home
+from offload.swap.places import Place
 from offload.swap.saved import View
 from offload.swap.tokenwise.solve import Link
-from offload.tiers.base import Block
-from offload.tiers.lanes import Transfer
 
-_PROBE_NBYTES = 16 << 20
+_PROBE, _PROBE_NBYTES = "link probe", 16 << 20
 
 
 class Keeper(Protocol):
@@ -110,33 +109,28 @@ class CacheKeeper:
             kept = Link(
                 name="memory", bytes_per_s=math.inf, free_nbytes=float(self._cache.limit_nbytes)
             )
-            measured = map(_measure, self._cache.spiller.homes)
+            spiller = self._cache.spiller
+            measured = (_measure(home, spiller.place) for home in spiller.homes)
             self._links = (kept, *(link for link in measured if link is not None))
         return self._links
 
 
-def _measure(home: Home) -> Link | None:
+def _measure(home: Home, place: Place) -> Link | None:
     """The link to ``home``, by one write and one read of some MiB; None if it takes nothing."""
     room_nbytes = home.room_nbytes()
-    memory = torch.UntypedStorage(_PROBE_NBYTES, device="cpu")
     try:
         block = home.allocate(_PROBE_NBYTES)
     except CapacityError:
         return None
     try:
-        slowest_s = max(_seconds(move, block, memory) for move in (home.write, home.read))
+        began_s = time.perf_counter()
+        memory = place.gather((), _PROBE_NBYTES)
+        place.send(home, block, memory, _PROBE_NBYTES, _PROBE).wait()
+        written_s = time.perf_counter()
+        place.fetch(home, block, _PROBE_NBYTES, _PROBE)[1].wait()
+        slowest_s = max(written_s - began_s, time.perf_counter() - written_s)
     finally:
         block.release()
     return Link(
         name=home.name, bytes_per_s=_PROBE_NBYTES / slowest_s, free_nbytes=float(room_nbytes)
     )
-
-
-def _seconds(
-    move: Callable[[Block, torch.UntypedStorage, str], Transfer],
-    block: Block,
-    memory: torch.UntypedStorage,
-) -> float:
-    began_s = time.perf_counter()
-    move(block, memory, "link probe").wait()
-    return time.perf_counter() - began_s

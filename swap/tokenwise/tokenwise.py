@@ -143,7 +143,7 @@ class TokenWise:
 
         In a region of ``torch.utils.checkpoint``, say, it does not.
         """
-        top = torch._C._autograd._top_saved_tensors_default_hooks(False)  # type: ignore[attr-defined]
+        top: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
         return (
             torch.is_grad_enabled()
             and torch._C._current_graph_task_id() == -1

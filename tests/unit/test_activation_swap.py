@@ -1,6 +1,7 @@
 """Saved activations of any code: nested, recomputed, compiled, custom; the bits are the same."""
 
 import gc
+import threading
 from functools import partial
 
 import pytest
@@ -16,6 +17,11 @@ from torch.utils.checkpoint import (
 
 from offload import ActivationSwap
 from offload.allocator.errors import ConfigError
+from offload.tiers.cpudevice import CpuAccelerator
+from offload.tiers.events import ListRecorder, Move
+from offload.tiers.journal import Journal
+from offload.tiers.mempolicy import allowed_nodes
+from offload.tiers.simulated.deferred import Deferred
 
 WIDTH = 160
 
@@ -371,7 +377,7 @@ def test_parameters_that_fsdp_gathers_stay(file_swap, one_rank):
 
 
 def test_it_needs_a_place():
-    with pytest.raises(ConfigError, match="pass memory= or nvme="):
+    with pytest.raises(ConfigError, match="pass memory=, nodes= or nvme="):
         ActivationSwap()
 
 
@@ -406,3 +412,48 @@ def test_a_model_that_checks_its_loss(swap):
         loss = F.cross_entropy(x, target)
     loss.backward()
     assert swap.cache.spiller.peak_nbytes > 0
+
+
+@pytest.mark.parametrize("homes", ["pool", "node", "file", "all"])
+def test_tensors_of_a_device_leave_it(tmp_path, homes):
+    """Pinned memory, a memory node and a file take them one after the other."""
+    given = {
+        "pool": {"memory": "1GiB"},
+        "node": {"nodes": {allowed_nodes()[0]: "64MiB"}},
+        "file": {"nvme": tmp_path},
+        "all": {"memory": "100KiB", "nodes": {allowed_nodes()[0]: "100KiB"}, "nvme": tmp_path},
+    }[homes]
+    right_model = Net()
+    right = gradients(right_model, model=right_model)
+    device = CpuAccelerator()
+    recorder = ListRecorder()
+    swap = ActivationSwap(
+        accelerator=device, min_nbytes=0, in_flight=0, journal=Journal(recorder), **given
+    )
+    with Deferred(device):
+        model = Net()  # its parameters are on the device
+        with torch.no_grad():
+            for target, source in zip(model.parameters(), right_model.parameters(), strict=True):
+                target.copy_(source)
+        swap.cache.know_model(model)
+        torch.manual_seed(0)
+        x = inputs().clone().detach().requires_grad_()
+        with swap:
+            loss = model(x)
+        loss.backward()
+        found = [x.grad, *(parameter.grad for parameter in model.parameters())]
+    assert_same([one.detach() for one in found], right)
+    del loss
+    moves = {event.dst for event in recorder.events if isinstance(event, Move)}
+    assert {home.name for home in swap.cache.spiller.homes} <= moves
+    swap.cache.spiller.close()
+    gc.collect(0)
+    assert swap.cache.kept_nbytes == 0
+    swap.close()
+
+
+def test_a_node_that_does_not_exist_is_refused(tmp_path):
+    before = threading.active_count()
+    with pytest.raises(ConfigError, match="63"):
+        ActivationSwap(memory="1MiB", nodes={63: "1MiB"}, nvme=tmp_path)
+    assert threading.active_count() == before

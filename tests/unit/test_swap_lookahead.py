@@ -1,15 +1,13 @@
 """What backward needs next is learned from the last pass of the same kind."""
 
-from collections import deque
-
 from offload.swap.lookahead import Lookahead
-from offload.swap.saved import Unit
+from offload.swap.saved import Graveyard, Unit
 
 LIMIT_NBYTES = 25
 
 
 def unit(nbytes=10):
-    return Unit([], nbytes, 0, deque())
+    return Unit([], nbytes, 0, Graveyard())
 
 
 def run(lookahead, sizes, uses, kind="model"):

@@ -252,7 +252,7 @@ def test_a_fast_link_fetches_late_and_a_slow_one_early(bytes_per_s, ahead):
     world = World(0)
     world.journal = world.cache.journal = world.cache.spiller.journal = TimedJournal()
     timed_pass(world)
-    for link in world.cache.spiller._links.values():
+    for link in world.cache.spiller._links._rates.values():
         link._bytes_per_s = bytes_per_s
         link.measured = lambda *_: None
     in_front = timed_pass(world)

@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from offload.allocator.errors import TierIOError
 from offload.tiers import hostmem
 from offload.tiers.accelerator import POISON, Accelerator, DeviceMemory, Event, Stream
 from offload.tiers.cpudevice import DoneEvent, HostMemoryPool
 from offload.tiers.simulated.timeline import Timeline, Timing, VirtualStream
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,9 @@ class SimulatedAccelerator(Accelerator):
         timing: Timing | None = None,
         faults: Faults | None = None,
     ) -> None:
+        import torch
+
+        self.torch_device = torch.device("cpu")
         self.timeline = Timeline(seed, timing or Timing())
         self._faults = faults or Faults()
         self._failing: dict[str, list[BaseException]] = {}
@@ -61,6 +68,9 @@ class SimulatedAccelerator(Accelerator):
         memory = self._pool.allocate(nbytes, self.name, DoneEvent())
         ctypes.memset(memory.tensor.data_ptr(), POISON, nbytes)
         return memory
+
+    def owns(self, tensor: "torch.Tensor") -> bool:
+        return self._pool.owns(tensor)
 
     def stream(self, name: str) -> Stream:
         return self._stream(name)
@@ -95,11 +105,14 @@ class SimulatedAccelerator(Accelerator):
 
     def launch(self, call: Callable[[], object], *, stream: Stream | None = None) -> None:
         self._raise_failed_kernels()
+        from torch.utils._python_dispatch import _disable_current_modes
+
         target = self._current if stream is None else self._stream(stream.name)
 
         def effect() -> None:
             try:
-                call()
+                with _disable_current_modes():  # of whatever the host happens to be doing then
+                    call()
             except Exception as error:
                 self._failed_kernels.append(error)
                 raise

@@ -1,0 +1,280 @@
+"""The memory that saved tensors live in between their uses: that of the host, or of a device.
+
+[Note: moves of a device] A copy out of the device waits for the kernels that were enqueued before
+it: they made the bytes. The host is told when it has ended, and only then lets the memory go, so no
+stream that reads it is still to come. A copy in goes to fresh memory and is behind nothing but the
+earlier owner of the bytes; the stream that uses them waits for it, and the host does not. Bytes
+that go to a home which is not pinned, a file or a memory node, pass through small pinned buffers,
+on the home's own lane. See ``accelerator`` [Note: streams and events].
+"""
+
+import ctypes
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from offload.swap.homes import ROLE, Home, MemoryHome
+from offload.tiers.accelerator import Accelerator, DeviceMemory, Event, Stream
+from offload.tiers.base import Block
+from offload.tiers.device import DeviceTransfer
+from offload.tiers.journal import Journal, Label
+from offload.tiers.lanes import Job, Transfer
+from offload.tiers.pinned import PinnedTier, SizeClass
+from offload.tiers.pinning import Pinner
+
+_BOUNCE_NBYTES = 8 << 20
+
+Pieces = Sequence[tuple[int, int, torch.UntypedStorage]]  # offset, nbytes, the bytes
+
+
+class Place(ABC):
+    """The memory that saved tensors live in.
+
+    Attributes:
+        owns: whether a tensor lives there.
+        compares: whether a checksum can tell that bytes have changed.
+    """
+
+    owns: Callable[[torch.Tensor], bool]
+    compares: bool
+
+    @abstractmethod
+    def gather(self, pieces: Pieces, nbytes: int) -> torch.UntypedStorage:
+        """One storage of ``nbytes`` with the bytes of all ``pieces``."""
+
+    @abstractmethod
+    def send(
+        self,
+        home: Home,
+        block: Block,
+        memory: torch.UntypedStorage,
+        nbytes: int,
+        key: str,
+        before: Sequence[Job] = (),
+    ) -> Transfer:
+        """Copy ``nbytes`` of ``memory`` to ``block`` of ``home``; ``before`` are jobs of it."""
+
+    @abstractmethod
+    def fetch(
+        self, home: Home, block: Block, nbytes: int, key: str
+    ) -> tuple[torch.UntypedStorage, Transfer]:
+        """Fresh memory of ``nbytes`` that is filled from ``block`` of ``home``.
+
+        Raises:
+            CapacityError: the device has no room.
+        """
+
+    @abstractmethod
+    def order(self, transfer: Transfer) -> bool:
+        """Make what is computed from now on come after ``transfer``; False: the host must wait."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give buffers back; no transfer is on its way any more."""
+
+
+class HostPlace(Place):
+    """Host memory: bytes are copied by the home's lanes, straight from and to the storages."""
+
+    owns = staticmethod(operator.attrgetter("is_cpu"))
+    compares = True
+
+    def gather(self, pieces: Pieces, nbytes: int) -> torch.UntypedStorage:
+        gathered = torch.UntypedStorage(nbytes, device="cpu")
+        for offset, size, memory in pieces:
+            ctypes.memmove(gathered.data_ptr() + offset, memory.data_ptr(), size)
+        return gathered
+
+    def send(
+        self,
+        home: Home,
+        block: Block,
+        memory: torch.UntypedStorage,
+        nbytes: int,
+        key: str,
+        before: Sequence[Job] = (),
+    ) -> Transfer:
+        jobs = [*before, *home.write_jobs(block, memory.data_ptr(), nbytes)]
+        return home.writes.submit(jobs, Label(key, ROLE, "host", home.name), nbytes, owner=memory)
+
+    def fetch(
+        self, home: Home, block: Block, nbytes: int, key: str
+    ) -> tuple[torch.UntypedStorage, Transfer]:
+        memory = torch.UntypedStorage(nbytes, device="cpu")
+        jobs = home.read_jobs(block, memory.data_ptr(), nbytes)
+        label = Label(key, ROLE, home.name, "host")
+        return memory, home.reads.submit(jobs, label, nbytes, owner=memory)
+
+    def order(self, transfer: Transfer) -> bool:
+        return transfer.done()
+
+    def close(self) -> None:
+        """There are no buffers."""
+
+
+class DevicePlace(Place):
+    """The memory of ``accelerator``. See [Note: moves of a device].
+
+    Args:
+        buffers: how many pieces may pass through pinned buffers at once: as many as the lanes of
+            homes that are not pinned have workers.
+        pinners: ways to pin the buffers, best first.
+    """
+
+    compares = False
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        journal: Journal,
+        *,
+        buffers: int,
+        pinners: Sequence[Pinner] = (),
+    ) -> None:
+        self.accelerator = accelerator
+        self.owns = accelerator.owns
+        self._journal = journal
+        self._out = accelerator.stream("device→host")
+        self._in = accelerator.stream("host→device")
+        self._buffers = (
+            PinnedTier(
+                classes=[SizeClass(nbytes=_BOUNCE_NBYTES, count=buffers)],
+                pinners=pinners,
+                journal=journal,
+                name="bounce",
+            )
+            if buffers
+            else None
+        )
+
+    def gather(self, pieces: Pieces, nbytes: int) -> torch.UntypedStorage:
+        memory = self._allocate(nbytes)
+        for offset, size, piece in pieces:
+            target = memory.bytes_at(offset, size)
+            self.accelerator.launch(partial(target.copy_, _bytes_of(piece)[:size]))
+        return memory.tensor.untyped_storage()
+
+    def _allocate(self, nbytes: int) -> DeviceMemory:
+        memory = self.accelerator.allocate(nbytes)
+        self.accelerator.current_stream().wait(memory.ready)
+        return memory
+
+    def send(
+        self,
+        home: Home,
+        block: Block,
+        memory: torch.UntypedStorage,
+        nbytes: int,
+        key: str,
+        before: Sequence[Job] = (),
+    ) -> Transfer:
+        ready = self.accelerator.current_stream().record()
+        source = DeviceMemory(tensor=_bytes_of(memory), ready=ready)
+        label = Label(key, ROLE, self.accelerator.name, home.name)
+        pool = _pool_of(home)
+        if pool is None:
+            jobs = [
+                partial(self._carry_out, home, block, source, *chunk) for chunk in _chunks(nbytes)
+            ]
+            return home.writes.submit([*before, *jobs], label, nbytes, owner=memory)
+        for job in before:
+            job()
+        event = self._copy_out(source, 0, pool.address(block), nbytes)
+        return self._guarded(pool, block, self._out, label, nbytes, event, memory)
+
+    def fetch(
+        self, home: Home, block: Block, nbytes: int, key: str
+    ) -> tuple[torch.UntypedStorage, Transfer]:
+        target = self.accelerator.allocate(nbytes)
+        memory = target.tensor.untyped_storage()
+        label = Label(key, ROLE, home.name, self.accelerator.name)
+        pool = _pool_of(home)
+        if pool is None:
+            jobs = [
+                partial(self._carry_in, home, block, target, *chunk) for chunk in _chunks(nbytes)
+            ]
+            return memory, home.reads.submit(jobs, label, nbytes, owner=memory)
+        event = self._copy_in(target, 0, pool.address(block), nbytes)
+        return memory, self._guarded(pool, block, self._in, label, nbytes, event, memory)
+
+    def order(self, transfer: Transfer) -> bool:
+        if isinstance(transfer, DeviceTransfer) and transfer.event is not None:
+            self.accelerator.current_stream().wait(transfer.event)
+            return True
+        return transfer.done()
+
+    def close(self) -> None:
+        if self._buffers is not None:
+            self._buffers.close()
+
+    def _copy_out(self, source: DeviceMemory, at: int, address: int, nbytes: int) -> Event:
+        self._out.wait(source.ready)
+        return self.accelerator.copy_out(self._out, source, at, address, nbytes)
+
+    def _copy_in(self, target: DeviceMemory, at: int, address: int, nbytes: int) -> Event:
+        self._in.wait(target.ready)
+        return self.accelerator.copy_in(self._in, target, at, address, nbytes)
+
+    def _guarded(
+        self,
+        pool: PinnedTier,
+        block: Block,
+        lane: Stream,
+        label: Label,
+        nbytes: int,
+        event: Event,
+        memory: torch.UntypedStorage,
+    ) -> Transfer:
+        """A copy that keeps ``memory`` alive, and ``block`` out of ``pool``, until its end."""
+        transfer = DeviceTransfer(label, nbytes, event, lane.name, self._journal)
+        transfer.owner = memory
+        pool.guard(block, transfer)
+        return transfer
+
+    # On the threads of a home's lanes.
+
+    def _carry_out(
+        self, home: Home, block: Block, source: DeviceMemory, at: int, nbytes: int
+    ) -> None:
+        assert self._buffers is not None
+        with self._buffers.allocate(_BOUNCE_NBYTES) as buffer:
+            address = self._buffers.address(buffer)
+            _end(self._copy_out(source, at, address, nbytes))
+            for job in home.write_jobs(block, address, nbytes, offset=at):
+                job()
+
+    def _carry_in(
+        self, home: Home, block: Block, target: DeviceMemory, at: int, nbytes: int
+    ) -> None:
+        assert self._buffers is not None
+        with self._buffers.allocate(_BOUNCE_NBYTES) as buffer:
+            address = self._buffers.address(buffer)
+            for job in home.read_jobs(block, address, nbytes, offset=at):
+                job()
+            _end(self._copy_in(target, at, address, nbytes))
+
+
+def _end(event: Event) -> None:
+    """Wait until the copy before ``event`` has ended, well."""
+    event.settle()
+    if event.error is not None:
+        raise event.error
+
+
+def _pool_of(home: Home) -> PinnedTier | None:
+    """The pinned pool that ``home`` stands on, if it does."""
+    tier = home.tier if isinstance(home, MemoryHome) else None
+    return tier if isinstance(tier, PinnedTier) else None
+
+
+def _bytes_of(memory: torch.UntypedStorage) -> torch.Tensor:
+    """All bytes of ``memory``: shape (nbytes,), uint8."""
+    return torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory)
+
+
+def _chunks(nbytes: int) -> list[tuple[int, int]]:
+    """(offset, nbytes) of what passes through one buffer."""
+    return [(at, min(_BOUNCE_NBYTES, nbytes - at)) for at in range(0, nbytes, _BOUNCE_NBYTES)]

@@ -1,0 +1,337 @@
+"""Saved tensors of a device, under every order of events: real autograd on the simulated device."""
+
+import gc
+import random
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from seeded_lanes import SeededTime
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from offload.allocator.errors import TierIOError
+from offload.swap import spilling
+from offload.swap.activations import ActivationCache
+from offload.swap.homes import MemoryHome
+from offload.swap.places import DevicePlace
+from offload.swap.selective import put_on, take_off
+from offload.tiers.accelerator import DeviceMemory
+from offload.tiers.cpudevice import CpuAccelerator, DoneEvent
+from offload.tiers.hostmem import PAGE
+from offload.tiers.journal import Journal
+from offload.tiers.pinned import PinnedTier, SizeClass
+from offload.tiers.ram import RamTier
+from offload.tiers.simulated.accelerator import SimulatedAccelerator
+from offload.tiers.simulated.deferred import Deferred
+from offload.tiers.simulated.races import find_race
+
+WIDTH = 32  # a square of it fills a page
+SEEDS = 15
+MANY_SEEDS = 1000
+LIMITS = {"nothing stays": (0, 2 * PAGE), "some stay": (3 * PAGE, 4 * PAGE)}
+
+
+class World:
+    """A cache of device tensors: pinned blocks first, then memory that is not pinned."""
+
+    def __init__(self, device, limits):
+        self.device = device
+        timeline = getattr(device, "timeline", None)
+        self.time = SeededTime(timeline.random.random() if timeline else 0)
+        self.journal = Journal(clock=device.now)
+        self.near = PinnedTier(classes=[SizeClass(nbytes=PAGE, count=4)], name="near", checked=True)
+        self.far = RamTier(4096 * PAGE, name="far")
+        homes = [
+            MemoryHome(tier, *(self.time.lane(tier.spec.name, self.journal) for _ in "rw"))
+            for tier in (self.near, self.far)
+        ]
+        self.place = DevicePlace(device, self.journal, buffers=2)
+        self.cache = ActivationCache(
+            homes,
+            self.journal,
+            limit_nbytes=limits[0],
+            in_flight_nbytes=limits[1],
+            min_nbytes=PAGE // 2,
+            place=self.place,
+        )
+
+    @contextmanager
+    def saving(self):
+        self.cache.begin_pass("model")
+        put_on(self.cache)
+        try:
+            yield
+        finally:
+            take_off()
+
+    def close(self):
+        self.device.synchronize()
+        self.time.settle()
+        self.cache.close()
+        gc.collect(0)
+        self.cache.spiller.settle()
+        left = self.cache.kept_nbytes, self.far.used_nbytes
+        assert left == (0, 0), f"(kept, used) bytes are left: {left}"
+        self.place.close()
+        self.near.close()
+        self.far.close()
+
+
+def run(device, *, body, limits):
+    """What ``body`` computes on ``device``, whose saved tensors are swapped."""
+    world = World(device, limits)
+    torch.manual_seed(0)
+    with Deferred(device, on_launch=world.time.pass_by):
+        outcome = body(world)
+    world.close()
+    return [tensor.detach() for tensor in outcome]
+
+
+def square(scale=1.0):
+    return (torch.randn(WIDTH, WIDTH) * scale).requires_grad_()
+
+
+def mlp(x, weights):
+    for weight in weights:
+        x = F.gelu(x @ weight) + x
+    return x.square().mean()
+
+
+def steps(world):
+    """Three steps: the second and third know what the first one used."""
+    x, weights = square(), [square(0.2) for _ in range(4)]
+    for _ in range(3):
+        with world.saving():
+            loss = mlp(x, weights)
+        loss.backward()
+    return [loss, x.grad, *(weight.grad for weight in weights)]
+
+
+def dropout_in_checkpoint(world):
+    x, weights = square(), [square(0.2) for _ in range(3)]
+
+    def region(y, weight):
+        return F.dropout(torch.tanh(y @ weight), 0.3) + y
+
+    with world.saving():
+        y = x
+        for weight in weights:
+            y = checkpoint(region, y, weight, use_reentrant=False)
+        loss = y.square().sum()
+    loss.backward()
+    return [loss, x.grad, *(weight.grad for weight in weights)]
+
+
+def several_forwards_and_retained_graphs(world):
+    x, weights = square(), [square(0.2) for _ in range(2)]
+    losses = []
+    for scale in (1.0, 0.5):
+        with world.saving():
+            losses.append(mlp(x * scale, weights))
+    losses[1].backward(retain_graph=True)
+    losses[0].backward()
+    losses[1].backward()
+    return [x.grad, *(weight.grad for weight in weights)]
+
+
+def double_backward(world):
+    x, weights = square(), [square(0.2) for _ in range(2)]
+    with world.saving():
+        (slope,) = torch.autograd.grad(mlp(x, weights), x, create_graph=True)
+        penalty = slope.square().sum()
+    penalty.backward()
+    return [penalty, x.grad, *(weight.grad for weight in weights)]
+
+
+def dead_branches(world):
+    x = square()
+    with world.saving():
+        mlp(x, [square(), square()])
+        loss = mlp(x.exp(), [square(0.1)])
+    loss.backward()
+    return [loss, x.grad]
+
+
+def views_of_one_storage(world):
+    """Strided, sliced and transposed views; and small storages that move in batches."""
+    x, bias = square(), torch.randn(WIDTH, requires_grad=True)
+    with world.saving():
+        y = x * 2
+        z = (y[::2] * y[1::2]).t() @ y[: WIDTH // 2]
+        rows = [torch.sigmoid(z[index] + bias) for index in range(WIDTH)]
+        loss = torch.stack([row * row.exp() for row in rows]).sum()
+    loss.backward()
+    return [loss, x.grad, bias.grad]
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        result = x * factor
+        ctx.save_for_backward(x, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, result = ctx.saved_tensors
+        return gradient * (result - x), None
+
+
+def custom_functions(world):
+    x = square()
+    with world.saving():
+        loss = Scaled.apply(Scaled.apply(x.sin(), 3.0).cos(), 2.0).sum()
+    loss.backward()
+    return [loss, x.grad]
+
+
+def tensors_that_are_used_again(world):
+    """What is still held when it is saved a second time, or was changed in between."""
+    x = square()
+    with world.saving():
+        y = x.exp()
+        first = y.sin()
+        for _ in range(4):
+            y = y + first
+            first = y.sin() * first
+        held = y.detach()
+        loss = first.sum() + y.cos().sum()
+    loss.backward()
+    return [loss, x.grad, held]
+
+
+def backward_on_another_stream(world):
+    """Forward on one stream, backward on a second one that waits for the first."""
+    device = world.device
+    x, weights = square(), [square(0.2) for _ in range(3)]
+    with world.saving():
+        loss = mlp(x, weights)
+    if not isinstance(device, SimulatedAccelerator):
+        loss.backward()
+        return [x.grad, *(weight.grad for weight in weights)]
+    forward = device.current_stream().record()
+    with device.use_stream("backward"):
+        device.current_stream().wait(forward)
+        loss.backward()
+    return [x.grad, *(weight.grad for weight in weights)]
+
+
+BODIES = (
+    steps,
+    dropout_in_checkpoint,
+    several_forwards_and_retained_graphs,
+    double_backward,
+    dead_branches,
+    views_of_one_storage,
+    custom_functions,
+    tensors_that_are_used_again,
+    backward_on_another_stream,
+)
+
+
+def look_for_race(body, limits, seeds):
+    return find_race(partial(run, body=body, limits=LIMITS[limits]), seeds=seeds)
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_bits_do_not_depend_on_when_things_happen(body, limits):
+    assert look_for_race(body, limits, range(SEEDS)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_nor_under_a_thousand_seeds(body):
+    assert look_for_race(body, "nothing stays", range(SEEDS, MANY_SEEDS)) is None
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_the_reference_is_plain_autograd(body):
+    """On the device whose calls are over when they return; hooks off against hooks on."""
+    swapped = run(CpuAccelerator(), body=body, limits=LIMITS["nothing stays"])
+
+    def plain(world):
+        world.saving = torch.enable_grad
+        return body(world)
+
+    for one, other in zip(swapped, run(CpuAccelerator(), body=plain, limits=(0, 0)), strict=True):
+        assert torch.equal(one, other)
+
+
+def no_wait_for_kernels(monkeypatch):
+    original = DevicePlace._copy_out
+
+    def copy_out(self, source, at, address, nbytes):
+        source = DeviceMemory(tensor=source.tensor, ready=DoneEvent())
+        return original(self, source, at, address, nbytes)
+
+    monkeypatch.setattr(DevicePlace, "_copy_out", copy_out)
+
+
+def no_wait_for_arrivals(monkeypatch):
+    monkeypatch.setattr(DevicePlace, "order", lambda self, transfer: True)
+
+
+def memory_let_go_too_early(monkeypatch):
+    """As if a copy had ended when it began: the block is read before it is written."""
+    monkeypatch.setattr(spilling, "_is_done", lambda unit: unit.transfer is not None)
+
+
+def blocks_back_too_early(monkeypatch):
+    monkeypatch.setattr(PinnedTier, "guard", lambda self, block, transfer: None)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [no_wait_for_kernels, no_wait_for_arrivals, memory_let_go_too_early, blocks_back_too_early],
+    ids=lambda fault: fault.__name__,
+)
+def test_each_edge_that_is_left_out_is_found(fault, monkeypatch):
+    fault(monkeypatch)
+    assert any(look_for_race(body, "nothing stays", range(60)) is not None for body in BODIES)
+
+
+def train_once(world, x, weights):
+    with world.saving():
+        loss = mlp(x, weights)
+    loss.backward()
+    world.cache.close()
+
+
+def test_a_copy_that_fails_is_told_and_nothing_wrong_is_used():
+    """Out: the bytes stay. In: the next use, or the end, raises."""
+    for seed in range(40):
+        device = SimulatedAccelerator(seed)
+        failing = random.Random(seed).choice(["device→host", "host→device"])
+        world = World(device, LIMITS["nothing stays"])
+        torch.manual_seed(0)
+        device.fail_next(failing, TierIOError(5, "bad link"))
+        with Deferred(device, on_launch=world.time.pass_by):
+            x, weights = square(), [square(0.2) for _ in range(3)]
+            with pytest.raises(TierIOError, match="bad link"):
+                train_once(world, x, weights)
+        world.time.settle()
+        device.synchronize()
+
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.second(F.silu(self.first(x))).square().mean()
+
+
+def test_other_places_are_left_alone_with_a_reason():
+    world = World(CpuAccelerator(), LIMITS["nothing stays"])
+    model, x = Wide(), torch.randn(WIDTH, WIDTH)
+    with world.saving():
+        model(x).backward()
+    assert world.cache.spiller.peak_nbytes == 0
+    assert "on cpu, which is another place" in world.cache.left_alone
+    world.close()

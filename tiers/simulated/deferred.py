@@ -1,0 +1,117 @@
+"""Autograd on an accelerator without hardware: what torch computes becomes kernels of its streams.
+
+    with Deferred(device):
+        loss = model(batch)      # any eager code; its tensors hold bytes of ``device``
+        loss.backward()
+
+On the simulated device every operation then takes effect late, and code that moves saved tensors
+must declare each edge, as on a real one. What must know a value (``item``), and what draws random
+numbers, whose order belongs to the host, waits for all work first.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from offload.tiers.accelerator import Accelerator
+
+_METADATA = {"set_", "resize_", "empty", "empty_like", "empty_strided", "new_empty"}
+_VALUES = {"_local_scalar_dense", "equal", "is_nonzero"}
+
+
+class Deferred(TorchDispatchMode):
+    """See the module.
+
+    Args:
+        on_launch: called before each kernel; the moment for other things to happen.
+    """
+
+    def __init__(self, device: Accelerator, on_launch: Callable[[], None] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+        self._on_launch = on_launch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        del types
+        call = partial(func, *args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if func.is_view or name == "detach" or (name in _METADATA and name.endswith("_")):
+            return call()
+        if self._on_launch is not None:
+            self._on_launch()
+        seeded = torch.Tag.nondeterministic_seeded in func.tags
+        if seeded or name in _VALUES:
+            self._device.synchronize()
+        if name in _VALUES:
+            return call()
+        if func._schema.is_mutable:
+            call() if seeded else self._launch(call)
+            return _mutated(func, args, kwargs or {})
+        if seeded or name in _METADATA:
+            return self._stored(call())
+        results = _shapes(func, args, kwargs or {})
+        stored = self._stored(results)
+        self._launch(lambda: _fill(stored, call()))
+        return stored
+
+    def _launch(self, call: Callable[[], object]) -> None:
+        def kernel() -> None:
+            # As in this dispatch: below autograd, whose version counters have counted already.
+            with (
+                torch._C._AutoDispatchBelowAutograd(),
+                torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, True),
+            ):
+                call()
+
+        self._device.launch(kernel)
+
+    def _stored(self, results: Any) -> Any:
+        """``results`` with their bytes on the device; undefined ones if they are shapes."""
+        return tree_map_only(torch.Tensor, self._store, results)
+
+    def _store(self, result: torch.Tensor) -> torch.Tensor:
+        if result.numel() == 0:
+            return torch.empty_strided(result.size(), result.stride(), dtype=result.dtype)
+        memory = self._device.allocate(result.untyped_storage().nbytes())
+        self._device.current_stream().wait(memory.ready)
+        stored = torch.empty(0, dtype=result.dtype).set_(
+            memory.tensor.untyped_storage(), 0, result.size(), result.stride()
+        )
+        if not result.is_meta:
+            stored.copy_(result)
+        return stored
+
+
+def _shapes(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What ``func`` returns, without bytes."""
+    args, kwargs = tree_map_only(torch.Tensor, _shape, (args, kwargs))
+    if "device" in kwargs:
+        kwargs["device"] = torch.device("meta")
+    return func(*args, **kwargs)
+
+
+def _shape(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _fill(stored: Any, results: Any) -> None:
+    for target, result in zip(tree_leaves(stored), tree_leaves(results), strict=True):
+        if isinstance(target, torch.Tensor):
+            target.copy_(result)
+
+
+def _mutated(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What ``func`` gives back: the tensors that it writes to."""
+    written = [
+        kwargs[argument.name] if argument.kwarg_only else args[at]
+        for at, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    count = len(func._schema.returns)
+    return None if count == 0 else written[0] if count == 1 else tuple(written)
