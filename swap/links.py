@@ -28,16 +28,15 @@ class LinkRate:
 
 
 class Links:
-    """The links of several homes. A stream may wait for an arrival that the host does not."""
+    """The links of several homes.
+
+    Attributes:
+        arriving: what streams wait for, and the host does not; ``look`` takes care of them.
+    """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._rates = {name: LinkRate() for name in names}
-        self._arriving: list[tuple[LinkRate, Transfer]] = []
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether ``look`` may have something to do."""
-        return bool(self._arriving)
+        self.arriving: list[tuple[LinkRate, Transfer]] = []
 
     def seconds(self, name: str, nbytes: int) -> float:
         """How long ``nbytes`` take from the home ``name``."""
@@ -48,7 +47,7 @@ class Links:
         if transfer.done() and transfer.error is None:
             self._rates[name].measured(transfer)
         else:
-            self._arriving.append((self._rates[name], transfer))
+            self.arriving.append((self._rates[name], transfer))
 
     def look(self) -> None:
         """Measure what has ended; never blocks.
@@ -56,10 +55,10 @@ class Links:
         Raises:
             TierIOError: bytes that are being used could not be read back.
         """
-        arriving, self._arriving = self._arriving, []
+        arriving, self.arriving = self.arriving, []
         for rate, transfer in arriving:
             if not transfer.done():
-                self._arriving.append((rate, transfer))
+                self.arriving.append((rate, transfer))
             elif transfer.error is None:
                 rate.measured(transfer)
         for _, transfer in arriving:
@@ -68,5 +67,5 @@ class Links:
 
     def settle(self) -> None:
         """Wait for all arrivals; never raises."""
-        for _, transfer in self._arriving:
+        for _, transfer in self.arriving:
             transfer.settle()

@@ -35,11 +35,11 @@ class Place(ABC):
 
     Attributes:
         owns: whether a tensor lives there.
-        compares: whether a checksum can tell that bytes have changed.
+        digest: the checksum of so many bytes at an address; None where there is none.
     """
 
     owns: Callable[[torch.Tensor], bool]
-    compares: bool
+    digest: Callable[[int, int], int] | None = None
 
     @abstractmethod
     def gather(self, pieces: Pieces, nbytes: int) -> torch.UntypedStorage:
@@ -80,7 +80,11 @@ class HostPlace(Place):
     """Host memory: bytes are copied by the home's lanes, straight from and to the storages."""
 
     owns = staticmethod(operator.attrgetter("is_cpu"))
-    compares = True
+
+    def __init__(self) -> None:
+        from offload.tiers.store import checksum  # a library that a device does not need
+
+        self.digest = checksum
 
     def gather(self, pieces: Pieces, nbytes: int) -> torch.UntypedStorage:
         gathered = torch.UntypedStorage(nbytes, device="cpu")
@@ -123,8 +127,6 @@ class DevicePlace(Place):
             homes that are not pinned have workers.
         pinners: ways to pin the buffers, best first.
     """
-
-    compares = False
 
     def __init__(
         self,

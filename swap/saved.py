@@ -250,21 +250,16 @@ class Graveyard:
     """What dead units leave; they die on any thread, at any moment.
 
     That is the bytes that each held in memory, its block, and the transfer that uses both until
-    it has ended.
+    it has ended. ``bury`` has something to do while there are ``dead`` or ``buried`` ones.
     """
 
     def __init__(self) -> None:
-        self._dead: deque[tuple[int, Block | None, Transfer | None]] = deque()
-        self._buried: list[tuple[Block, Transfer | None]] = []  # used by a transfer still
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether ``bury`` may have something to do."""
-        return bool(self._dead or self._buried)
+        self.dead: deque[tuple[int, Block | None, Transfer | None]] = deque()
+        self.buried: list[tuple[Block, Transfer | None]] = []  # used by a transfer still
 
     def add(self, held_nbytes: int, block: Block | None, transfer: Transfer | None) -> None:
         """A unit has died."""
-        self._dead.append((held_nbytes, block, transfer))
+        self.dead.append((held_nbytes, block, transfer))
 
     def bury(self) -> tuple[int, int]:
         """Give blocks back that no transfer uses.
@@ -273,14 +268,14 @@ class Graveyard:
             Bytes of memory that the units which died meanwhile held, and how many held none.
         """
         held_nbytes = absent = 0
-        while self._dead:
-            nbytes, block, transfer = self._dead.popleft()
+        while self.dead:
+            nbytes, block, transfer = self.dead.popleft()
             held_nbytes += nbytes
             absent += not nbytes
             if block is not None:
-                self._buried.append((block, transfer))
-        if self._buried:
-            self._buried = [entry for entry in self._buried if not _is_released(*entry)]
+                self.buried.append((block, transfer))
+        if self.buried:
+            self.buried = [entry for entry in self.buried if not _is_released(*entry)]
         return held_nbytes, absent
 
 

@@ -31,7 +31,6 @@ from offload.swap.residency import Residency
 from offload.swap.saved import Graveyard, Part, Unit
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Job  # noqa: TC001 (as all of ours)
-from offload.tiers.store import checksum
 
 _ROLE = "activation"
 
@@ -110,7 +109,9 @@ class Spiller:
     @property
     def is_busy(self) -> bool:
         """Whether ``settle`` may have something to do."""
-        return bool(self._writing) or self.graveyard.is_busy or self._links.is_busy
+        return bool(
+            self._writing or self.graveyard.dead or self.graveyard.buried or self._links.arriving
+        )
 
     # Out.
 
@@ -189,7 +190,7 @@ class Spiller:
 
     def _must_rewrite(self, unit: Unit) -> bool:
         """Whether its block, if there is one, does not hold the bytes of ``unit``."""
-        return unit.changed or (unit.doubtful and not self.place.compares)
+        return unit.changed or (unit.doubtful and self.place.digest is None)
 
     def _write(self, unit: Unit) -> None:
         home, block = allocate_in(self.homes, unit.nbytes)
@@ -198,9 +199,9 @@ class Spiller:
             self.place.order(unit.arrival)
         memory = unit.gathered(self.place)
         before: list[Job] = []
-        if self.place.compares:
-            known = weakref.ref(unit)
-            before = [partial(_note_digest, known, memory.data_ptr(), memory.nbytes())]
+        if self.place.digest is not None:
+            digest = partial(self.place.digest, memory.data_ptr(), memory.nbytes())
+            before = [partial(_note_digest, weakref.ref(unit), digest)]
         unit.transfer = self.place.send(home, block, memory, unit.nbytes, unit.name, before)
         self._become(unit, Residency.WRITING)
         self._writing.append(unit)
@@ -210,7 +211,9 @@ class Spiller:
         assert unit.home is not None
         unit.doubtful = False
         memory = unit.gathered(self.place)
-        job: Job = partial(_compare_digest, unit, memory.data_ptr(), memory.nbytes())
+        assert self.place.digest is not None
+        digest = partial(self.place.digest, memory.data_ptr(), memory.nbytes())
+        job: Job = partial(_compare_digest, unit, digest)
         label = Label(unit.name, _ROLE, "host", "host")
         unit.transfer = unit.home.writes.submit([job], label, 0, owner=memory)
         self._become(unit, Residency.WRITING)
@@ -225,7 +228,7 @@ class Spiller:
         if self._writing:
             self._finish_ended()
         self._bury()
-        if self._links.is_busy:
+        if self._links.arriving:
             self._links.look()
 
     def _finish_ended(self) -> None:
@@ -411,14 +414,14 @@ class Spiller:
         self.settle()
 
 
-def _note_digest(known: "weakref.ref[Unit]", address: int, nbytes: int) -> None:
+def _note_digest(known: "weakref.ref[Unit]", digest: Callable[[], int]) -> None:
     unit = known()
     if unit is not None:
-        unit.digest = checksum(address, nbytes)
+        unit.digest = digest()
 
 
-def _compare_digest(unit: Unit, address: int, nbytes: int) -> None:
-    unit.changed = unit.changed or unit.digest != checksum(address, nbytes)
+def _compare_digest(unit: Unit, digest: Callable[[], int]) -> None:
+    unit.changed = unit.changed or unit.digest != digest()
 
 
 def _is_done(unit: Unit) -> bool:

@@ -4,7 +4,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import contract_runner
+from gpu_activations import SWAP_HOMES, Swap, step_gradients
 from gpu_report import Outcome, Report
 from gpu_training import HOMES, UnderTest, initial, train_resident, train_swapped
 from offload.allocator.errors import CapacityError
@@ -24,6 +25,7 @@ from offload.tiers.journal import Journal
 from offload.tiers.pinned import PinnedTier
 from offload.tiers.pinning import CudaPinner, Pinner
 from offload.tiers.simulated.accelerator import SimulatedAccelerator
+from offload.tiers.simulated.deferred import Deferred
 from offload.tiers.simulated.races import find_race
 from offload.tiers.simulated.scenarios import RACY, RIGHT
 
@@ -52,6 +54,11 @@ class Cuda:
         """A copy in device memory, made by torch."""
         return values.cuda()
 
+    def computing(self, accelerator: Accelerator) -> AbstractContextManager[object]:
+        """Inside, torch computes on the device."""
+        del accelerator
+        return nullcontext()
+
 
 class Simulated:
     """The simulated device."""
@@ -71,6 +78,10 @@ class Simulated:
         """A copy in memory."""
         return values.clone()
 
+    def computing(self, accelerator: Accelerator) -> AbstractContextManager[object]:
+        """Inside, what torch computes becomes kernels of ``accelerator``."""
+        return Deferred(accelerator)
+
 
 def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
     """Run every check that ``device`` can run."""
@@ -83,6 +94,9 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
         report.run("races", f"planted: {name}", partial(planted_race_is_found, device, name))
     for home in HOMES:
         report.run("exact", f"device and {home}", partial(training_is_exact, device, home))
+    for home in SWAP_HOMES:
+        name = f"activations to {home}"
+        report.run("exact", name, partial(activations_are_exact, device, home, seeds))
     report.run("pool", "exact size", partial(pool_size_is_exact, device))
     if isinstance(device, Cuda):
         report.run("pool", "registered", pool_is_pinned)
@@ -206,6 +220,26 @@ def training_is_exact(device: UnderTest, home: str) -> Outcome:
     trained = not any(map(torch.equal, right, initial()[0]))
     told = f"{len(right)} tensors and {len(losses)} losses, {wrong} of them differ"
     return Outcome(told, holds=wrong == 0 and trained, value=wrong)
+
+
+def activations_are_exact(device: UnderTest, home: str, seeds: Sequence[int]) -> Outcome:
+    """Gradients with all saved tensors swapped equal those of plain autograd, streams held up."""
+    with device.open() as accelerator:
+        right = step_gradients(device, accelerator, None)
+    began_s, ran, left_nbytes = time.monotonic(), 0, 0
+    for seed in seeds:
+        if time.monotonic() - began_s > _SCENARIO_LIMIT_S:
+            break
+        with device.open_delayed(seed) as accelerator:
+            swap = Swap(device, accelerator, home)
+            got = step_gradients(device, accelerator, swap)
+            swap.close()
+            left_nbytes = swap.left_nbytes
+        ran += 1
+        if not all(map(torch.equal, got, right)):
+            return Outcome(f"gradients differ under seed {seed}", holds=False, value=seed)
+    told = f"{len(right)} tensors under {ran} seeds, {left_nbytes} bytes left in each"
+    return Outcome(told, holds=left_nbytes > 0, value=ran)
 
 
 # -- the pool and the budget ----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A few training steps with weights and optimizer states in any tier, for ``gpu_check``."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +33,7 @@ class UnderTest(Protocol):
     def open(self) -> Accelerator: ...
     def open_delayed(self, seed: int) -> Accelerator: ...
     def place(self, values: torch.Tensor) -> torch.Tensor: ...
+    def computing(self, accelerator: Accelerator) -> AbstractContextManager[object]: ...
 
 
 def _train_step(

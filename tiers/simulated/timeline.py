@@ -75,6 +75,9 @@ class Timeline:
     """The virtual clock, and the operations that wait for it. See [Note: virtual time].
 
     A lock makes it safe to use from several threads, which then are one host.
+
+    Attributes:
+        lock: held while operations are submitted and while they end.
     """
 
     def __init__(self, seed: int, timing: Timing) -> None:
@@ -84,7 +87,7 @@ class Timeline:
         self.log: deque[str] = deque(maxlen=_LOG_LENGTH)  # what ended last, for reports of races
         self._ends: list[tuple[float, float, int, Operation]] = []
         self._count = 0
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     def jittered(self, seconds: float) -> float:
         """``seconds`` as they turn out."""
@@ -96,7 +99,7 @@ class Timeline:
 
     def submit(self, operation: Operation, after: "list[Operation]") -> None:
         """Enqueue; it is ready once all of ``after`` are done. The host spends a moment on it."""
-        with self._lock:
+        with self.lock:
             for blocker in after:
                 if not blocker.done:
                     operation.blockers += 1
@@ -107,7 +110,7 @@ class Timeline:
 
     def pass_time(self, seconds: float) -> None:
         """The host does something else for so long."""
-        with self._lock:
+        with self.lock:
             until = self.now_s + seconds
             while self._ends and self._ends[0][0] <= until:
                 self._end_next()
@@ -115,13 +118,13 @@ class Timeline:
 
     def run_until(self, operation: Operation) -> None:
         """The host waits for ``operation``; it comes, for only earlier ones can hold it up."""
-        with self._lock:
+        with self.lock:
             while not operation.done:
                 self._end_next()
 
     def run_all(self) -> None:
         """The host waits for everything."""
-        with self._lock:
+        with self.lock:
             while self._ends:
                 self._end_next()
 
@@ -191,11 +194,12 @@ class VirtualStream(Stream):
     def enqueue(self, name: str, duration_s: float, effect: Effect | None) -> VirtualEvent:
         """Work that takes ``duration_s`` and has its effect at its end."""
         operation = Operation(self.name, name, duration_s, effect)
-        after, self._awaited = self._awaited, []
-        if self._last is not None:
-            after.append(self._last)
-        self._last = operation
-        self._timeline.submit(operation, after)
+        with self._timeline.lock:  # whoever comes next must find the operation submitted
+            after, self._awaited = self._awaited, []
+            if self._last is not None:
+                after.append(self._last)
+            self._last = operation
+            self._timeline.submit(operation, after)
         return VirtualEvent(self._timeline, operation)
 
     def record(self) -> VirtualEvent:
@@ -206,5 +210,7 @@ class VirtualStream(Stream):
     def wait(self, event: Event) -> None:
         if not isinstance(event, VirtualEvent):
             event.settle()  # of another device: the host stands between the two
-        elif event.operation is not None and not event.operation.done:
-            self._awaited.append(event.operation)
+            return
+        with self._timeline.lock:
+            if event.operation is not None and not event.operation.done:
+                self._awaited.append(event.operation)
