@@ -107,7 +107,7 @@ class ActivationSwap:
                 place=homes.place,
             )
             if model is not None:
-                self.cache.know_model(model)
+                self.cache.fixed.know_model(model)
                 self.tokenwise = rebuild_rows(model, self.cache, config)
             self._opened = opened.pop_all()
         self._closed = False

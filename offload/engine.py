@@ -101,8 +101,8 @@ class Engine:
             weights=self.weights,
             room=runtime.governor.room,
         )
-        self.activations.know_model(model)
-        self.activations.know_weights(
+        self.activations.fixed.know_model(model)
+        self.activations.fixed.know_weights(
             {
                 weight.mapped.tensor.untyped_storage()._cdata: name
                 for name, weight in self.weights.weights.items()

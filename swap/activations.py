@@ -9,15 +9,14 @@ record says why.
 """
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
 from offload.allocator.units import format_nbytes
+from offload.swap.fixed import PLAIN_TYPES, FixedStorages, flattened, is_wrapper
 from offload.swap.homes import Home
 from offload.swap.lookahead import Lookahead
 from offload.swap.places import Place
@@ -76,13 +75,14 @@ class ActivationCache:
         min_nbytes: smaller storages move in batches.
         in_flight_nbytes: more than the limit while they leave, and to fetch ahead; by default the
             limit again.
-        weights: told when backward needs one of ``know_weights``.
+        weights: told when backward needs one of those that ``fixed`` names.
         room: bytes left in the budget; asked when no home takes more. By default saved tensors
             may then take what leaving ones may.
         place: where saved tensors live that may be moved; by default host memory.
 
     Attributes:
         left_alone: what was not moved, by reason.
+        fixed: storages that are never moved.
     """
 
     def __init__(
@@ -104,10 +104,7 @@ class ActivationCache:
         self._owns = self.spiller.place.owns
         self.lookahead = Lookahead()
         self.left_alone: dict[str, LeftAlone] = {}
-        self._weights: Mapping[int, str] = {}
-        self._fixed: dict[int, str] = {}  # by key; the name is empty where nobody asks for it
-        self._model: weakref.ref[torch.nn.Module] | None = None
-        self._hooks: list[RemovableHandle] = []
+        self.fixed = FixedStorages()
         self._parts: KnownParts = {}
         self._batch: list[weakref.ref[Part]] = []
         self._batch_nbytes = 0
@@ -130,46 +127,11 @@ class ActivationCache:
         """Bytes of saved tensors in memory, arriving or leaving."""
         return self.spiller.kept_nbytes
 
-    def know_weights(self, names: Mapping[int, str]) -> None:
-        """Name the weight behind each storage (by ``census.storage_key``)."""
-        self._weights = names
-        self._look_up()
-
-    def use_weights(self, tensors: Iterable[torch.Tensor]) -> None:
-        """The weights among ``tensors`` are read now."""
-        names = (self._weights.get(one.untyped_storage()._cdata) for one in tensors)
-        self.weights.use([name for name in names if name is not None])
-
-    def know_model(self, model: torch.nn.Module) -> None:
-        """Never move the parameters and buffers of ``model``, looked up anew for each pass."""
-        self._model = weakref.ref(model)
-        self._look_up()
-        for module in model.modules():
-            if any(_is_wrapper(parameter) for parameter in module.parameters(recurse=False)):
-                # Sharded: what it computes with is gathered just before, by a hook before this one.
-                self._hooks.append(module.register_forward_pre_hook(self._know_gathered))
-
-    def _know_gathered(self, module: torch.nn.Module, _args: Any) -> None:
-        for parameter in module.parameters(recurse=False):
-            self.know_tensor(parameter)
-
-    def know_tensor(self, tensor: torch.Tensor) -> None:
-        """Never move ``tensor`` in this pass, nor any view of it."""
-        for plain in _plain_tensors(tensor):
-            self._fixed.setdefault(plain.untyped_storage()._cdata, "")
-
-    def _look_up(self) -> None:
-        self._fixed = dict(self._weights)
-        model = self._model() if self._model is not None else None
-        if model is not None:
-            for tensor in (*model.parameters(), *model.buffers()):
-                self.know_tensor(tensor)
-
     def begin_pass(self, kind: Hashable) -> None:
         """A forward begins; passes of one ``kind`` are expected to repeat."""
         self._kind = kind
         self.lookahead.begin(kind, self.limit_nbytes)
-        self._look_up()
+        self.fixed.look_up()
 
     # The hooks.
 
@@ -182,7 +144,7 @@ class ActivationCache:
         if self.spiller.is_busy:
             self.spiller.settle()
         if (
-            type(tensor) not in _PLAIN_TYPES
+            type(tensor) not in PLAIN_TYPES
             or tensor.layout is not _STRIDED
             or not self._owns(tensor)
             or tensor.is_quantized
@@ -194,7 +156,7 @@ class ActivationCache:
         tensor = tensor.detach()
         memory = tensor.untyped_storage()
         key = memory._cdata
-        name = self._fixed.get(key)
+        name = self.fixed.names.get(key)
         if name is not None:
             return View(tensor, name=name)
         known = self._parts.get(key)
@@ -206,10 +168,10 @@ class ActivationCache:
             return View(tensor)
         if nbytes >= _SLICED_NBYTES and nbytes >= _SLICE_SHARE * tensor.nbytes:
             return self._leave_alone(tensor, "a small slice of a large storage")
-        return self._pack_new(tensor, memory, nbytes)
+        return self._pack_new(tensor, Part(memory, key, nbytes, self._parts))
 
-    def _pack_new(self, tensor: torch.Tensor, memory: torch.UntypedStorage, nbytes: int) -> View:
-        part = Part(memory, self._parts)
+    def _pack_new(self, tensor: torch.Tensor, part: Part) -> View:
+        nbytes = part.nbytes
         view = part.view(tensor)
         if nbytes >= self.min_nbytes:
             self._add_unit([part], nbytes)
@@ -301,10 +263,10 @@ class ActivationCache:
     # What is more than its bytes.
 
     def _pack_other(self, tensor: torch.Tensor) -> Saved:
-        if type(tensor) in _PLAIN_TYPES or not _is_wrapper(tensor):
+        if type(tensor) in PLAIN_TYPES or not is_wrapper(tensor):
             reason = _reason(tensor, self._owns) or _foreign(tensor)
             return self._leave_alone(tensor.detach(), reason)
-        names, context = _flattened(tensor)
+        names, context = flattened(tensor)
         inner = {name: getattr(tensor, name) for name in names}
         inner = {
             name: self.pack(each) if isinstance(each, torch.Tensor) else each
@@ -343,7 +305,7 @@ class ActivationCache:
         if self._kind in self._counted_kinds:
             return
         self._counted_kinds.add(self._kind)
-        for name, nbytes in unseen_nbytes(outputs, frozenset(self._fixed)).items():
+        for name, nbytes in unseen_nbytes(outputs, frozenset(self.fixed.names)).items():
             self.journal.notice(
                 "activations",
                 f"{name} keeps {format_nbytes(nbytes)} ({nbytes} bytes) on its ctx, where no hook "
@@ -353,8 +315,7 @@ class ActivationCache:
     def close(self) -> None:
         """Wait for writes in flight; saved tensors that still live stay usable."""
         self.spiller.close()
-        for hook in self._hooks:
-            hook.remove()
+        self.fixed.close()
         for reason, left in self.left_alone.items():
             self.journal.notice(
                 "activations",
@@ -364,7 +325,6 @@ class ActivationCache:
 
 
 _STRIDED = torch.strided
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def _reason(tensor: torch.Tensor, owns: Callable[[torch.Tensor], bool]) -> str:
@@ -382,27 +342,7 @@ def _foreign(tensor: torch.Tensor) -> str:
     return f"of the subclass {type(tensor).__name__}"
 
 
-def _is_wrapper(tensor: Any) -> bool:
-    return bool(is_traceable_wrapper_subclass(tensor))
-
-
-def _flattened(wrapper: Any) -> tuple[list[str], object]:
-    """The attributes that hold the inner tensors of ``wrapper``, and what else makes it."""
-    names, context = wrapper.__tensor_flatten__()
-    return names, context
-
-
 def _nbytes(tensor: torch.Tensor) -> int:
     if tensor.layout is torch.strided:
         return tensor.nbytes
     return tensor.numel() * tensor.element_size()
-
-
-def _plain_tensors(tensor: Any) -> list[torch.Tensor]:
-    """``tensor``, or the ordinary tensors that it wraps, down to the last wrapper."""
-    if not isinstance(tensor, torch.Tensor):
-        return []
-    if not _is_wrapper(tensor):
-        return [tensor] if tensor.layout is torch.strided else []
-    names, _ = _flattened(tensor)
-    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))]

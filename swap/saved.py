@@ -118,25 +118,28 @@ class Part:
         "views",
     )  # fmt: skip
 
-    def __init__(self, memory: torch.UntypedStorage, known: "KnownParts") -> None:
+    def __init__(
+        self, memory: torch.UntypedStorage, key: int, nbytes: int, known: "KnownParts"
+    ) -> None:
         self.memory: torch.UntypedStorage | None = memory
-        self.nbytes = memory.nbytes()
-        self.key = memory._cdata
+        self.nbytes = nbytes
+        self.key = key
         self.offset = 0  # in its unit
         self.unit: Unit | None = None  # none yet: waits for its batch to be full
         self.views: list[weakref.ref[View]] = []
         self._tidy_at = _TIDY_AT
         self._known = known
         self._weak: int | None = None
-        known[self.key] = weakref.ref(self)
+        known[key] = weakref.ref(self)
 
     def view(self, tensor: torch.Tensor) -> View:
         """The handle of ``tensor``, which stands on the bytes in memory."""
         view = View(tensor, self)
-        if len(self.views) >= self._tidy_at:
-            self.views = [known for known in self.views if known() is not None]
+        views = self.views
+        views.append(weakref.ref(view))
+        if len(views) > self._tidy_at:
+            self.views = [known for known in views if known() is not None]
             self._tidy_at = max(_TIDY_AT, 2 * len(self.views))
-        self.views.append(weakref.ref(view))
         return view
 
     def living_views(self) -> list[View]:

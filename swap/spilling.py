@@ -100,7 +100,7 @@ class Spiller:
         """
         self._count(unit.nbytes)
         self._enqueue(unit)
-        if self.is_over:
+        if self._kept_nbytes > self.limit_nbytes:
             self.spill()
 
     def _enqueue(self, unit: Unit) -> None:

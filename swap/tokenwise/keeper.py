@@ -99,7 +99,7 @@ class CacheKeeper:
         self._cache.spiller.prefetch(part.unit for part in parts if part.unit is not None)
 
     def use_weights(self, weights: Sequence[torch.Tensor]) -> None:
-        self._cache.use_weights(weights)
+        self._cache.weights.use(self._cache.fixed.weights_among(weights))
 
     def borrow(self, nbytes: int) -> None:
         self._cache.limit_nbytes -= nbytes

@@ -232,7 +232,7 @@ class Hoarder(torch.autograd.Function):
 
 def test_what_a_custom_function_keeps_on_its_ctx_is_counted(file_swap):
     model = nn.Linear(WIDTH, WIDTH)
-    file_swap.cache.know_model(model)
+    file_swap.cache.fixed.know_model(model)
     with file_swap:
         loss = Hoarder.apply(model(inputs()), model.weight.detach()).sum()
     file_swap.cache.count_unseen(loss)
@@ -362,7 +362,7 @@ def test_parameters_that_fsdp_gathers_stay(file_swap, one_rank):
     for layer in model:
         fully_shard(layer, mesh=mesh())
     fully_shard(model, mesh=mesh())
-    file_swap.cache.know_model(model)
+    file_swap.cache.fixed.know_model(model)
     x = inputs().detach()
     with file_swap:
         loss = model(x).sum()
@@ -435,7 +435,7 @@ def test_tensors_of_a_device_leave_it(tmp_path, homes):
         with torch.no_grad():
             for target, source in zip(model.parameters(), right_model.parameters(), strict=True):
                 target.copy_(source)
-        swap.cache.know_model(model)
+        swap.cache.fixed.know_model(model)
         torch.manual_seed(0)
         x = inputs().clone().detach().requires_grad_()
         with swap:

@@ -210,7 +210,7 @@ def test_dead_small_tensors_are_not_kept_for_their_batch(make_cache):
 def test_weights_stay_and_are_asked_for(make_cache):
     cache = make_cache(0)
     weight = nn.Parameter(values(1).view(100, 200))
-    cache.know_weights({storage_key(weight): "layer.weight"})
+    cache.fixed.know_weights({storage_key(weight): "layer.weight"})
     handles = [cache.pack(weight), cache.pack(weight.detach().t())]
     assert cache.kept_nbytes == 0
     assert cache.weights.used == []
@@ -223,7 +223,7 @@ def test_parameters_and_buffers_of_a_model_stay(make_cache):
     cache = make_cache(0)
     model = nn.BatchNorm1d(NUMEL)
     model.register_buffer("table", values(1))
-    cache.know_model(model)
+    cache.fixed.know_model(model)
     for tensor in (
         model.weight,
         model.table,

@@ -1,0 +1,102 @@
+"""Storages that are never moved: parameters, buffers, and whatever is a view of one."""
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
+
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class FixedStorages:
+    """Storages by the address of their control block, looked up anew for each pass.
+
+    Attributes:
+        names: of the weight behind each; empty where nobody has to be told of its use.
+    """
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+        self._weights: Mapping[int, str] = {}
+        self._model: weakref.ref[torch.nn.Module] | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def know_weights(self, names: Mapping[int, str]) -> None:
+        """Name the weight behind each storage (by ``census.storage_key``)."""
+        self._weights = names
+        self.look_up()
+
+    def know_model(self, model: torch.nn.Module) -> None:
+        """Know the parameters and buffers of ``model``, whatever they are in each pass."""
+        self._model = weakref.ref(model)
+        self.look_up()
+        for module in model.modules():
+            if any(is_wrapper(parameter) for parameter in module.parameters(recurse=False)):
+                # Sharded: what it computes with is gathered just before, by a hook before this one.
+                self._hooks.append(module.register_forward_pre_hook(self._know_gathered))
+
+    def _know_gathered(self, module: torch.nn.Module, _args: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            self.know_tensor(parameter)
+
+    def know_tensor(self, tensor: torch.Tensor) -> None:
+        """Know ``tensor`` in this pass, and any view of it."""
+        for plain in _plain_tensors(tensor):
+            self.names.setdefault(plain.untyped_storage()._cdata, "")
+
+    def look_up(self) -> None:
+        """A pass begins."""
+        self.names = names = dict(self._weights)
+        model = self._model() if self._model is not None else None
+        for tensor in _tensors_of(model) if model is not None else ():
+            if type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided:
+                names.setdefault(tensor.untyped_storage()._cdata, "")
+            else:
+                self.know_tensor(tensor)
+
+    def weights_among(self, tensors: Iterable[torch.Tensor]) -> list[str]:
+        """The names of the weights among ``tensors``."""
+        names = (self._weights.get(one.untyped_storage()._cdata) for one in tensors)
+        return [name for name in names if name is not None]
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """All parameters and buffers; torch's own walk makes their names too, which takes long."""
+    seen: set[torch.nn.Module] = set()
+    found = [model]
+    while found:
+        module = found.pop()
+        if module not in seen:
+            seen.add(module)
+            yield from (one for one in module._parameters.values() if one is not None)
+            yield from (one for one in module._buffers.values() if one is not None)
+            found += [child for child in module._modules.values() if child is not None]
+
+
+def is_wrapper(tensor: Any) -> bool:
+    """Whether ``tensor`` is a subclass that wraps ordinary tensors, and can tell them."""
+    return bool(is_traceable_wrapper_subclass(tensor))
+
+
+def flattened(wrapper: Any) -> tuple[list[str], object]:
+    """The attributes that hold the inner tensors of ``wrapper``, and what else makes it."""
+    names, context = wrapper.__tensor_flatten__()
+    return names, context
+
+
+def _plain_tensors(tensor: Any) -> list[torch.Tensor]:
+    """``tensor``, or the ordinary tensors that it wraps, down to the last wrapper."""
+    if not isinstance(tensor, torch.Tensor):
+        return []
+    if not is_wrapper(tensor):
+        return [tensor] if tensor.layout is torch.strided else []
+    names, _ = flattened(tensor)
+    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))]
