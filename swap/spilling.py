@@ -83,9 +83,14 @@ class Spiller:
         return self._kept_nbytes
 
     @property
+    def ahead_nbytes(self) -> int:
+        """Bytes of units in memory in backward: fetched ahead, or waiting for a second use."""
+        return max(self.limit_nbytes, self._in_flight_nbytes or 0)
+
+    @property
     def is_over(self) -> bool:
-        """Whether more is in memory than may stay."""
-        return self._kept_nbytes > self.limit_nbytes
+        """Whether more is in memory than may be in backward."""
+        return self._kept_nbytes > self.ahead_nbytes
 
     @property
     def is_away(self) -> bool:
@@ -131,7 +136,9 @@ class Spiller:
             self._send_excess_away(sparing)  # what had changed meanwhile is written again
 
     def _send_excess_away(self, sparing: Unit | None) -> None:
-        excess = self._kept_nbytes - sum(unit.nbytes for unit in self._writing) - self.limit_nbytes
+        leaving = sum(unit.nbytes for unit in self._writing)
+        staying = self.limit_nbytes if sparing is None else self.ahead_nbytes
+        excess = self._kept_nbytes - leaving - staying
         for queue in (self._order, self._staying):
             if excess > 0:
                 excess = self._spill_from(queue, excess, sparing)
@@ -380,7 +387,8 @@ class Spiller:
             assert unit.home is not None
             queued_nbytes += unit.nbytes
             lead_s = 2 * self._links.seconds(unit.home.name, queued_nbytes)
-            if due_s > lead_s + next_use_s or not self._has_room_ahead(unit):
+            has_room = self._kept_nbytes + unit.nbytes <= self.ahead_nbytes
+            if due_s > lead_s + next_use_s or not has_room:
                 return
             self._fetch(unit)
 
@@ -388,13 +396,9 @@ class Spiller:
         """Fetch these, in this order, as far as the limit has room; never blocks."""
         for unit in units:
             if unit.residency is Residency.ABSENT:
-                if not self._has_room_ahead(unit):
+                if self._kept_nbytes + unit.nbytes > self.ahead_nbytes:
                     return
                 self._fetch(unit)
-
-    def _has_room_ahead(self, unit: Unit) -> bool:
-        ahead_nbytes = max(self.limit_nbytes, self._in_flight_nbytes or 0)
-        return self._kept_nbytes + unit.nbytes <= ahead_nbytes
 
     def _become(self, unit: Unit, residency: Residency) -> None:
         old, unit.residency = unit.residency, residency

@@ -20,6 +20,7 @@ from offload.swap.places import DevicePlace
 from offload.swap.selective import put_on, take_off
 from offload.tiers.accelerator import DeviceMemory
 from offload.tiers.cpudevice import CpuAccelerator, DoneEvent
+from offload.tiers.device import DeviceTransfer
 from offload.tiers.hostmem import PAGE
 from offload.tiers.journal import Journal
 from offload.tiers.pinned import PinnedTier, SizeClass
@@ -273,7 +274,12 @@ def no_wait_for_kernels(monkeypatch):
 
 
 def no_wait_for_arrivals(monkeypatch):
-    monkeypatch.setattr(DevicePlace, "order", lambda self, transfer: True)
+    original = DevicePlace.order
+
+    def order(self, transfer):
+        return isinstance(transfer, DeviceTransfer) or original(self, transfer)
+
+    monkeypatch.setattr(DevicePlace, "order", order)
 
 
 def memory_let_go_too_early(monkeypatch):
