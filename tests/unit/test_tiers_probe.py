@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from open_files import open_files
 
 from offload.allocator.errors import CapacityError, TierIOError
+from offload.tiers import mempolicy
 from offload.tiers.file import TierFile
 from offload.tiers.hostmem import PAGE
 from offload.tiers.probe import cuda, files, memory
@@ -270,6 +271,22 @@ def test_copies_between_nodes_copy_every_byte_of_a_repeat() -> None:
         route.move(memory.COPY_NBYTES, len(cpus))
         route.move(PAGE, 1)
     assert set(os.sched_getaffinity(0)) == set(cpus)  # of this thread, untouched
+
+
+def test_memory_that_lands_elsewhere_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def placement(_address: int, nbytes: int) -> mempolicy.Placement:
+        quarter = nbytes // 4
+        return mempolicy.Placement(
+            nbytes_by_node={0: quarter, 7: nbytes - quarter}, absent_nbytes=0, huge_nbytes=None
+        )
+
+    monkeypatch.setattr(mempolicy, "placement", placement)
+    pace = Pace(seconds=1.0, clock=lambda: 0.0)
+    with (
+        pytest.raises(TierIOError, match="asked node 0, got 75 % node 7, 25 % node 0"),
+        memory.open_node_copy(TINY, 0, 0, (), pace),
+    ):
+        pass
 
 
 def test_a_node_that_does_not_exist_is_a_failure_of_its_links() -> None:

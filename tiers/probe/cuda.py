@@ -1,18 +1,21 @@
 """Links between memory and CUDA devices, from pageable and from pinned memory."""
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from offload.allocator.errors import TierIOError
+from offload.tiers.pinned import PinnedTier
+from offload.tiers.pinning import CudaPinner
 from offload.tiers.probe.pace import Effort, Pace, Route
 
 if TYPE_CHECKING:
     import torch
 
 _BLOCKS = (1 << 20, 8 << 20, 32 << 20)
-_BUFFER_NBYTES = 64 << 20  # a power of two: torch rounds pinned memory up to one
-
+_BUFFER_NBYTES = 64 << 20
 
 CASES = 4 * (len(_BLOCKS) + 1)  # shares of the time that a device takes
 
@@ -28,10 +31,11 @@ def count_devices() -> int:
 
 @contextmanager
 def open_device(effort: Effort, index: int, _pace: Pace) -> Iterator[tuple[Route, ...]]:
-    """The four links of device ``index``: pageable and pinned, in both directions.
+    """The four links of device ``index``: from pageable memory and a pinned pool, both ways.
 
     Raises:
-        RuntimeError: torch could not allocate on the device or pin memory.
+        RuntimeError: torch could not allocate on the device.
+        TierIOError: the pool could not be registered with CUDA.
     """
     import torch
 
@@ -39,18 +43,21 @@ def open_device(effort: Effort, index: int, _pace: Pace) -> Iterator[tuple[Route
     nbytes = min(_BUFFER_NBYTES, effort.memory_nbytes // 2)
     held = torch.empty(nbytes, dtype=torch.uint8, device=device)
     pageable = torch.ones(nbytes, dtype=torch.uint8)  # touched
-    pinned = torch.ones(nbytes, dtype=torch.uint8, pin_memory=True)
     blocks = tuple(block for block in _BLOCKS if block <= nbytes)
     name = f"device:{index}"
     finish = partial(torch.cuda.synchronize, device)
-    yield tuple(
-        route
-        for host, memory in (("host", pageable), ("pinned", pinned))
-        for route in (
-            copy_route(host, name, memory, held, blocks, finish),
-            copy_route(name, host, held, memory, blocks, finish),
+    with PinnedTier(nbytes, pinners=[CudaPinner()]) as pool:
+        if pool.memory != CudaPinner.name:
+            raise TierIOError(errno.EPERM, "; ".join(pool.journal.notices))
+        pinned = pool.tensor(pool.allocate(nbytes), torch.uint8, (nbytes,)).fill_(1)
+        yield tuple(
+            route
+            for host, memory in (("host", pageable), ("pinned", pinned))
+            for route in (
+                copy_route(host, name, memory, held, blocks, finish),
+                copy_route(name, host, held, memory, blocks, finish),
+            )
         )
-    )
 
 
 def copy_route(

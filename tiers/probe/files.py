@@ -50,7 +50,7 @@ def open_file(
     )
     buffer = HostBuffer(blocks[-1] * effort.in_flight)
     try:
-        fill_randomly(buffer)
+        fill_randomly(buffer.view())
         lanes = Lanes(Journal(), effort.in_flight)
         try:
             with FileTier(directory, None, lanes) as tier:
@@ -63,10 +63,10 @@ def open_file(
         buffer.release()
 
 
-def fill_randomly(buffer: HostBuffer) -> None:
-    """Fill ``buffer`` with bytes that no drive can compress."""
+def fill_randomly(memory: memoryview) -> None:
+    """Fill ``memory`` with bytes that no drive can compress."""
     generator = np.random.default_rng(0)
-    words = np.frombuffer(buffer.view(), dtype=np.uint64)
+    words = np.frombuffer(memory, dtype=np.uint64)
     step = 1 << 20
     for at in range(0, len(words), step):
         part = words[at : at + step]
