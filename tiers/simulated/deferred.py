@@ -21,6 +21,8 @@ from offload.tiers.accelerator import Accelerator
 
 _METADATA = {"set_", "resize_", "empty", "empty_like", "empty_strided", "new_empty"}
 _VALUES = {"_local_scalar_dense", "equal", "is_nonzero"}
+_MOST_SHAPES = 1 << 12
+_known_shapes: dict[Any, Any] = {}  # what an operation returns, by it and its arguments
 
 
 class Deferred(TorchDispatchMode):
@@ -89,7 +91,30 @@ class Deferred(TorchDispatchMode):
 
 
 def _shapes(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """What ``func`` returns, without bytes."""
+    """What ``func`` returns, without bytes; torch takes long to tell, so it is remembered."""
+    key = func, _described(args), _described(kwargs)
+    try:
+        found = _known_shapes.get(key)
+    except TypeError:  # an argument that can't be hashed
+        return _computed_shapes(func, args, kwargs)
+    if found is None:
+        if len(_known_shapes) == _MOST_SHAPES:
+            _known_shapes.clear()
+        found = _known_shapes[key] = _computed_shapes(func, args, kwargs)
+    return found
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.size(), value.stride(), value.dtype
+    if isinstance(value, dict):
+        return tuple((name, _described(value[name])) for name in sorted(value))
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return type(value), value
+
+
+def _computed_shapes(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     args, kwargs = tree_map_only(torch.Tensor, _shape, (args, kwargs))
     if "device" in kwargs:
         kwargs["device"] = torch.device("meta")
