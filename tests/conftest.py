@@ -11,4 +11,5 @@ settings.load_profile("offload")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs a download fails at once
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and fork do not go together
 for name in [name for name in os.environ if name.startswith("OFFLOAD_")]:
-    del os.environ[name]
+    if not name.startswith("OFFLOAD_PEER_"):  # no setting: where tests/peers finds a checkout
+        del os.environ[name]

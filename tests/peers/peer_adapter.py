@@ -1,0 +1,116 @@
+"""Runs a peer's own test file, from the user's checkout of it, against our context.
+
+The file is adapted in a temporary directory by a short list of replacements, and run by pytest in a
+process of its own, with ``peer_stand_ins`` for what it imports of the peer. Whatever the peer has
+changed since (a replacement that matches nothing, an unknown name) is an error, never a skip.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+HERE = Path(__file__).parent
+TIMEOUT_S = 280
+
+
+def checkout_of(peer):
+    """The checkout of ``peer`` that the environment names; the test is skipped without one."""
+    variable = f"OFFLOAD_PEER_{peer.upper()}"
+    named = os.environ.get(variable)
+    if not named:
+        pytest.skip(f"no checkout of {peer}: set {variable}")
+    root = Path(named)
+    assert root.is_dir(), f"{variable}: {root} is not a directory"
+    return root
+
+
+@dataclass(frozen=True)
+class Change:
+    """A replacement: a regular expression, what takes its place, and how often it must match."""
+
+    pattern: str
+    by: str
+    least: int = 1
+
+
+def adapted(text, changes):
+    """``text`` with all ``changes`` made; each must match."""
+    for change in changes:
+        text, count = re.subn(change.pattern, change.by, text)
+        assert count >= change.least, (
+            f"the peer has changed: {change.pattern!r} matches {count} times, "
+            f"not {change.least} times or more"
+        )
+    return text
+
+
+def cases_in(text, classname=None):
+    """The source of each test of a module, or of one of its classes, by name."""
+    body = ast.parse(text).body
+    if classname is not None:
+        (found,) = [node for node in body if getattr(node, "name", "") == classname]
+        body = found.body
+    return {
+        node.name: ast.get_source_segment(text, node)
+        for node in body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One item that ran; our context wrote ``moved_nbytes`` in it, ``notes`` tell a failure."""
+
+    name: str
+    outcome: str
+    moved_nbytes: int
+    notes: str
+
+
+def run(directory, filename, text, arguments, search=()):
+    """Run ``text`` as ``filename`` in ``directory``; every item that ran."""
+    (directory / filename).write_text(text)
+    (directory / "pytest.ini").write_text("[pytest]\n")
+    report = directory / "report.xml"
+    paths = [str(HERE), *map(str, search)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "peer_stand_ins", "-p",
+               "no:cacheprovider", f"--junitxml={report}", *arguments]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(
+        command, cwd=directory, env=environment, capture_output=True, text=True,
+        timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert report.exists(), done.stdout + done.stderr
+    cases = [_case(each) for each in ET.parse(report).iter("testcase")]
+    bad = [f"{case.name}: {case.outcome}\n{case.notes}" for case in cases
+           if case.outcome != "passed"]  # fmt: skip
+    assert not bad, "\n\n".join(bad)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cases
+
+
+def _case(element):
+    outcome = next((each.tag for each in element if each.tag in {"failure", "error", "skipped"}),
+                   "passed")  # fmt: skip
+    moved = [each.get("value") for each in element.iter("property")
+             if each.get("name") == "moved_nbytes"]  # fmt: skip
+    notes = "\n".join(each.text or each.get("message") or "" for each in element
+                      if each.tag == outcome)  # fmt: skip
+    return Case(element.get("name"), outcome, sum(map(int, moved)), notes)
+
+
+def names_of(cases):
+    """The functions that ran, without their parameters."""
+    return {case.name.partition("[")[0] for case in cases}
+
+
+def moved_in(cases):
+    """The functions in which our context wrote bytes."""
+    return names_of(case for case in cases if case.moved_nbytes)

@@ -1,0 +1,313 @@
+"""What peers' acceptance suites cover; ``tests/peers/README.md`` tells which test covers what."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from offload import ActivationSwap
+from offload.allocator.errors import ConfigError, TierIOError
+from offload.swap.residency import Residency
+
+ROWS, WIDTH = 64, 32
+NBYTES = 4 * ROWS * WIDTH
+
+
+@pytest.fixture
+def swap(tmp_path):
+    """All that is saved has left when the operation that saved it returns."""
+    swap = ActivationSwap(limit=0, min_nbytes=0, in_flight=0, nvme=tmp_path)
+    yield swap
+    gc.collect()
+    assert swap.cache.kept_nbytes == 0, "a handle leaks"
+    swap.close()
+
+
+def written(swap):
+    return swap.journal.totals.written_nbytes
+
+
+def ones(**settings):
+    return torch.ones(ROWS, WIDTH, requires_grad=True, **settings)
+
+
+# torchtune: what backward returns or saves again may be a view of what came back.
+
+
+class ReturnsWhatItSaved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.t())
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, _gradient):
+        (saved,) = ctx.saved_tensors
+        return saved.t()
+
+
+class SavesSomethingElse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(torch.full_like(x, 5))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (saved,) = ctx.saved_tensors
+        assert torch.all(saved == 5)
+        return gradient
+
+
+def test_a_gradient_may_be_a_view_of_what_came_back(swap):
+    """The nodes after it fetch into memory that they must not take from it."""
+    x = ones()
+    with swap:
+        y = x
+        for _ in range(4):
+            y = SavesSomethingElse.apply(y)
+        loss = ReturnsWhatItSaved.apply(y.clone())
+    del y
+    assert written(swap) == 5 * NBYTES
+    loss.backward()
+    assert torch.equal(x.grad, torch.ones(ROWS, WIDTH))
+
+
+class SavesAView(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.t().t())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, _gradient):
+        (saved,) = ctx.saved_tensors
+        return saved.clone()
+
+
+def test_recomputation_may_save_a_view_of_what_came_back(swap):
+    x = ones()
+    with swap:
+        y = SavesSomethingElse.apply(x).clone()
+        loss = checkpoint(
+            lambda y: SavesSomethingElse.apply(SavesAView.apply(y)), y, use_reentrant=False
+        ).sum()
+    del y
+    loss.backward()
+    assert torch.equal(x.grad, torch.ones(ROWS, WIDTH))
+
+
+# DeepSpeed: inputs of checkpointed layers leave, the last ones stay.
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_the_last_inputs_of_checkpointed_layers_stay(tmp_path, monkeypatch, kept):
+    layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(4)])
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+
+    def run():
+        y = x
+        for layer in layers:
+            y = checkpoint(layer, y, use_reentrant=False)
+        return y.sum()
+
+    run().backward()
+    right = [x.grad, *(each.grad for each in layers.parameters())]
+    x.grad = None
+    layers.zero_grad()
+    swap = ActivationSwap(limit=kept * NBYTES, min_nbytes=0, in_flight=0, nvme=tmp_path)
+    units, add = [], swap.cache.lookahead.add
+    monkeypatch.setattr(swap.cache.lookahead, "add", lambda unit: units.append(unit) or add(unit))
+    with swap:
+        loss = run()
+    residencies = [unit.residency for unit in units]
+    assert residencies == [Residency.ABSENT] * (4 - kept) + [Residency.READY] * kept
+    assert written(swap) == (4 - kept) * NBYTES
+    loss.backward()
+    found = [x.grad, *(each.grad for each in layers.parameters())]
+    assert all(map(torch.equal, found, right))
+    swap.close()
+
+
+VIEWS = {
+    "an offset": lambda base: base[ROWS // 2 :],
+    "strides": lambda base: base[:, ::2],
+    "overlapping": lambda base: base[:1].expand(7, ROWS, WIDTH)[:, :1],
+    "overlapping windows": lambda base: base.view(-1).unfold(0, 64, 16),
+    "transposed": lambda base: base.t(),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_view_is_the_input_of_a_checkpointed_region(swap, view):
+    def gradient(context):
+        x = view(torch.arange(ROWS * WIDTH).view(ROWS, WIDTH) / NBYTES).detach().requires_grad_()
+        with context:
+            loss = checkpoint(lambda x: x.sin().square(), x, use_reentrant=False).sum()
+        layout = x.stride(), x.storage_offset()
+        loss.backward()
+        assert (x.stride(), x.storage_offset()) == layout
+        return x.grad
+
+    right = gradient(torch.enable_grad())
+    assert torch.equal(gradient(swap), right)
+    assert written(swap) == NBYTES  # its storage, once
+
+
+def test_an_error_inside_leaves_no_hooks_behind(swap):
+    with pytest.raises(ValueError, match="mine"), swap, swap:
+        raise ValueError("mine")
+    loss = ones().exp().sum()
+    loss.backward()
+    assert written(swap) == 0
+
+
+@pytest.mark.parametrize("name", ["limit", "min_nbytes", "in_flight"])
+def test_a_negative_size_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"{name}: "):
+        ActivationSwap(nvme=tmp_path, **{name: -1})
+
+
+# PyTorch: what hooks see, and what they must not do.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+def test_saved_through_grad_fn(swap, dtype):
+    x = torch.randn(ROWS, WIDTH, dtype=dtype, requires_grad=True)
+    with swap:
+        y = x * x
+    saved = y.grad_fn._saved_self
+    assert torch.equal(saved, x)
+    assert torch.equal(y.grad_fn._saved_other, x)
+    assert (saved.dtype, saved.layout) == (x.dtype, x.layout)
+    assert written(swap) == x.nbytes
+    y.abs().sum().backward()
+
+
+def test_a_saved_result_knows_its_function(swap):
+    x = ones()
+    with swap:
+        y = x.exp()
+    assert y.grad_fn._saved_result.grad_fn is y.grad_fn
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+
+
+def test_sparse_tensors_stay_and_are_right(swap):
+    numbers = torch.tensor([1.0, 2.0, 3.0])
+    x = torch.sparse_coo_tensor([[1, 1, 3]], numbers, requires_grad=True, check_invariants=True)
+    with swap:
+        y = x * x
+        assert y.grad_fn._saved_self.layout is torch.sparse_coo
+    y.to_dense().sum().backward()
+    assert torch.equal(x.grad.to_dense(), 2 * x.detach().to_dense())
+    (reason,) = swap.cache.left_alone
+    assert "sparse_coo" in reason
+
+
+class SavesALeaf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.exp().clone().detach_().requires_grad_())
+        return x.exp()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (saved,) = ctx.saved_tensors
+        assert saved.is_leaf
+        assert saved.requires_grad
+        return gradient * saved.detach()
+
+
+def test_a_custom_function_saves_a_leaf_of_its_own(swap):
+    x = ones()
+    with swap:
+        loss = SavesALeaf.apply(x).sum()
+    loss.backward()
+    assert torch.equal(x.grad, x.exp())
+
+
+def test_wrapped_numbers_are_not_saved_tensors(swap, monkeypatch):
+    monkeypatch.setattr(swap.cache, "pack", pytest.fail)
+    monkeypatch.setattr(swap.cache, "unpack", pytest.fail)
+    x = ones()
+    with swap:
+        (x * 3).sum().backward()
+    assert torch.equal(x.grad, torch.full((ROWS, WIDTH), 3.0))
+
+
+def test_each_saved_tensor_is_packed_and_unpacked_once(swap, monkeypatch):
+    calls = []
+    pack, unpack = swap.cache.pack, swap.cache.unpack
+    monkeypatch.setattr(swap.cache, "pack", lambda one: calls.append("pack") or pack(one))
+    monkeypatch.setattr(swap.cache, "unpack", lambda one: calls.append("unpack") or unpack(one))
+    x, constant = ones(), torch.ones(ROWS, WIDTH)
+    with swap:
+        y = x * constant
+    assert calls == ["pack"]
+    y.sum().backward()
+    assert calls == ["pack", "unpack"]
+
+
+def test_packing_changes_nothing_of_a_tensor(swap):
+    """PyTorch raises if a pack hook modifies its input in place."""
+    x = torch.randn(ROWS, WIDTH)
+    before, version = x.clone(), x._version
+    handle = swap.cache.pack(x)
+    found = swap.cache.unpack(handle)
+    assert torch.equal(found, before)
+    assert torch.equal(x, before)
+    assert x._version == found._version == version
+    assert x.untyped_storage().nbytes() == NBYTES
+
+
+def test_where_hooks_are_disabled_the_context_is_refused(swap):
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):  # noqa: SIM117
+        with pytest.raises(RuntimeError, match="not here"), swap:
+            pass
+    with swap:
+        loss = ones().exp().sum()  # as if nothing had been
+    assert written(swap) == NBYTES
+    loss.backward()
+
+
+def test_inside_of_the_context_hooks_cannot_be_disabled(swap):
+    with swap:
+        with (
+            pytest.raises(RuntimeError, match="not here"),
+            torch.autograd.graph.disable_saved_tensors_hooks("not here"),
+        ):
+            pass
+        loss = ones().exp().sum()
+    assert written(swap) == NBYTES
+    loss.backward()
+
+
+def test_errors_come_out_of_forward_and_backward_as_they_are(swap, monkeypatch):
+    def broken(*_args):
+        raise TierIOError(5, "bad disk")
+
+    (home,) = swap.cache.spiller.homes
+    x = ones()
+    with swap:
+        loss = x.exp().sum()
+    with monkeypatch.context() as patched:
+        patched.setattr(home.tier.file, "read", broken)
+        with pytest.raises(TierIOError, match="bad disk"):
+            loss.backward(retain_graph=True)
+    loss.backward()  # the bytes are still there
+    assert torch.equal(x.grad, x.exp())
+    del loss
+    with monkeypatch.context() as patched, swap:
+        patched.setattr(home.tier.file, "write", broken)
+        with pytest.raises(TierIOError, match="bad disk"):
+            x.exp()
+    home.tier.lanes.drain()  # told once; its traceback goes
+    gc.collect()
+    with swap:
+        loss = x.exp().sum()  # as if nothing had been
+    x.grad = None
+    loss.backward()
+    assert torch.equal(x.grad, x.exp())
