@@ -14,11 +14,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
 from offload.allocator.units import format_nbytes
 from offload.swap.homes import Home
+from offload.swap.kinds import (
+    PLAIN_TYPES,
+    flattened,
+    has_bytes,
+    is_wrapper,
+    nbytes_of,
+    plain_tensors,
+    shape_of,
+    why_unmovable,
+)
 from offload.swap.lookahead import Lookahead
 from offload.swap.places import Place
 from offload.swap.residency import Residency
@@ -27,6 +36,7 @@ from offload.swap.spilling import Spiller
 from offload.swap.unseen import unseen_nbytes
 from offload.tiers.journal import Journal
 
+_STRIDED = torch.strided
 _LEAST_NBYTES = 512  # a handle takes as much
 _BATCH_NBYTES = 1 << 20  # small storages move together when there are so many bytes of them
 _BATCH_ALIGN = 64
@@ -56,7 +66,7 @@ class _Wrapped:
     stride: tuple[int, ...]
 
 
-Saved: TypeAlias = View | _Wrapped
+Saved: TypeAlias = View | _Wrapped | torch.Tensor
 
 
 @dataclass(slots=True)
@@ -145,7 +155,7 @@ class ActivationCache:
         self._model = weakref.ref(model)
         self._look_up()
         for module in model.modules():
-            if any(_is_wrapper(parameter) for parameter in module.parameters(recurse=False)):
+            if any(is_wrapper(parameter) for parameter in module.parameters(recurse=False)):
                 # Sharded: what it computes with is gathered just before, by a hook before this one.
                 self._hooks.append(module.register_forward_pre_hook(self._know_gathered))
 
@@ -155,7 +165,7 @@ class ActivationCache:
 
     def know_tensor(self, tensor: torch.Tensor) -> None:
         """Never move ``tensor`` in this pass, nor any view of it."""
-        for plain in _plain_tensors(tensor):
+        for plain in plain_tensors(tensor):
             self._fixed.setdefault(plain.untyped_storage()._cdata, "")
 
     def _look_up(self) -> None:
@@ -182,10 +192,11 @@ class ActivationCache:
         if self.spiller.is_busy:
             self.spiller.settle()
         if (
-            type(tensor) not in _PLAIN_TYPES
+            type(tensor) not in PLAIN_TYPES
             or tensor.layout is not _STRIDED
             or not self._owns(tensor)
             or tensor.is_quantized
+            or tensor.is_nested
             or tensor.is_inference()
         ):
             return self._pack_other(tensor)
@@ -208,7 +219,9 @@ class ActivationCache:
             return self._leave_alone(tensor, "a small slice of a large storage")
         return self._pack_new(tensor, memory, nbytes)
 
-    def _pack_new(self, tensor: torch.Tensor, memory: torch.UntypedStorage, nbytes: int) -> View:
+    def _pack_new(self, tensor: torch.Tensor, memory: torch.UntypedStorage, nbytes: int) -> Saved:
+        if not has_bytes(memory):
+            return self._leave_alone(tensor, "a stand-in without bytes")
         part = Part(memory, self._parts)
         view = part.view(tensor)
         if nbytes >= self.min_nbytes:
@@ -301,18 +314,22 @@ class ActivationCache:
     # What is more than its bytes.
 
     def _pack_other(self, tensor: torch.Tensor) -> Saved:
-        if type(tensor) in _PLAIN_TYPES or not _is_wrapper(tensor):
-            reason = _reason(tensor, self._owns) or _foreign(tensor)
+        if type(tensor) in PLAIN_TYPES or not is_wrapper(tensor):
+            reason = why_unmovable(tensor, self._owns)
             return self._leave_alone(tensor.detach(), reason)
-        names, context = _flattened(tensor)
+        names, context = flattened(tensor)
         inner = {name: getattr(tensor, name) for name in names}
+        # The offsets of a jagged tensor are its size by their identity: no other tensor will do.
+        only = ("_values",) if tensor.is_nested else names
         inner = {
-            name: self.pack(each) if isinstance(each, torch.Tensor) else each
+            name: self.pack(each) if name in only and isinstance(each, torch.Tensor) else each
             for name, each in inner.items()
         }
         return _Wrapped(type(tensor), inner, context, tensor.size(), tensor.stride())
 
     def _unpack_wrapped(self, saved: Saved) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
         assert isinstance(saved, _Wrapped)
         inner = {
             name: self.unpack(each) if isinstance(each, View | _Wrapped) else each
@@ -323,17 +340,17 @@ class ActivationCache:
         )
         return tensor
 
-    def _leave_alone(self, tensor: torch.Tensor, reason: str) -> View:
+    def _leave_alone(self, tensor: torch.Tensor, reason: str) -> Saved:
         counted = self.left_alone.setdefault(reason, LeftAlone())
         counted.count += 1
-        counted.nbytes += _nbytes(tensor)
+        counted.nbytes += nbytes_of(tensor)
         if counted.count == 1:
-            shape = "x".join(map(str, tensor.shape)) or "scalar"
             self.journal.notice(
                 "activations",
-                f"a saved tensor ({shape}, {tensor.dtype}) stays in memory: it is {reason}",
+                f"a saved tensor ({shape_of(tensor)}, {tensor.dtype}) stays in memory: it is "
+                f"{reason}",
             )
-        return View(tensor)
+        return tensor if tensor.is_inference() else View(tensor)  # it counts no versions
 
     def count_unseen(self, outputs: Any) -> None:
         """Count what custom Functions behind ``outputs`` keep past the hooks, once for each kind.
@@ -361,48 +378,3 @@ class ActivationCache:
                 f"{left.count} saved tensors ({format_nbytes(left.nbytes)} in all) stayed in "
                 f"memory: {reason}",
             )
-
-
-_STRIDED = torch.strided
-_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
-
-def _reason(tensor: torch.Tensor, owns: Callable[[torch.Tensor], bool]) -> str:
-    """Why ``tensor`` is more than some bytes of the place, with offset, size and stride, if so."""
-    if tensor.layout is not torch.strided:
-        return f"of layout {tensor.layout}"
-    if not owns(tensor):
-        return f"on {tensor.device}, which is another place"
-    if tensor.is_quantized:
-        return "quantised"
-    return "an inference tensor" if tensor.is_inference() else ""
-
-
-def _foreign(tensor: torch.Tensor) -> str:
-    return f"of the subclass {type(tensor).__name__}"
-
-
-def _is_wrapper(tensor: Any) -> bool:
-    return bool(is_traceable_wrapper_subclass(tensor))
-
-
-def _flattened(wrapper: Any) -> tuple[list[str], object]:
-    """The attributes that hold the inner tensors of ``wrapper``, and what else makes it."""
-    names, context = wrapper.__tensor_flatten__()
-    return names, context
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    if tensor.layout is torch.strided:
-        return tensor.nbytes
-    return tensor.numel() * tensor.element_size()
-
-
-def _plain_tensors(tensor: Any) -> list[torch.Tensor]:
-    """``tensor``, or the ordinary tensors that it wraps, down to the last wrapper."""
-    if not isinstance(tensor, torch.Tensor):
-        return []
-    if not _is_wrapper(tensor):
-        return [tensor] if tensor.layout is torch.strided else []
-    names, _ = _flattened(tensor)
-    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))]

@@ -276,6 +276,7 @@ def _plain(tensor: torch.Tensor) -> bool:
         type(tensor) in PLAIN
         and tensor.layout is torch.strided
         and not tensor.is_quantized
+        and not tensor.is_nested
         and not tensor.is_conj()
         and not tensor.is_neg()
         and not tensor.is_inference()
