@@ -33,6 +33,7 @@ from offload.swap.places import Place
 from offload.swap.residency import Residency
 from offload.swap.saved import KnownParts, Part, Unit, View
 from offload.swap.spilling import Spiller
+from offload.swap.uncompiled import uncompiled
 from offload.swap.unseen import unseen_nbytes
 from offload.tiers.journal import Journal
 
@@ -183,6 +184,7 @@ class ActivationCache:
 
     # The hooks.
 
+    @uncompiled
     def pack(self, tensor: torch.Tensor) -> Saved:
         """Called by autograd for each tensor that it saves.
 
@@ -271,6 +273,7 @@ class ActivationCache:
             end += -(-part.nbytes // _BATCH_ALIGN) * _BATCH_ALIGN
         self._add_unit(living, end)
 
+    @uncompiled
     def unpack(self, saved: Saved) -> torch.Tensor:
         """Called by autograd when backward needs a saved tensor.
 
