@@ -45,6 +45,7 @@ from offload.swap.optim_kinds import kind_of
 from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.plan import MARGIN_NBYTES, Plan, grow, make_plan, shrink
 from offload.swap.states import StateKeeper
+from offload.swap.uncompiled import forget_compiled, plain_module
 from offload.swap.weights import WeightSwapper
 from offload.tiers import hostmem
 from offload.tiers.events import RunFinished, RunStarted
@@ -323,6 +324,7 @@ class Engine:
         if self._step_hooks is not None:
             self._step_hooks.remove()
         self._hooks.remove()
+        forget_compiled()
         if self.tokenwise is not None:
             self.tokenwise.remove()
         self.gradients.stop()
@@ -401,7 +403,7 @@ def attach(
 
     Args:
         model: any module on the CPU; built plainly, by ``offload.init``, or loaded by
-            ``offload.load_pretrained``.
+            ``offload.load_pretrained``; ``torch.compile``d or not.
         optimizer: over the model's parameters; ``None`` to evaluate only.
         budget: ``"host=4GiB"``, bytes, or a mapping. ``host`` bounds the process's peak
             resident set.
@@ -422,6 +424,7 @@ def attach(
         CapacityError: the disk has not enough room.
         UnsupportedError: a parameter or an optimizer that can't be handled exactly.
     """
+    model = plain_module(model)
     settings = make_config(
         config, budget=budget, nvme=nvme, record=record, resume=resume, commit=commit
     )
@@ -449,7 +452,9 @@ def attach(
             baseline_nbytes=baseline,
             chunk_numel=runtime.chunk_numel,
         )
-        return Engine(model, optimizer, runtime, plan)
+        engine = Engine(model, optimizer, runtime, plan)
     except BaseException:
         runtime.close()
         raise
+    forget_compiled()
+    return engine

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 from offload.swap.activations import ActivationCache
 from offload.swap.census import Census
 from offload.swap.selective import SavedTensors, put_on, take_off
+from offload.swap.uncompiled import uncompiled
 from offload.swap.weights import Weight, WeightSwapper
 
 
@@ -60,11 +61,13 @@ class ModelHooks:
                 self._hook(name, module, users.get(name, ()))
 
     def _hook(self, name: str, module: nn.Module, weights: tuple[str, ...]) -> None:
+        @uncompiled
         def before(_module: nn.Module, _args: Any) -> None:
             self._enter(name)
             if weights:
                 self._weights.use(weights)
 
+        @uncompiled
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             self._leave(output)
 

@@ -16,16 +16,27 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from offload.allocator.units import format_nbytes
-from offload.swap.fixed import PLAIN_TYPES, FixedStorages, flattened, is_wrapper
+from offload.swap.fixed import FixedStorages
 from offload.swap.homes import Home
+from offload.swap.kinds import (
+    PLAIN_TYPES,
+    flattened,
+    has_bytes,
+    is_wrapper,
+    nbytes_of,
+    shape_of,
+    why_unmovable,
+)
 from offload.swap.lookahead import Lookahead
 from offload.swap.places import Place
 from offload.swap.residency import Residency
 from offload.swap.saved import KnownParts, Part, Unit, View
 from offload.swap.spilling import Spiller
+from offload.swap.uncompiled import uncompiled
 from offload.swap.unseen import unseen_nbytes
 from offload.tiers.journal import Journal
 
+_STRIDED = torch.strided
 _LEAST_NBYTES = 512  # a handle takes as much
 _BATCH_NBYTES = 1 << 20  # small storages move together when there are so many bytes of them
 _BATCH_ALIGN = 64
@@ -55,7 +66,7 @@ class _Wrapped:
     stride: tuple[int, ...]
 
 
-Saved: TypeAlias = View | _Wrapped
+Saved: TypeAlias = View | _Wrapped | torch.Tensor
 
 
 @dataclass(slots=True)
@@ -135,6 +146,7 @@ class ActivationCache:
 
     # The hooks.
 
+    @uncompiled
     def pack(self, tensor: torch.Tensor) -> Saved:
         """Called by autograd for each tensor that it saves.
 
@@ -168,10 +180,16 @@ class ActivationCache:
             return View(tensor)
         if nbytes >= _SLICED_NBYTES and nbytes >= _SLICE_SHARE * tensor.nbytes:
             return self._leave_alone(tensor, "a small slice of a large storage")
-        return self._pack_new(tensor, Part(memory, key, nbytes, self._parts))
+        return self._pack_new(tensor, memory, key, nbytes)
 
-    def _pack_new(self, tensor: torch.Tensor, part: Part) -> View:
-        nbytes = part.nbytes
+    def _pack_new(
+        self, tensor: torch.Tensor, memory: torch.UntypedStorage, key: int, nbytes: int
+    ) -> Saved:
+        if tensor.is_nested:
+            return self._leave_alone(tensor, "nested")
+        if not has_bytes(memory):
+            return self._leave_alone(tensor, "a stand-in without bytes")
+        part = Part(memory, key, nbytes, self._parts)
         view = part.view(tensor)
         if nbytes >= self.min_nbytes:
             self._add_unit([part], nbytes)
@@ -220,6 +238,7 @@ class ActivationCache:
             end += -(-part.nbytes // _BATCH_ALIGN) * _BATCH_ALIGN
         self._add_unit(living, end)
 
+    @uncompiled
     def unpack(self, saved: Saved) -> torch.Tensor:
         """Called by autograd when backward needs a saved tensor.
 
@@ -264,17 +283,21 @@ class ActivationCache:
 
     def _pack_other(self, tensor: torch.Tensor) -> Saved:
         if type(tensor) in PLAIN_TYPES or not is_wrapper(tensor):
-            reason = _reason(tensor, self._owns) or _foreign(tensor)
+            reason = why_unmovable(tensor, self._owns)
             return self._leave_alone(tensor.detach(), reason)
         names, context = flattened(tensor)
         inner = {name: getattr(tensor, name) for name in names}
+        # The offsets of a jagged tensor are its size by their identity: no other tensor will do.
+        only = ("_values",) if tensor.is_nested else names
         inner = {
-            name: self.pack(each) if isinstance(each, torch.Tensor) else each
+            name: self.pack(each) if name in only and isinstance(each, torch.Tensor) else each
             for name, each in inner.items()
         }
         return _Wrapped(type(tensor), inner, context, tensor.size(), tensor.stride())
 
     def _unpack_wrapped(self, saved: Saved) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
         assert isinstance(saved, _Wrapped)
         inner = {
             name: self.unpack(each) if isinstance(each, View | _Wrapped) else each
@@ -285,17 +308,17 @@ class ActivationCache:
         )
         return tensor
 
-    def _leave_alone(self, tensor: torch.Tensor, reason: str) -> View:
+    def _leave_alone(self, tensor: torch.Tensor, reason: str) -> Saved:
         counted = self.left_alone.setdefault(reason, LeftAlone())
         counted.count += 1
-        counted.nbytes += _nbytes(tensor)
+        counted.nbytes += nbytes_of(tensor)
         if counted.count == 1:
-            shape = "x".join(map(str, tensor.shape)) or "scalar"
             self.journal.notice(
                 "activations",
-                f"a saved tensor ({shape}, {tensor.dtype}) stays in memory: it is {reason}",
+                f"a saved tensor ({shape_of(tensor)}, {tensor.dtype}) stays in memory: it is "
+                f"{reason}",
             )
-        return View(tensor)
+        return tensor if tensor.is_inference() else View(tensor)  # it counts no versions
 
     def count_unseen(self, outputs: Any) -> None:
         """Count what custom Functions behind ``outputs`` keep past the hooks, once for each kind.
@@ -322,27 +345,3 @@ class ActivationCache:
                 f"{left.count} saved tensors ({format_nbytes(left.nbytes)} in all) stayed in "
                 f"memory: {reason}",
             )
-
-
-_STRIDED = torch.strided
-
-
-def _reason(tensor: torch.Tensor, owns: Callable[[torch.Tensor], bool]) -> str:
-    """Why ``tensor`` is more than some bytes of the place, with offset, size and stride, if so."""
-    if tensor.layout is not torch.strided:
-        return f"of layout {tensor.layout}"
-    if not owns(tensor):
-        return f"on {tensor.device}, which is another place"
-    if tensor.is_quantized:
-        return "quantised"
-    return "an inference tensor" if tensor.is_inference() else ""
-
-
-def _foreign(tensor: torch.Tensor) -> str:
-    return f"of the subclass {type(tensor).__name__}"
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    if tensor.layout is torch.strided:
-        return tensor.nbytes
-    return tensor.numel() * tensor.element_size()

@@ -5,10 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
-PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+from offload.swap.kinds import PLAIN_TYPES, is_wrapper, plain_tensors
 
 
 class FixedStorages:
@@ -44,7 +43,7 @@ class FixedStorages:
 
     def know_tensor(self, tensor: torch.Tensor) -> None:
         """Know ``tensor`` in this pass, and any view of it."""
-        for plain in _plain_tensors(tensor):
+        for plain in plain_tensors(tensor):
             self.names.setdefault(plain.untyped_storage()._cdata, "")
 
     def look_up(self) -> None:
@@ -79,24 +78,3 @@ def _tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield from (one for one in module._parameters.values() if one is not None)
             yield from (one for one in module._buffers.values() if one is not None)
             found += [child for child in module._modules.values() if child is not None]
-
-
-def is_wrapper(tensor: Any) -> bool:
-    """Whether ``tensor`` is a subclass that wraps ordinary tensors, and can tell them."""
-    return bool(is_traceable_wrapper_subclass(tensor))
-
-
-def flattened(wrapper: Any) -> tuple[list[str], object]:
-    """The attributes that hold the inner tensors of ``wrapper``, and what else makes it."""
-    names, context = wrapper.__tensor_flatten__()
-    return names, context
-
-
-def _plain_tensors(tensor: Any) -> list[torch.Tensor]:
-    """``tensor``, or the ordinary tensors that it wraps, down to the last wrapper."""
-    if not isinstance(tensor, torch.Tensor):
-        return []
-    if not is_wrapper(tensor):
-        return [tensor] if tensor.layout is torch.strided else []
-    names, _ = flattened(tensor)
-    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))]

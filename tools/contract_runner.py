@@ -54,8 +54,17 @@ def _stand_in(name: str, **names: Any) -> types.ModuleType:
     return module
 
 
-def stand_in_for_missing() -> list[str]:
-    """Make the contract importable; returns the packages that are stood in for."""
+def import_contract() -> list[str]:
+    """Import the contract; returns the packages that were stood in for meanwhile."""
+    missing = _stand_in_for_missing()
+    importlib.import_module("offload.tiers.testing")
+    for name in ("pytest", "hypothesis", "hypothesis.strategies", "hypothesis.stateful"):
+        if name.partition(".")[0] in missing:
+            del sys.modules[name]  # torch takes a package that it finds for the real one
+    return missing
+
+
+def _stand_in_for_missing() -> list[str]:
     missing = [name for name in ("pytest", "hypothesis") if importlib.util.find_spec(name) is None]
     inert = _Inert()
     if "pytest" in missing:

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     _make_importable()
     import contract_runner
 
-    missing = contract_runner.stand_in_for_missing()
+    missing = contract_runner.import_contract()
     import gpu_checks
     from gpu_report import Report, write
 

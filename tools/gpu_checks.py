@@ -96,7 +96,8 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
         report.run("exact", f"device and {home}", partial(training_is_exact, device, home))
     for home in SWAP_HOMES:
         name = f"activations to {home}"
-        report.run("exact", name, partial(activations_are_exact, device, home, seeds))
+        few = seeds[: 4 if quick else None]
+        report.run("exact", name, partial(activations_are_exact, device, home, few))
     report.run("pool", "exact size", partial(pool_size_is_exact, device))
     if isinstance(device, Cuda):
         report.run("pool", "registered", pool_is_pinned)

@@ -1,5 +1,6 @@
 """A few training steps with weights and optimizer states in any tier, for ``gpu_check``."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -64,28 +65,28 @@ def initial() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     return [*weights, *moments], batches
 
 
-class Home:
+class Home(ABC):
     """Where tensors live between their visits to the device."""
 
     def __init__(self, tier: DeviceTier) -> None:
         self.tier = tier
         self.blocks: list[Block] = []
 
+    @abstractmethod
     def keep(self, values: torch.Tensor) -> None:
         """Take the next tensor in, from the host."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fetch(self, block: Block, index: int) -> None:
         """Start bringing tensor ``index`` to ``block``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evict(self, block: Block, index: int) -> None:
         """Start taking ``block`` back as tensor ``index``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def values(self, index: int) -> torch.Tensor:
         """A copy of tensor ``index`` on the host."""
-        raise NotImplementedError
 
 
 class PinnedHome(Home):

@@ -23,6 +23,7 @@ from offload.swap.tokenwise.plans import BlockPlan, PlanReport, Settings
 from offload.swap.tokenwise.program import Program  # noqa: TC001 (as Keeper)
 from offload.swap.tokenwise.rebuild import Rebuilder
 from offload.swap.tokenwise.record import PLAIN, Recorder
+from offload.swap.uncompiled import is_compiled_wrapper, uncompiled
 
 _MOST_SHAPES = 64  # plans that one block keeps; the least recently used one goes
 
@@ -109,6 +110,7 @@ class TokenWise:
         """For each block and shape of input: what is rebuilt, and why the rest is not."""
         return [plan.report() for block in self._blocks for plan in block.plans.values()]
 
+    @uncompiled
     def pack(self, tensor: torch.Tensor) -> Any:
         """Called by autograd for each tensor that it saves."""
         running = self._running
@@ -124,6 +126,7 @@ class TokenWise:
         running.packing_s += self._clock() - began_s
         return packed
 
+    @uncompiled
     def unpack(self, packed: Any) -> torch.Tensor:
         """Called by autograd when backward needs a saved tensor.
 
@@ -158,6 +161,7 @@ class TokenWise:
         self._handles.clear()
 
     def _before(self, block: _Block) -> Callable[..., None]:
+        @uncompiled
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
             if self._running is not None or not self._saves():
                 return
@@ -234,6 +238,7 @@ class TokenWise:
         return block_pass, recorder
 
     def _after(self, block: _Block) -> Callable[..., None]:
+        @uncompiled
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             running = self._running
             if running is None or running.block is not block:
@@ -276,6 +281,7 @@ def _plain(tensor: torch.Tensor) -> bool:
         type(tensor) in PLAIN
         and tensor.layout is torch.strided
         and not tensor.is_quantized
+        and not tensor.is_nested
         and not tensor.is_conj()
         and not tensor.is_neg()
         and not tensor.is_inference()
@@ -284,6 +290,5 @@ def _plain(tensor: torch.Tensor) -> bool:
 
 def _is_compiled(module: nn.Module) -> bool:
     return any(
-        one._compiled_call_impl is not None or type(one).__name__ == "OptimizedModule"
-        for one in module.modules()
+        one._compiled_call_impl is not None or is_compiled_wrapper(one) for one in module.modules()
     )

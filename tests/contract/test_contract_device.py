@@ -1,5 +1,6 @@
 """Device tiers and pinned pools pass the shipped contract."""
 
+from abc import abstractmethod
 from contextlib import contextmanager
 
 import pytest
@@ -18,8 +19,9 @@ class DeviceContract(TierContract):
 
     large_nbytes = (1 << 20) + 4097  # a copy is one request, however large
 
+    @abstractmethod
     def open_device(self):
-        raise NotImplementedError
+        """A new device."""
 
     @contextmanager
     def open_tier(self, directory):
