@@ -328,10 +328,17 @@ class Engine:
         if self.tokenwise is not None:
             self.tokenwise.remove()
         self.gradients.stop()
-        if status == "done":
-            self.activations.close()
-            self.gradients.materialise()
-            self.weights.evict_streaming()
+        try:
+            if status == "done":
+                self.activations.close()
+                self.gradients.materialise()
+                self.weights.evict_streaming()
+            self._finish(status)
+        except BaseException:  # the store must not stay locked by a run that is over
+            self._runtime.close()
+            raise
+
+    def _finish(self, status: str) -> None:
         self._journal.record(
             RunFinished(
                 t_s=self._journal.now(),

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 from offload.allocator.errors import ConfigError
@@ -91,11 +92,15 @@ class Runtime:
         if self._closed:
             return
         self._closed = True
-        self.governor.close()
-        self.lanes.close()
-        self.scratch.close()
-        self.store.close()
-        self.journal.recorder.close()
+        with ExitStack() as closing:  # the last one first, each of them whatever another raises
+            for part in (
+                self.journal.recorder,
+                self.store,
+                self.scratch,
+                self.lanes,
+                self.governor,
+            ):
+                closing.callback(part.close)
 
 
 def _soft_limit(budget_nbytes: int) -> int:

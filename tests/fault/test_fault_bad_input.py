@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,34 @@ def test_an_io_error_in_a_worker_is_raised_in_training(
     )
     assert done.stdout.strip() == "1"
     assert torch.equal(torch.load(found), committed)
+
+
+def test_a_store_is_free_again_after_a_detach_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    engine = offload.attach(model, optimizer, budget="8GiB", nvme=tmp_path)
+    engine.keep_streaming()
+    train(model, optimizer)
+
+    computed = threading.Event()
+
+    def broken(*_args: Any) -> None:
+        computed.wait()
+        raise TierIOError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(TierFile, "write", broken)
+    model(torch.ones(8, 512)).sum().backward()  # its gradients are on their way
+    computed.set()
+    with pytest.raises(TierIOError, match="the disk is gone"):
+        engine.detach()
+    engine.detach()  # once more changes nothing
+    monkeypatch.undo()
+    again = make_model()
+    with offload.attach(again, adamw(again), budget="8GiB", nvme=tmp_path) as engine:
+        assert engine.resumed
+        assert engine.step == 1
 
 
 def test_budget_error_carries_its_numbers() -> None:
