@@ -43,7 +43,8 @@ class Deferred(TorchDispatchMode):
         del types
         call = partial(func, *args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if func.is_view or name == "detach" or (name in _METADATA and name.endswith("_")):
+        metadata = func.is_view or name == "detach" or (name in _METADATA and name.endswith("_"))
+        if metadata or func.namespace == "profiler":
             return call()
         if self._on_launch is not None:
             self._on_launch()
