@@ -18,13 +18,13 @@ from offload.swap.writebudget import BudgetedHome, WriteBudget
 from offload.tiers.accelerator import Accelerator
 from offload.tiers.base import Tier
 from offload.tiers.cuda import CudaAccelerator
+from offload.tiers.engines.registry import AUTO, choose_engine
 from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.journal import Journal
 from offload.tiers.lanes import Lane
 from offload.tiers.numa import NumaTier
 from offload.tiers.pinned import PinnedTier
 from offload.tiers.pinning import CudaPinner, Pinner
-from offload.tiers.ram import RamTier
 
 
 def make_homes(
@@ -114,16 +114,16 @@ class SwapHomes:
             )
             self._opened.callback(self.place.close)
         if memory_nbytes is not None:
-            self._add_memory(self._pool(memory_nbytes))
+            # One mapping, whose pages are used again: fresh ones would be zeroed in every step.
+            self._add_memory(
+                PinnedTier(
+                    memory_nbytes, pinners=self._pinners, journal=self._journal, name="memory"
+                )
+            )
         for node, nbytes in sorted(node_nbytes.items()):
             self._add_memory(NumaTier(node, nbytes, journal=self._journal))
         if nvme is not None:
             self._add_files(nvme)
-
-    def _pool(self, nbytes: int) -> Tier:
-        if self._accelerator is None:
-            return RamTier(nbytes, name="memory")
-        return PinnedTier(nbytes, pinners=self._pinners, journal=self._journal, name="memory")
 
     def _add_memory(self, tier: Tier) -> None:
         self._opened.enter_context(tier)
@@ -136,7 +136,10 @@ class SwapHomes:
 
     def _add_files(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        lanes = Lanes(self._journal, self._workers)
+        engine = choose_engine(AUTO, directory)
+        if not engine.expected:
+            self._journal.notice("I/O engine", f"{engine.name}: {engine.reason}")
+        lanes = Lanes(self._journal, self._workers, engine=engine.factory)
         self._opened.callback(lanes.close)
         tier = self._opened.enter_context(FileTier(directory, None, lanes))
         self.homes.append(FileHome(tier))

@@ -18,10 +18,12 @@ from torch.utils.checkpoint import (
 from offload import ActivationSwap
 from offload.allocator.errors import ConfigError
 from offload.tiers.cpudevice import CpuAccelerator
+from offload.tiers.engines.registry import wrapping
 from offload.tiers.events import ListRecorder, Move
 from offload.tiers.journal import Journal
 from offload.tiers.mempolicy import allowed_nodes
 from offload.tiers.simulated.deferred import Deferred
+from offload.tiers.wrappers import RecordingEngine
 
 WIDTH = 160
 
@@ -457,3 +459,14 @@ def test_a_node_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="63"):
         ActivationSwap(memory="1MiB", nodes={63: "1MiB"}, nvme=tmp_path)
     assert threading.active_count() == before
+
+
+def test_its_files_are_moved_by_the_engine_that_was_chosen(tmp_path):
+    requests = []
+    with wrapping(lambda engine: RecordingEngine(engine, requests)):
+        swap = ActivationSwap(nvme=tmp_path, min_nbytes=0, in_flight=0)
+    with swap:
+        loss = inputs().exp().sum()
+    loss.backward()
+    swap.close()
+    assert {request.verb for request in requests} == {"read", "write"}
