@@ -40,7 +40,8 @@ class ActivationSwap:
             saved as such are told from activations; their transposes are moved too.
         limit: of saved tensors that stay where they are; bytes, or a size such as ``"1GiB"``.
         in_flight: of saved tensors that are leaving, or are fetched ahead of their use.
-        memory: of a pool of host memory that they go to first; pinned, if the model is on a GPU.
+        memory: of host memory. A model on a GPU swaps to a pinned pool of that size first; on the
+            CPU saved tensors are in host memory already, and so many more stay.
         nodes: of memory nodes (CXL, NUMA) by their number, which take what that has no room for.
         nvme: directory whose unlinked scratch file takes the rest.
         min_nbytes: smaller storages move in batches.
@@ -93,10 +94,11 @@ class ActivationSwap:
         hostmem.return_freed_memory()
         self.journal = journal or Journal()
         self.tokenwise = None
+        accelerator = accelerator or device_of(model)
+        if accelerator is None and memory_nbytes is not None:  # they are there: nothing to copy
+            limit_nbytes, memory_nbytes = limit_nbytes + memory_nbytes, None
         with ExitStack() as opened:
-            homes = SwapHomes(
-                accelerator or device_of(model), self.journal, opened, workers=io_threads
-            )
+            homes = SwapHomes(accelerator, self.journal, opened, workers=io_threads)
             homes.open(memory_nbytes, node_nbytes, None if nvme is None else Path(nvme))
             self.cache = ActivationCache(
                 homes.homes,

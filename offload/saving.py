@@ -67,7 +67,7 @@ def budgets_of(config: OffloadConfig, host_nbytes: int) -> dict[str, int]:
 
 
 class SwapHomes:
-    """Opens homes, fastest first: a pool of host memory, memory nodes, a scratch file.
+    """Opens homes, fastest first: a pool of pinned memory, memory nodes, a scratch file.
 
     Args:
         accelerator: the device that saved tensors are on; None: they are in host memory.
@@ -114,7 +114,6 @@ class SwapHomes:
             )
             self._opened.callback(self.place.close)
         if memory_nbytes is not None:
-            # One mapping, whose pages are used again: fresh ones would be zeroed in every step.
             self._add_memory(
                 PinnedTier(
                     memory_nbytes, pinners=self._pinners, journal=self._journal, name="memory"

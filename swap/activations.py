@@ -116,6 +116,7 @@ class ActivationCache:
         self.lookahead = Lookahead()
         self.left_alone: dict[str, LeftAlone] = {}
         self.fixed = FixedStorages()
+        self._names = self.fixed.names
         self._parts: KnownParts = {}
         self._batch: list[weakref.ref[Part]] = []
         self._batch_nbytes = 0
@@ -159,8 +160,6 @@ class ActivationCache:
             type(tensor) not in PLAIN_TYPES
             or tensor.layout is not _STRIDED
             or not self._owns(tensor)
-            or tensor.is_quantized
-            or tensor.is_inference()
         ):
             return self._pack_other(tensor)
         # An alias: the tensor itself would own the graph node that owns what is returned here,
@@ -168,9 +167,9 @@ class ActivationCache:
         tensor = tensor.detach()
         memory = tensor.untyped_storage()
         key = memory._cdata
-        name = self.fixed.names.get(key)
+        name = self._names.get(key)
         if name is not None:
-            return View(tensor, name=name)
+            return View(tensor, None, name)
         known = self._parts.get(key)
         part = known() if known is not None else None
         if part is not None and (view := self._pack_again(part, tensor, memory)) is not None:
@@ -185,8 +184,8 @@ class ActivationCache:
     def _pack_new(
         self, tensor: torch.Tensor, memory: torch.UntypedStorage, key: int, nbytes: int
     ) -> Saved:
-        if tensor.is_nested:
-            return self._leave_alone(tensor, "nested")
+        if tensor.is_nested or tensor.is_quantized or tensor.is_inference():
+            return self._leave_alone(tensor, why_unmovable(tensor, self._owns))
         if not has_bytes(memory):
             return self._leave_alone(tensor, "a stand-in without bytes")
         part = Part(memory, key, nbytes, self._parts)

@@ -1,13 +1,15 @@
 """Storages that are never moved: parameters, buffers, and whatever is a view of one."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
 from offload.swap.kinds import PLAIN_TYPES, is_wrapper, plain_tensors
+
+_STRIDED = torch.strided
 
 
 class FixedStorages:
@@ -48,13 +50,23 @@ class FixedStorages:
 
     def look_up(self) -> None:
         """A pass begins."""
-        self.names = names = dict(self._weights)
+        names = self.names
+        names.clear()
+        names.update(self._weights)
         model = self._model() if self._model is not None else None
-        for tensor in _tensors_of(model) if model is not None else ():
-            if type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided:
-                names.setdefault(tensor.untyped_storage()._cdata, "")
-            else:
-                self.know_tensor(tensor)
+        seen: set[torch.nn.Module] = set()
+        found = [model] if model is not None else []
+        while found:  # torch's own walk makes the names of all tensors, too, which takes long
+            module = found.pop()
+            if module is None or module in seen:
+                continue
+            seen.add(module)
+            found += module._modules.values()
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if type(tensor) in PLAIN_TYPES and tensor.layout is _STRIDED:
+                    names.setdefault(tensor.untyped_storage()._cdata, "")
+                elif tensor is not None:
+                    self.know_tensor(tensor)
 
     def weights_among(self, tensors: Iterable[torch.Tensor]) -> list[str]:
         """The names of the weights among ``tensors``."""
@@ -65,16 +77,3 @@ class FixedStorages:
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
-
-
-def _tensors_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """All parameters and buffers; torch's own walk makes their names too, which takes long."""
-    seen: set[torch.nn.Module] = set()
-    found = [model]
-    while found:
-        module = found.pop()
-        if module not in seen:
-            seen.add(module)
-            yield from (one for one in module._parameters.values() if one is not None)
-            yield from (one for one in module._buffers.values() if one is not None)
-            found += [child for child in module._modules.values() if child is not None]

@@ -107,7 +107,7 @@ def allocate_in(homes: Sequence[Home], nbytes: int) -> tuple[Home, Block]:
     Raises:
         CapacityError: none does; with what each of them said.
     """
-    refusals: list[str] = []
+    refusals = [] if homes else ["no home was given: name a directory with nvme="]
     for home in homes:
         try:
             return home, home.allocate(nbytes)

@@ -119,7 +119,10 @@ class Lookahead:
 
     def used(self, unit: Unit, now_s: float) -> None:
         """Backward uses ``unit``."""
-        _origin(unit).uses.setdefault(unit.position, now_s)
+        origin = unit.origin
+        assert type(origin) is _Pass
+        if unit.position not in origin.uses:
+            origin.uses[unit.position] = now_s
 
     def upcoming(self, unit: Unit) -> Iterator[tuple[Unit, float]]:
         """What is expected after ``unit``, nearest first, with the seconds until then.

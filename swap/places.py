@@ -17,11 +17,13 @@ from functools import partial
 import torch
 
 from offload.swap.homes import ROLE, Home, MemoryHome
+from offload.tiers import hostmem
 from offload.tiers.accelerator import Accelerator, DeviceMemory, Event, Stream
 from offload.tiers.base import Block
 from offload.tiers.device import DeviceTransfer
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Job, Transfer
+from offload.tiers.memory import tensor_at
 from offload.tiers.pinned import PinnedTier, SizeClass
 from offload.tiers.pinning import Pinner
 
@@ -107,7 +109,7 @@ class HostPlace(Place):
     def fetch(
         self, home: Home, block: Block, nbytes: int, key: str
     ) -> tuple[torch.UntypedStorage, Transfer]:
-        memory = torch.UntypedStorage(nbytes, device="cpu")
+        memory = _fresh(nbytes)
         jobs = home.read_jobs(block, memory.data_ptr(), nbytes)
         label = Label(key, ROLE, home.name, "host")
         return memory, home.reads.submit(jobs, label, nbytes, owner=memory)
@@ -257,6 +259,15 @@ class DevicePlace(Place):
             for job in home.read_jobs(block, address, nbytes, offset=at):
                 job()
             _end(self._copy_in(target, at, address, nbytes))
+
+
+def _fresh(nbytes: int) -> torch.UntypedStorage:
+    """Host memory: of huge pages if it is large, for touching small ones takes long."""
+    if nbytes < hostmem.HUGE_PAGE:
+        return torch.UntypedStorage(nbytes, device="cpu")
+    address = hostmem.map_anonymous(nbytes)
+    mapped = address, hostmem.page_ceil(nbytes)
+    return tensor_at(address, torch.uint8, (nbytes,), on_release=mapped).untyped_storage()
 
 
 def _end(event: Event) -> None:

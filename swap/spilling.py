@@ -90,7 +90,8 @@ class Spiller:
     @property
     def is_over(self) -> bool:
         """Whether more is in memory than may be in backward."""
-        return self._kept_nbytes > self.ahead_nbytes
+        # Asked for each use: most often the first half tells.
+        return self._kept_nbytes > self.limit_nbytes and self._kept_nbytes > self.ahead_nbytes
 
     @property
     def is_away(self) -> bool:

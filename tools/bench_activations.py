@@ -23,10 +23,11 @@ from benchlib import Result, arguments, finish
 from offload import ActivationSwap
 from offload.tiers import hostmem
 from offload.tiers.engines.registry import wrapping
+from offload.tiers.mempolicy import allowed_nodes
 from offload.tiers.wrappers import Link, ThrottledEngine
 
 # They refuse to run without an accelerator; what they would be compared on is in gpu_check.
-SLOW_BYTES_PER_S = 0.2e9  # of the link that can't keep up, both directions together
+SLOW_BYTES_PER_S = 0.1e9  # of the link that can't keep up, both directions together
 _NEED_ACCELERATOR = (
     "torchtune OffloadActivations",
     "TRL OffloadActivations",
@@ -206,6 +207,7 @@ def main() -> int:
     result = Result("Saved activations of one step")
     swaps = {
         "offload, memory": _swap(model, memory="16GiB"),
+        "offload, node": _swap(model, nodes={allowed_nodes()[0]: "4GiB"}),
         "offload, files": _swap(model, nvme=options.nvme),
     }
     link = Link(bytes_per_s=SLOW_BYTES_PER_S)
@@ -274,6 +276,10 @@ def _check(result: Result, mode: Mode, plain: Mode, unique: int) -> None:
     growth = statistics.median(mode.growth_nbytes[1:]) / statistics.median(plain.growth_nbytes[1:])
     ratio = result.rows[-1]["ratio"]
     result.check(f"{mode.name}: bits are the same", float(mode.digest == plain.digest), 1)
+    if mode.name.endswith("memory"):
+        result.at_most(f"{mode.name}: bytes that are copied", sum(mode.moved[-1]), 0)
+        result.at_most(f"{mode.name}: step over no offload", ratio, 1.05)
+        return
     result.at_most(f"{mode.name}: bytes out over distinct bytes", mode.moved[-1][0] / unique, 1.0)
     result.check(f"{mode.name}: bytes out over distinct bytes", mode.moved[-1][0] / unique, 0.99)
     if mode.slow:
@@ -281,8 +287,6 @@ def _check(result: Result, mode: Mode, plain: Mode, unique: int) -> None:
         result.check(f"{mode.name}: share of the step that the link is busy", busy, 0.9)
     elif mode.name.endswith("files"):
         result.at_most(f"{mode.name}: growth after forward over no offload", growth, 0.02)
-    else:
-        result.at_most(f"{mode.name}: step over no offload", ratio, 1.05)
 
 
 if __name__ == "__main__":

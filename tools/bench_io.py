@@ -1,9 +1,10 @@
 """Offload's file engines against fio, DeepSpeed's AIO, aiofiles and an io_uring binding.
 
 All of them move the same blocks of one file by direct I/O, interleaved in one run. A survey finds
-everybody's best number of blocks in flight. Then, for each block size and pattern, the champion of
-ours meets that of the peers in rounds of their own, so that the one that was lucky in the survey
-gains nothing by it; the checks are the medians of those rounds' ratios.
+the champion of ours and that of the peers, for each block size and pattern. The two meet in rounds
+of their own, at every number of blocks in flight, and each at its best of these rounds: so neither
+who was lucky in the survey nor whose number was chosen by chance gains by it. The checks are the
+medians of those rounds' ratios.
 """
 
 import os
@@ -18,6 +19,7 @@ from io_contenders import Buffers, Contender, Job, Pattern, Sample, contenders
 
 PATTERNS: tuple[Pattern, ...] = ("read", "write", "mixed")
 MIB = 1 << 20
+_MOST_BLOCKS = 192  # of one sample
 
 
 @dataclass(frozen=True)
@@ -91,20 +93,43 @@ def champion_of(bests: list[Standing]) -> Standing:
 
 
 def duel(
-    mine: Standing, theirs: Standing, pattern: Pattern, block_nbytes: int, sizes: Sizes
-) -> tuple[float, float, float]:
-    """Medians of the rates' ratio, and of both sides' processor seconds per GB."""
-    ratios, mine_cpu, their_cpu = [], [], []
+    mine: Contender, theirs: Contender, pattern: Pattern, block_nbytes: int, sizes: Sizes
+) -> "Duel":
+    """Both at every number in flight, interleaved; each side's best of these rounds meet."""
+    sides = [
+        [Standing(contender, in_flight) for in_flight in sizes.in_flight]
+        for contender in (mine, theirs)
+    ]
+    standings = [one for pair in zip(*sides, strict=True) for one in pair]
+    nbytes = min(sizes.duel_nbytes, _MOST_BLOCKS * block_nbytes)
     for index in range(sizes.duels):
-        pair = (mine, theirs) if index % 2 == 0 else (theirs, mine)
-        found = {
-            id(side): side.run(pattern, block_nbytes, sizes.duel_nbytes, sizes.file_nbytes)
-            for side in pair
-        }
-        ratios.append(found[id(mine)].bytes_per_s / found[id(theirs)].bytes_per_s)
-        mine_cpu.append(found[id(mine)].cpu_s_per_gb)
-        their_cpu.append(found[id(theirs)].cpu_s_per_gb)
-    return statistics.median(ratios), statistics.median(mine_cpu), statistics.median(their_cpu)
+        for standing in standings if index % 2 == 0 else reversed(standings):
+            standing.run(pattern, block_nbytes, nbytes, sizes.file_nbytes)
+    return Duel(*map(best_of, sides))
+
+
+@dataclass(frozen=True)
+class Duel:
+    """What came of it: each side at its best."""
+
+    mine: Standing
+    theirs: Standing
+
+    @property
+    def rate(self) -> float:
+        """Median over the rounds of my rate over theirs."""
+        return statistics.median(
+            one.bytes_per_s / other.bytes_per_s
+            for one, other in zip(self.mine.samples, self.theirs.samples, strict=True)
+        )
+
+    def __str__(self) -> str:
+        mine, theirs = self.mine, self.theirs
+        return (
+            f"{mine.contender.name} x{mine.in_flight} against the {theirs.contender.side} "
+            f"{theirs.contender.name} x{theirs.in_flight}: {self.rate:.3f} of its rate, "
+            f"{mine.cpu_s_per_gb:.4f} against {theirs.cpu_s_per_gb:.4f} CPU s/GB"
+        )
 
 
 def compare(everybody: list[Contender], sizes: Sizes, result: Result) -> None:
@@ -132,15 +157,11 @@ def compare(everybody: list[Contender], sizes: Sizes, result: Result) -> None:
             title = f"{block_nbytes // MIB} MiB {pattern}"
             mine = sides.pop("offload")
             for side, theirs in sides.items():
-                ratio, mine_cpu, their_cpu = duel(mine, theirs, pattern, block_nbytes, sizes)
-                result.notes.append(
-                    f"{title}: {mine.contender.name} x{mine.in_flight} against the {side} "
-                    f"{theirs.contender.name} x{theirs.in_flight}: {ratio:.3f} of its rate, "
-                    f"{mine_cpu:.4f} against {their_cpu:.4f} CPU s/GB"
-                )
+                found = duel(mine.contender, theirs.contender, pattern, block_nbytes, sizes)
+                result.notes.append(f"{title}: {found}")
                 if side == "peer" and block_nbytes >= 8 * MIB:
-                    result.check(f"{title}: rate, ours over the best peer's", ratio, 1.0)
-                    spared = their_cpu / mine_cpu
+                    result.check(f"{title}: rate, ours over the best peer's", found.rate, 1.0)
+                    spared = found.theirs.cpu_s_per_gb / found.mine.cpu_s_per_gb
                     result.check(f"{title}: CPU s/GB, the best peer's over ours", spared, 1.0)
 
 

@@ -28,15 +28,17 @@ from offload.tiers.wrappers import RecordingEngine
 WIDTH = 160
 
 
-@pytest.fixture(params=["file", "memory", "both"])
+@pytest.fixture(params=["file", "node", "both", "memory"])
 def swap(request, tmp_path):
-    """Everything that can leave does, at once."""
+    """Everything that can leave does, at once; what is in memory has no need to."""
+    node = allowed_nodes()[0]
     homes = {
         "file": {"nvme": tmp_path},
+        "node": {"nodes": {node: "1GiB"}},
+        "both": {"nodes": {node: "200KiB"}, "nvme": tmp_path},
         "memory": {"memory": "1GiB"},
-        "both": {"memory": "200KiB", "nvme": tmp_path},
     }
-    in_flight = {"file": 0, "memory": "1MiB", "both": "100KiB"}[request.param]
+    in_flight = {"file": 0, "node": "1MiB", "both": "100KiB", "memory": 0}[request.param]
     swap = ActivationSwap(limit=0, min_nbytes=0, in_flight=in_flight, **homes[request.param])
     yield swap
     swap.cache.spiller.close()
@@ -391,7 +393,7 @@ def test_a_size_that_makes_no_sense_is_refused(tmp_path, name):
 
 def test_full_memory_says_what_would_help():
     swap = ActivationSwap(limit="8KiB", in_flight=0, memory="8KiB", min_nbytes=0)
-    with swap, pytest.raises(MemoryError, match=r"raise the budget by .* smaller batch"):
+    with swap, pytest.raises(MemoryError, match=r"no home was given: .*nvme=.* smaller batch"):
         inputs().exp()
     swap.close()
 

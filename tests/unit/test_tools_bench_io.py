@@ -78,3 +78,26 @@ def test_among_the_fastest_the_one_with_the_least_processor_time_is_best():
     assert bench_io.best_of([slow, spare, fast]) is fast
     assert bench_io.champion_of([fast, spare, slow]) is spare
     assert bench_io.champion_of([fast, slow]) is fast
+
+
+class Steady:
+    """A contender whose rate follows from its number in flight and the round."""
+
+    def __init__(self, name, side, rates):
+        self.name, self.side, self.rates, self.jobs = name, side, rates, []
+
+    def run(self, job):
+        self.jobs.append(job)
+        rate = self.rates[job.in_flight] * (1 + len(self.jobs) % 3 / 1000)
+        return Sample(rate, 1.0 / rate)
+
+
+def test_a_duel_lets_each_side_be_at_its_best():
+    sizes = bench_io.Sizes(in_flight=(1, 4), duels=5)
+    mine = Steady("mine", "offload", {1: 50.0, 4: 110.0})
+    theirs = Steady("theirs", "peer", {1: 100.0, 4: 80.0})
+    found = bench_io.duel(mine, theirs, "read", 8 << 20, sizes)
+    assert (found.mine.in_flight, found.theirs.in_flight) == (4, 1)
+    assert found.rate == pytest.approx(1.1, rel=0.01)
+    assert len(mine.jobs) == len(theirs.jobs) == 10
+    assert "mine x4 against the peer theirs x1: 1.1" in str(found)
