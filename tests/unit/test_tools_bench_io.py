@@ -100,4 +100,4 @@ def test_a_duel_lets_each_side_be_at_its_best():
     assert (found.mine.in_flight, found.theirs.in_flight) == (4, 1)
     assert found.rate == pytest.approx(1.1, rel=0.01)
     assert len(mine.jobs) == len(theirs.jobs) == 10
-    assert "mine x4 against the peer theirs x1: 1.1" in str(found)
+    assert f"mine x4 against the peer theirs x1: {found.rate:.3f} of its rate" in str(found)
