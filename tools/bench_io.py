@@ -11,7 +11,8 @@ import os
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchlib import Result, arguments, finish
@@ -132,10 +133,12 @@ class Duel:
         )
 
 
-def compare(everybody: list[Contender], sizes: Sizes, result: Result) -> None:
+def compare(
+    everybody: list[Contender], sizes: Sizes, patterns: Sequence[Pattern], result: Result
+) -> None:
     """Fill ``result``: a row for everybody's best, and the checks."""
     for block_nbytes in sizes.blocks:
-        for pattern in PATTERNS:
+        for pattern in patterns:
             standings = survey(everybody, pattern, block_nbytes, sizes)
             bests = [
                 best_of([one for one in standings if one.contender is contender])
@@ -179,8 +182,17 @@ def prepare(path: Path, nbytes: int, buffers: Buffers) -> None:
 
 def main() -> int:
     """Run and print."""
-    options = arguments(__doc__ or "").parse_args()
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--block", type=int, metavar="MIB", help="of this size only")
+    parser.add_argument("--pattern", choices=PATTERNS, help="this one only")
+    parser.add_argument("--duels", type=int, help="rounds of a duel (default: 15)")
+    options = parser.parse_args()
     sizes = QUICK if options.quick else Sizes()
+    if options.block is not None:
+        sizes = replace(sizes, blocks=(options.block * MIB,))
+    if options.duels is not None:
+        sizes = replace(sizes, duels=options.duels)
+    patterns = PATTERNS if options.pattern is None else (options.pattern,)
     options.nvme.mkdir(parents=True, exist_ok=True)
     result = Result("File engines: best number in flight of each")
     buffers = Buffers()
@@ -190,7 +202,7 @@ def main() -> int:
         everybody, missing, notes = contenders(path, buffers)
         result.notes += notes
         try:
-            compare(everybody, sizes, result)
+            compare(everybody, sizes, patterns, result)
         finally:
             for contender in everybody:
                 contender.close()
