@@ -55,7 +55,7 @@ class FixedStorages:
         names.update(self._weights)
         model = self._model() if self._model is not None else None
         seen: set[torch.nn.Module] = set()
-        found = [model] if model is not None else []
+        found: list[torch.nn.Module | None] = [model]
         while found:  # torch's own walk makes the names of all tensors, too, which takes long
             module = found.pop()
             if module is None or module in seen:
@@ -63,9 +63,11 @@ class FixedStorages:
             seen.add(module)
             found += module._modules.values()
             for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is None:
+                    continue
                 if type(tensor) in PLAIN_TYPES and tensor.layout is _STRIDED:
                     names.setdefault(tensor.untyped_storage()._cdata, "")
-                elif tensor is not None:
+                else:
                     self.know_tensor(tensor)
 
     def weights_among(self, tensors: Iterable[torch.Tensor]) -> list[str]:
