@@ -1,8 +1,12 @@
 """What all tests share: no deadline on a busy machine, no hub, no settings of the developer."""
 
 import os
+import signal
 
 from hypothesis import settings
+
+# Whoever starts the tests in the background has it ignored, and every child would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The profile that hypothesis chose stays the base: with CI set it is the reproducible one.
 settings.register_profile("offload", settings(), deadline=None)

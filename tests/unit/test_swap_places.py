@@ -10,7 +10,11 @@ import torch
 from seeded_lanes import SeededTime
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from offload.allocator.errors import TierIOError
 from offload.swap import spilling
@@ -221,6 +225,63 @@ def backward_on_another_stream(world):
     return [x.grad, *(weight.grad for weight in weights)]
 
 
+def reentrant_checkpoint_inside(world):
+    """Backward runs the region again, inside of the context and outside of the graph."""
+    x, weight = square(), square(0.2)
+    with world.saving():
+        y = checkpoint(lambda z: torch.tanh(z @ weight).exp(), x * 2, use_reentrant=True)
+        loss = (y * y).sum()
+        loss.backward()
+    return [loss, x.grad, weight.grad]
+
+
+def selective_checkpoint(world):
+    """What the policy offloads leaves the device; the rest is computed again."""
+    x, weight = square(), square(0.2)
+
+    def policy(_context, function, *_args, **_kwargs):
+        offloaded = function is torch.ops.aten.mm.default
+        chosen = CheckpointPolicy.MUST_CPU_OFFLOAD
+        return chosen if offloaded else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    with world.saving():
+        y = checkpoint(
+            lambda z: torch.tanh(z @ weight) @ weight, x, use_reentrant=False, context_fn=contexts
+        )
+        loss = y.square().sum()
+    loss.backward()
+    return [loss, x.grad, weight.grad]
+
+
+def modules(world):
+    """Parameters and buffers, their transposes and tied ones, stay where they are."""
+    first, norm, last = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
+    last.weight = first.weight
+    model = nn.Sequential(first, norm, nn.SiLU(), last)
+    world.cache.fixed.know_model(model)
+    x = square()
+    for _ in range(2):
+        with world.saving():
+            loss = model(x).square().mean()
+        loss.backward()
+    return [loss, x.grad, norm.running_var, *(one.grad for one in model.parameters())]
+
+
+def changes_in_place(world):
+    """They are errors, wherever the bytes are; a tensor that nobody saved may be changed."""
+    x = square()
+    with world.saving():
+        y = x.exp()
+        z = y.sin()
+        loss = z.sum() + (x * 3).add_(1).sum()
+    loss.backward(retain_graph=True)
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    return [loss.detach(), x.grad]
+
+
 BODIES = (
     steps,
     dropout_in_checkpoint,
@@ -231,6 +292,10 @@ BODIES = (
     custom_functions,
     tensors_that_are_used_again,
     backward_on_another_stream,
+    reentrant_checkpoint_inside,
+    selective_checkpoint,
+    modules,
+    changes_in_place,
 )
 
 
