@@ -19,6 +19,7 @@ from torch import nn
 from offload.allocator.errors import ConfigError
 from offload.allocator.units import parse_nbytes
 from offload.config import OffloadConfig, make_config
+from offload.interrupts import deliver_lost_interrupts
 from offload.recomputing import rebuild_rows
 from offload.saving import SwapHomes, device_of
 from offload.swap.activations import ActivationCache
@@ -92,6 +93,7 @@ class ActivationSwap:
         if memory_nbytes is None and nvme is None and not node_nbytes:
             raise ConfigError("saved activations need a place to go: pass memory=, nodes= or nvme=")
         hostmem.return_freed_memory()
+        deliver_lost_interrupts()
         self.journal = journal or Journal()
         self.tokenwise = None
         accelerator = accelerator or device_of(model)

@@ -26,6 +26,7 @@ from offload.building import built_weight, drop_unclaimed, runtime_of
 from offload.checkpoint import save_pretrained
 from offload.config import OffloadConfig, make_config
 from offload.hooks import ModelHooks
+from offload.interrupts import deliver_lost_interrupts
 from offload.progress import (
     BufferKeeper,
     pack_groups,
@@ -464,4 +465,5 @@ def attach(
         runtime.close()
         raise
     forget_compiled()
+    deliver_lost_interrupts()
     return engine
