@@ -87,7 +87,6 @@ class Tier(ABC):
             CapacityError: the tier is full.
         """
 
-    @abstractmethod
     def read(
         self,
         block: Block,
@@ -98,8 +97,8 @@ class Tier(ABC):
         label: Label | None = None,
     ) -> Transfer:
         """Copy bytes of ``block`` from ``offset`` on to ``address``."""
+        return self._checked_move(block, address, offset, nbytes, label, reading=True)
 
-    @abstractmethod
     def write(
         self,
         block: Block,
@@ -110,6 +109,29 @@ class Tier(ABC):
         label: Label | None = None,
     ) -> Transfer:
         """Copy bytes from ``address`` into ``block`` from ``offset`` on."""
+        return self._checked_move(block, address, offset, nbytes, label, reading=False)
+
+    def _checked_move(
+        self,
+        block: Block,
+        address: int,
+        offset: int,
+        nbytes: int | None,
+        label: Label | None,
+        *,
+        reading: bool,
+    ) -> Transfer:
+        nbytes = block.nbytes - offset if nbytes is None else nbytes
+        block.check(offset, nbytes)
+        ends = (self.spec.name, "host") if reading else ("host", self.spec.name)
+        label = label or Label("", "", *ends)
+        return self._move(block, address, offset, nbytes, label, reading=reading)
+
+    @abstractmethod
+    def _move(
+        self, block: Block, address: int, offset: int, nbytes: int, label: Label, *, reading: bool
+    ) -> Transfer:
+        """Copy ``nbytes`` between ``block`` from ``offset`` on, where they lie, and ``address``."""
 
     @abstractmethod
     def close(self) -> None:

@@ -198,28 +198,6 @@ class DeviceTier(Tier):
                 edges.streams.remove(stream)
                 edges.writes.append(stream.record())  # it may have written
 
-    def read(
-        self,
-        block: Block,
-        address: int,
-        *,
-        offset: int = 0,
-        nbytes: int | None = None,
-        label: Label | None = None,
-    ) -> Transfer:
-        return self._copy(block, address, offset, nbytes, label, reading=True)
-
-    def write(
-        self,
-        block: Block,
-        address: int,
-        *,
-        offset: int = 0,
-        nbytes: int | None = None,
-        label: Label | None = None,
-    ) -> Transfer:
-        return self._copy(block, address, offset, nbytes, label, reading=False)
-
     def fetch(self, block: Block, source: Block, *, label: Label | None = None) -> Transfer:
         """Copy ``source``, a pinned block, into ``block``; it stays out of its pool meanwhile.
 
@@ -256,20 +234,9 @@ class DeviceTier(Tier):
                 transfer.wait()
         return host.tier
 
-    def _copy(
-        self,
-        block: Block,
-        address: int,
-        offset: int,
-        nbytes: int | None,
-        label: Label | None,
-        *,
-        reading: bool,
+    def _move(
+        self, block: Block, address: int, offset: int, nbytes: int, label: Label, *, reading: bool
     ) -> Transfer:
-        nbytes = block.nbytes - offset if nbytes is None else nbytes
-        block.check(offset, nbytes)
-        ends = (self.spec.name, "host") if reading else ("host", self.spec.name)
-        label = label or Label("", "", *ends)
         lane = self._lanes[reading]
         with self._lock:
             memory, edges = self._open_memory(), self._edges_of(block)

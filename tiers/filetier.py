@@ -139,45 +139,13 @@ class FileTier(Tier):
         self.file.grow(total)
         self.arena.grow(total - self.arena.capacity)
 
-    def read(
-        self,
-        block: Block,
-        address: int,
-        *,
-        offset: int = 0,
-        nbytes: int | None = None,
-        label: Label | None = None,
+    def _move(
+        self, block: Block, address: int, offset: int, nbytes: int, label: Label, *, reading: bool
     ) -> Transfer:
-        return self._submit(self.lanes.reads, block, address, offset, nbytes, label)
-
-    def write(
-        self,
-        block: Block,
-        address: int,
-        *,
-        offset: int = 0,
-        nbytes: int | None = None,
-        label: Label | None = None,
-    ) -> Transfer:
-        return self._submit(self.lanes.writes, block, address, offset, nbytes, label)
-
-    def _submit(
-        self,
-        lane: Lane,
-        block: Block,
-        address: int,
-        offset: int,
-        nbytes: int | None,
-        label: Label | None,
-    ) -> Transfer:
-        nbytes = block.nbytes - offset if nbytes is None else nbytes
-        block.check(offset, nbytes)
-        reading = lane is self.lanes.reads
         call = self.file.read if reading else self.file.write
-        base = block.extent.offset + offset
-        jobs = move_jobs(self.file, call, base, address, nbytes)
-        source, target = (self.spec.name, "host") if reading else ("host", self.spec.name)
-        return lane.submit(jobs, label or Label("", "", source, target), nbytes)
+        lane = self.lanes.reads if reading else self.lanes.writes
+        jobs = move_jobs(self.file, call, block.extent.offset + offset, address, nbytes)
+        return lane.submit(jobs, label, nbytes)
 
     def _release(self, block: Block) -> None:
         self.arena.free(block.extent)

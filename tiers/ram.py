@@ -32,43 +32,14 @@ class HostTier(Tier):
     def _before_copy(self, block: Block) -> None:
         """Wait for what else moves bytes of ``block``; nothing does, in plain memory."""
 
-    def read(
-        self,
-        block: Block,
-        address: int,
-        *,
-        offset: int = 0,
-        nbytes: int | None = None,
-        label: Label | None = None,
-    ) -> Transfer:
-        return self._move("read", block, address, offset, nbytes, label)
-
-    def write(
-        self,
-        block: Block,
-        address: int,
-        *,
-        offset: int = 0,
-        nbytes: int | None = None,
-        label: Label | None = None,
-    ) -> Transfer:
-        return self._move("write", block, address, offset, nbytes, label)
-
     def _move(
-        self,
-        verb: Literal["read", "write"],
-        block: Block,
-        address: int,
-        offset: int,
-        nbytes: int | None,
-        label: Label | None,
+        self, block: Block, address: int, offset: int, nbytes: int, label: Label, *, reading: bool
     ) -> Transfer:
-        nbytes = block.nbytes - offset if nbytes is None else nbytes
-        block.check(offset, nbytes)
         self._before_copy(block)
         at = self.address(block) + offset
-        call = self.engine.read if verb == "read" else self.engine.write
-        transfer = Transfer(label or Label("", "", "host", "host"), nbytes, 0)
+        verb: Literal["read", "write"] = "read" if reading else "write"
+        call = self.engine.read if reading else self.engine.write
+        transfer = Transfer(label, nbytes, 0)
         try:
             move_whole(verb, call, f"the {self.spec.name} tier", at, address, nbytes)
         except TierIOError as error:
