@@ -12,13 +12,14 @@ import ctypes
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from offload.swap.homes import ROLE, Home, MemoryHome
 from offload.tiers import hostmem
-from offload.tiers.accelerator import Accelerator, DeviceMemory, Event, Stream
+from offload.tiers.accelerator import Accelerator, DeviceMemory, Event
 from offload.tiers.base import Block
 from offload.tiers.device import DeviceTransfer
 from offload.tiers.journal import Journal, Label
@@ -30,6 +31,16 @@ from offload.tiers.pinning import Pinner
 _BOUNCE_NBYTES = 8 << 20
 
 Pieces = Sequence[tuple[int, int, torch.UntypedStorage]]  # offset, nbytes, the bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trip:
+    """What goes where: ``nbytes`` that records call ``key``, to or from ``block`` of ``home``."""
+
+    home: Home
+    block: Block
+    nbytes: int
+    key: str
 
 
 class Place(ABC):
@@ -49,21 +60,13 @@ class Place(ABC):
 
     @abstractmethod
     def send(
-        self,
-        home: Home,
-        block: Block,
-        memory: torch.UntypedStorage,
-        nbytes: int,
-        key: str,
-        before: Sequence[Job] = (),
+        self, trip: Trip, memory: torch.UntypedStorage, before: Sequence[Job] = ()
     ) -> Transfer:
-        """Copy ``nbytes`` of ``memory`` to ``block`` of ``home``; ``before`` are jobs of it."""
+        """Copy ``memory`` away; ``before`` are jobs that run as part of it."""
 
     @abstractmethod
-    def fetch(
-        self, home: Home, block: Block, nbytes: int, key: str
-    ) -> tuple[torch.UntypedStorage, Transfer]:
-        """Fresh memory of ``nbytes`` that is filled from ``block`` of ``home``.
+    def fetch(self, trip: Trip) -> tuple[torch.UntypedStorage, Transfer]:
+        """Fresh memory that is filled with what was sent away.
 
         Raises:
             CapacityError: the device has no room.
@@ -95,24 +98,18 @@ class HostPlace(Place):
         return gathered
 
     def send(
-        self,
-        home: Home,
-        block: Block,
-        memory: torch.UntypedStorage,
-        nbytes: int,
-        key: str,
-        before: Sequence[Job] = (),
+        self, trip: Trip, memory: torch.UntypedStorage, before: Sequence[Job] = ()
     ) -> Transfer:
-        jobs = [*before, *home.write_jobs(block, memory.data_ptr(), nbytes)]
-        return home.writes.submit(jobs, Label(key, ROLE, "host", home.name), nbytes, owner=memory)
+        home = trip.home
+        jobs = [*before, *home.write_jobs(trip.block, memory.data_ptr(), trip.nbytes)]
+        label = Label(trip.key, ROLE, "host", home.name)
+        return home.writes.submit(jobs, label, trip.nbytes, owner=memory)
 
-    def fetch(
-        self, home: Home, block: Block, nbytes: int, key: str
-    ) -> tuple[torch.UntypedStorage, Transfer]:
-        memory = _fresh(nbytes)
-        jobs = home.read_jobs(block, memory.data_ptr(), nbytes)
-        label = Label(key, ROLE, home.name, "host")
-        return memory, home.reads.submit(jobs, label, nbytes, owner=memory)
+    def fetch(self, trip: Trip) -> tuple[torch.UntypedStorage, Transfer]:
+        home, memory = trip.home, _fresh(trip.nbytes)
+        jobs = home.read_jobs(trip.block, memory.data_ptr(), trip.nbytes)
+        label = Label(trip.key, ROLE, home.name, "host")
+        return memory, home.reads.submit(jobs, label, trip.nbytes, owner=memory)
 
     def order(self, transfer: Transfer) -> bool:
         return transfer.done()
@@ -167,42 +164,36 @@ class DevicePlace(Place):
         return memory
 
     def send(
-        self,
-        home: Home,
-        block: Block,
-        memory: torch.UntypedStorage,
-        nbytes: int,
-        key: str,
-        before: Sequence[Job] = (),
+        self, trip: Trip, memory: torch.UntypedStorage, before: Sequence[Job] = ()
     ) -> Transfer:
         ready = self.accelerator.current_stream().record()
         source = DeviceMemory(tensor=_bytes_of(memory), ready=ready)
-        label = Label(key, ROLE, self.accelerator.name, home.name)
+        home = trip.home
+        label = Label(trip.key, ROLE, self.accelerator.name, home.name)
         pool = _pool_of(home)
         if pool is None:
             jobs = [
-                partial(self._carry_out, home, block, source, *chunk) for chunk in _chunks(nbytes)
+                partial(self._carry_out, trip, source, *chunk) for chunk in _chunks(trip.nbytes)
             ]
-            return home.writes.submit([*before, *jobs], label, nbytes, owner=memory)
+            return home.writes.submit([*before, *jobs], label, trip.nbytes, owner=memory)
         for job in before:
             job()
-        event = self._copy_out(source, 0, pool.address(block), nbytes)
-        return self._guarded(pool, block, self._out, label, nbytes, event, memory)
+        event = self._copy_out(source, 0, pool.address(trip.block), trip.nbytes)
+        transfer = DeviceTransfer(label, trip.nbytes, event, self._out.name, self._journal)
+        return self._guarded(pool, trip.block, transfer, memory)
 
-    def fetch(
-        self, home: Home, block: Block, nbytes: int, key: str
-    ) -> tuple[torch.UntypedStorage, Transfer]:
-        target = self.accelerator.allocate(nbytes)
+    def fetch(self, trip: Trip) -> tuple[torch.UntypedStorage, Transfer]:
+        target = self.accelerator.allocate(trip.nbytes)
         memory = target.tensor.untyped_storage()
-        label = Label(key, ROLE, home.name, self.accelerator.name)
+        home = trip.home
+        label = Label(trip.key, ROLE, home.name, self.accelerator.name)
         pool = _pool_of(home)
         if pool is None:
-            jobs = [
-                partial(self._carry_in, home, block, target, *chunk) for chunk in _chunks(nbytes)
-            ]
-            return memory, home.reads.submit(jobs, label, nbytes, owner=memory)
-        event = self._copy_in(target, 0, pool.address(block), nbytes)
-        return memory, self._guarded(pool, block, self._in, label, nbytes, event, memory)
+            jobs = [partial(self._carry_in, trip, target, *chunk) for chunk in _chunks(trip.nbytes)]
+            return memory, home.reads.submit(jobs, label, trip.nbytes, owner=memory)
+        event = self._copy_in(target, 0, pool.address(trip.block), trip.nbytes)
+        transfer = DeviceTransfer(label, trip.nbytes, event, self._in.name, self._journal)
+        return memory, self._guarded(pool, trip.block, transfer, memory)
 
     def order(self, transfer: Transfer) -> bool:
         if isinstance(transfer, DeviceTransfer) and transfer.event is not None:
@@ -226,37 +217,29 @@ class DevicePlace(Place):
         self,
         pool: PinnedTier,
         block: Block,
-        lane: Stream,
-        label: Label,
-        nbytes: int,
-        event: Event,
+        transfer: DeviceTransfer,
         memory: torch.UntypedStorage,
     ) -> Transfer:
-        """A copy that keeps ``memory`` alive, and ``block`` out of ``pool``, until its end."""
-        transfer = DeviceTransfer(label, nbytes, event, lane.name, self._journal)
+        """Keep ``memory`` alive, and ``block`` out of ``pool``, until the copy has ended."""
         transfer.owner = memory
         pool.guard(block, transfer)
         return transfer
 
     # On the threads of a home's lanes.
 
-    def _carry_out(
-        self, home: Home, block: Block, source: DeviceMemory, at: int, nbytes: int
-    ) -> None:
+    def _carry_out(self, trip: Trip, source: DeviceMemory, at: int, nbytes: int) -> None:
         assert self._buffers is not None
         with self._buffers.allocate(_BOUNCE_NBYTES) as buffer:
             address = self._buffers.address(buffer)
             _end(self._copy_out(source, at, address, nbytes))
-            for job in home.write_jobs(block, address, nbytes, offset=at):
+            for job in trip.home.write_jobs(trip.block, address, nbytes, offset=at):
                 job()
 
-    def _carry_in(
-        self, home: Home, block: Block, target: DeviceMemory, at: int, nbytes: int
-    ) -> None:
+    def _carry_in(self, trip: Trip, target: DeviceMemory, at: int, nbytes: int) -> None:
         assert self._buffers is not None
         with self._buffers.allocate(_BOUNCE_NBYTES) as buffer:
             address = self._buffers.address(buffer)
-            for job in home.read_jobs(block, address, nbytes, offset=at):
+            for job in trip.home.read_jobs(trip.block, address, nbytes, offset=at):
                 job()
             _end(self._copy_in(target, at, address, nbytes))
 

@@ -26,7 +26,7 @@ from offload.allocator.errors import CapacityError
 from offload.allocator.units import format_nbytes
 from offload.swap.homes import Home, allocate_in
 from offload.swap.links import Links
-from offload.swap.places import HostPlace, Place
+from offload.swap.places import HostPlace, Place, Trip
 from offload.swap.residency import Residency
 from offload.swap.saved import Graveyard, Part, Unit
 from offload.tiers.journal import Journal, Label
@@ -201,8 +201,7 @@ class Spiller:
         return unit.changed or (unit.doubtful and self.place.digest is None)
 
     def _write(self, unit: Unit) -> None:
-        home, block = allocate_in(self.homes, unit.nbytes)
-        unit.home, unit.block = home, block
+        unit.home, unit.block = allocate_in(self.homes, unit.nbytes)
         if unit.arrival is not None:
             self.place.order(unit.arrival)
         memory = unit.gathered(self.place)
@@ -210,7 +209,7 @@ class Spiller:
         if self.place.digest is not None:
             digest = partial(self.place.digest, memory.data_ptr(), memory.nbytes())
             before = [partial(_note_digest, weakref.ref(unit), digest)]
-        unit.transfer = self.place.send(home, block, memory, unit.nbytes, unit.name, before)
+        unit.transfer = self.place.send(_trip_of(unit), memory, before)
         self._become(unit, Residency.WRITING)
         self._writing.append(unit)
 
@@ -326,11 +325,7 @@ class Spiller:
         if (living := unit.held_by_user()) is not None:
             self.take_back(unit, *living)
             return
-        assert unit.home is not None
-        assert unit.block is not None
-        unit.arriving, unit.transfer = self.place.fetch(
-            unit.home, unit.block, unit.nbytes, unit.name
-        )
+        unit.arriving, unit.transfer = self.place.fetch(_trip_of(unit))
         self._count(unit.nbytes)
         self._absent -= 1
         self._become(unit, Residency.FETCHING)
@@ -427,6 +422,13 @@ def _note_digest(known: "weakref.ref[Unit]", digest: Callable[[], int]) -> None:
 
 def _compare_digest(unit: Unit, digest: Callable[[], int]) -> None:
     unit.changed = unit.changed or unit.digest != digest()
+
+
+def _trip_of(unit: Unit) -> Trip:
+    """The way between memory and its block."""
+    assert unit.home is not None
+    assert unit.block is not None
+    return Trip(home=unit.home, block=unit.block, nbytes=unit.nbytes, key=unit.name)
 
 
 def _is_done(unit: Unit) -> bool:

@@ -11,11 +11,11 @@ import torch
 from offload.allocator.errors import CapacityError
 from offload.swap.activations import ActivationCache
 from offload.swap.homes import Home
-from offload.swap.places import Place
+from offload.swap.places import Place, Trip
 from offload.swap.saved import View
 from offload.swap.tokenwise.solve import Link
 
-_PROBE, _PROBE_NBYTES = "link probe", 16 << 20
+_PROBE_NBYTES = 16 << 20
 
 
 class Keeper(Protocol):
@@ -122,12 +122,12 @@ def _measure(home: Home, place: Place) -> Link | None:
         block = home.allocate(_PROBE_NBYTES)
     except CapacityError:
         return None
+    trip = Trip(home=home, block=block, nbytes=_PROBE_NBYTES, key="link probe")
     try:
         began_s = time.perf_counter()
-        memory = place.gather((), _PROBE_NBYTES)
-        place.send(home, block, memory, _PROBE_NBYTES, _PROBE).wait()
+        place.send(trip, place.gather((), _PROBE_NBYTES)).wait()
         written_s = time.perf_counter()
-        place.fetch(home, block, _PROBE_NBYTES, _PROBE)[1].wait()
+        place.fetch(trip)[1].wait()
         slowest_s = max(written_s - began_s, time.perf_counter() - written_s)
     finally:
         block.release()
