@@ -20,8 +20,7 @@ from offload.adopting import (
     reserve_room,
     signature_of,
 )
-from offload.allocator.errors import BudgetError, ConfigError
-from offload.allocator.units import format_nbytes
+from offload.allocator.errors import ConfigError
 from offload.building import built_weight, drop_unclaimed, runtime_of
 from offload.checkpoint import save_pretrained
 from offload.config import OffloadConfig, make_config
@@ -35,6 +34,7 @@ from offload.progress import (
     restore_rng,
 )
 from offload.recomputing import rebuild_rows
+from offload.replanning import Replanner
 from offload.runtime import Runtime
 from offload.saving import budgets_of, make_homes
 from offload.steplog import Stats, StepLog
@@ -44,7 +44,7 @@ from offload.swap.census import take_census
 from offload.swap.gradients import GradientSwapper
 from offload.swap.optim_kinds import kind_of
 from offload.swap.optimizer import StreamedOptimizer
-from offload.swap.plan import MARGIN_NBYTES, Plan, grow, make_plan, shrink
+from offload.swap.plan import Plan, make_plan
 from offload.swap.states import StateKeeper
 from offload.swap.uncompiled import forget_compiled, plain_module
 from offload.swap.weights import WeightSwapper
@@ -61,7 +61,6 @@ class Engine:
         step: optimizer steps finished, those before a resume included.
         resumed: whether the store held a commit that was continued.
         extra: what the last commit carried for the script.
-        plan: the shares of the budget.
         tokenwise: what rebuilds token rows, if that was asked for; its ``report`` tells what.
     """
 
@@ -70,7 +69,6 @@ class Engine:
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.plan = plan
         self.step = 0
         self.resumed = False
         self.extra: dict[str, Any] = {}
@@ -78,12 +76,12 @@ class Engine:
         self._journal = runtime.journal
         self._steps = StepLog(self._journal)
         self._attached = False
-        self._may_grow = True
         census = take_census(model)
         self._census = census
         self.weights = WeightSwapper(
             runtime.store, self._journal, plan.window_nbytes, runtime.governor.room
         )
+        self._replanner = Replanner(plan, census, self.weights, runtime.governor)
         refuse_unmovable(model)
         reserve_room(model, optimizer, runtime)
         self._signature = signature_of(model, optimizer)
@@ -140,7 +138,9 @@ class Engine:
                 chunk_numel=runtime.chunk_numel,
                 staging_nbytes=plan.staging_nbytes,
             )
-            self._step_hooks = StepHooks(optimizer, streamed, self._check_fits, self._after_step)
+            self._step_hooks = StepHooks(
+                optimizer, streamed, self._replanner.check_fits, self._after_step
+            )
         if resuming:
             self._restore()
         self._begin_record()
@@ -219,35 +219,7 @@ class Engine:
                 "activation": self.activations.kept_nbytes,
             },
         )
-        self._replan()
-
-    def _check_fits(self) -> None:
-        """The first passes have shown what activations and kernels need: stop if it is too much.
-
-        Nothing has been stepped yet, so nothing is lost.
-        """
-        peak, budget = self._runtime.governor.peak_nbytes, self.plan.budget_nbytes
-        if not self._steps and peak > budget:
-            needed = peak + MARGIN_NBYTES
-            raise BudgetError(
-                f"the host budget of {format_nbytes(budget)} is too small: with this batch, "
-                f"forward and backward took {format_nbytes(peak)}. Take a smaller batch, or a "
-                f"budget of host={-(-needed // (1 << 20))}MiB",
-                needed_nbytes=needed,
-                budget_nbytes=budget,
-            )
-
-    def _replan(self) -> None:
-        """Measured peaks tell what can stay resident."""
-        peak = self._runtime.governor.peak_nbytes
-        self._runtime.governor.restart_peak()
-        if not self._may_grow:
-            return
-        if len(self._steps) == 1:
-            self.plan = grow(self.plan, self._census, peak_nbytes=peak)
-        elif (excess := peak - self.plan.budget_nbytes + MARGIN_NBYTES // 2) > 0:
-            self.plan = shrink(self.plan, self._census, excess_nbytes=excess)
-        self.weights.keep(self.plan.resident)
+        self._replanner.finish_step()
 
     # The public surface.
 
@@ -281,6 +253,11 @@ class Engine:
         self.extra = state["extra"]
 
     @property
+    def plan(self) -> Plan:
+        """The shares of the budget, as they are now."""
+        return self._replanner.plan
+
+    @property
     def stats(self) -> Stats:
         """Totals so far."""
         return self._steps.stats(self.plan.budget_nbytes)
@@ -292,8 +269,7 @@ class Engine:
 
     def keep_streaming(self) -> None:
         """Keep no weight resident from now on, whatever the budget has to spare."""
-        self._may_grow = False
-        self.weights.keep(())
+        self._replanner.keep_streaming()
 
     def state_dict(self) -> dict[str, Any]:
         """The model's ``state_dict``: plain names, tensors that read from the store as needed."""

@@ -1,0 +1,63 @@
+"""The plan of a run, held against the peaks that its steps show."""
+
+from offload.allocator.errors import BudgetError
+from offload.allocator.units import format_nbytes
+from offload.swap.census import Census
+from offload.swap.governor import Governor
+from offload.swap.plan import MARGIN_NBYTES, Plan, grow, shrink
+from offload.swap.weights import WeightSwapper
+
+
+class Replanner:
+    """Keeps resident what the measured peaks leave room for.
+
+    Attributes:
+        plan: the shares of the budget, as they are now.
+    """
+
+    def __init__(
+        self, plan: Plan, census: Census, weights: WeightSwapper, governor: Governor
+    ) -> None:
+        self.plan = plan
+        self._census = census
+        self._weights = weights
+        self._governor = governor
+        self._steps = 0
+        self._may_grow = True
+
+    def check_fits(self) -> None:
+        """The first passes have shown what activations and kernels need: stop if it is too much.
+
+        Nothing has been stepped yet, so nothing is lost.
+
+        Raises:
+            BudgetError: naming a budget that fits.
+        """
+        peak, budget = self._governor.peak_nbytes, self.plan.budget_nbytes
+        if not self._steps and peak > budget:
+            needed = peak + MARGIN_NBYTES
+            raise BudgetError(
+                f"the host budget of {format_nbytes(budget)} is too small: with this batch, "
+                f"forward and backward took {format_nbytes(peak)}. Take a smaller batch, or a "
+                f"budget of host={-(-needed // (1 << 20))}MiB",
+                needed_nbytes=needed,
+                budget_nbytes=budget,
+            )
+
+    def finish_step(self) -> None:
+        """A step has ended: its peak tells what can stay resident."""
+        self._steps += 1
+        peak = self._governor.peak_nbytes
+        self._governor.restart_peak()
+        if not self._may_grow:
+            return
+        if self._steps == 1:
+            self.plan = grow(self.plan, self._census, peak_nbytes=peak)
+        elif (excess := peak - self.plan.budget_nbytes + MARGIN_NBYTES // 2) > 0:
+            self.plan = shrink(self.plan, self._census, excess_nbytes=excess)
+        self._weights.keep(self.plan.resident)
+
+    def keep_streaming(self) -> None:
+        """Keep no weight resident from now on, whatever the budget has to spare."""
+        self._may_grow = False
+        self._weights.keep(())
