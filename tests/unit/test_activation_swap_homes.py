@@ -1,0 +1,105 @@
+"""Where saved activations of any code go: homes, their order, and what is refused."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from swapped_steps import Net, assert_same, gradients, inputs
+
+from offload import ActivationSwap
+from offload.allocator.errors import ConfigError
+from offload.tiers.cpudevice import CpuAccelerator
+from offload.tiers.engines.registry import wrapping
+from offload.tiers.events import ListRecorder, Move
+from offload.tiers.journal import Journal
+from offload.tiers.mempolicy import allowed_nodes
+from offload.tiers.simulated.deferred import Deferred
+from offload.tiers.wrappers import RecordingEngine
+
+
+@pytest.mark.parametrize("homes", ["pool", "node", "file", "all"])
+def test_tensors_of_a_device_leave_it(tmp_path, homes):
+    """Pinned memory, a memory node and a file take them one after the other."""
+    given = {
+        "pool": {"memory": "1GiB"},
+        "node": {"nodes": {allowed_nodes()[0]: "64MiB"}},
+        "file": {"nvme": tmp_path},
+        "all": {"memory": "100KiB", "nodes": {allowed_nodes()[0]: "100KiB"}, "nvme": tmp_path},
+    }[homes]
+    right_model = Net()
+    right = gradients(right_model, model=right_model)
+    device = CpuAccelerator()
+    recorder = ListRecorder()
+    swap = ActivationSwap(
+        accelerator=device, min_nbytes=0, in_flight=0, journal=Journal(recorder), **given
+    )
+    with Deferred(device):
+        model = Net()  # its parameters are on the device
+        with torch.no_grad():
+            for target, source in zip(model.parameters(), right_model.parameters(), strict=True):
+                target.copy_(source)
+        swap.cache.fixed.know_model(model)
+        torch.manual_seed(0)
+        x = inputs().clone().detach().requires_grad_()
+        with swap:
+            loss = model(x)
+        loss.backward()
+        found = [x.grad, *(parameter.grad for parameter in model.parameters())]
+    assert_same([one.detach() for one in found], right)
+    del loss
+    moves = {event.dst for event in recorder.events if isinstance(event, Move)}
+    assert {home.name for home in swap.cache.spiller.homes} <= moves
+    swap.cache.spiller.close()
+    gc.collect(0)
+    assert swap.cache.kept_nbytes == 0
+    swap.close()
+
+
+def test_a_node_that_does_not_exist_is_refused(tmp_path):
+    before = threading.active_count()
+    with pytest.raises(ConfigError, match="63"):
+        ActivationSwap(memory="1MiB", nodes={63: "1MiB"}, nvme=tmp_path)
+    assert threading.active_count() == before
+
+
+def test_its_files_are_moved_by_the_engine_that_was_chosen(tmp_path):
+    requests = []
+    with wrapping(lambda engine: RecordingEngine(engine, requests)):
+        swap = ActivationSwap(nvme=tmp_path, min_nbytes=0, in_flight=0)
+    with swap:
+        loss = inputs().exp().sum()
+    loss.backward()
+    swap.close()
+    assert {request.verb for request in requests} == {"read", "write"}
+
+
+# Bad input.
+
+
+def test_it_needs_a_place():
+    with pytest.raises(ConfigError, match="pass memory=, nodes= or nvme="):
+        ActivationSwap()
+
+
+@pytest.mark.parametrize("name", ["limit", "memory", "min_nbytes", "in_flight"])
+def test_a_size_that_makes_no_sense_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match=f"{name}: 'lots' is not a size"):
+        ActivationSwap(**{"nvme": tmp_path, name: "lots"})
+
+
+def test_full_memory_says_what_would_help():
+    swap = ActivationSwap(limit="8KiB", in_flight=0, memory="8KiB", min_nbytes=0)
+    with swap, pytest.raises(MemoryError, match=r"no home was given: .*nvme=.* smaller batch"):
+        inputs().exp()
+    swap.close()
+
+
+def test_after_closing_what_has_left_is_gone(tmp_path):
+    swap = ActivationSwap(nvme=tmp_path, in_flight=0, min_nbytes=0)
+    with swap:
+        y = inputs().exp().sin().sum()
+    swap.close()
+    swap.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        y.backward()
