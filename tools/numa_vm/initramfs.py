@@ -21,12 +21,12 @@ $B mount -t proc proc /proc
 $B mount -t sysfs sysfs /sys
 $B mount -t devtmpfs devtmpfs /dev
 for module in {modules}; do $B insmod /modules/$module.ko || echo "insmod $module failed"; done
-$B mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=1048576,cache=loose host /root
-for folder in proc sys dev; do $B mount --move /$folder /root/$folder; done
-$B mkdir /root/dev/shm
-$B mount -t tmpfs tmpfs /root/dev/shm
+$B mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=1048576,cache=loose host /host
+for folder in proc sys dev; do $B mount --move /$folder /host/$folder; done
+$B mkdir /host/dev/shm
+$B mount -t tmpfs tmpfs /host/dev/shm
 export {environment}
-$B chroot /root /bin/sh -c {command}
+$B chroot /host /bin/sh -c {command}
 echo "{exit} $?"
 $B poweroff -f
 """
@@ -54,7 +54,7 @@ def build(
     files = {"init": init.encode(), "bin/busybox": busybox.read_bytes()}
     files |= {f"modules/{name}.ko": data for name, data in loaded.items()}
     with target.open("wb") as file:
-        for folder in ("bin", "dev", "modules", "proc", "root", "sys"):
+        for folder in ("bin", "dev", "host", "modules", "proc", "sys"):
             file.write(_entry(folder, stat.S_IFDIR | 0o755, b""))
         for name, data in files.items():
             file.write(_entry(name, stat.S_IFREG | 0o755, data))
