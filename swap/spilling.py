@@ -384,17 +384,24 @@ class Spiller:
             queued_nbytes += unit.nbytes
             lead_s = 2 * self._links.seconds(unit.home.name, queued_nbytes)
             has_room = self._kept_nbytes + unit.nbytes <= self.ahead_nbytes
-            if due_s > lead_s + next_use_s or not has_room:
+            if due_s > lead_s + next_use_s or not has_room or not self._can_fetch(unit):
                 return
-            self._fetch(unit)
 
     def prefetch(self, units: Iterable[Unit]) -> None:
         """Fetch these, in this order, as far as the limit has room; never blocks."""
         for unit in units:
             if unit.residency is Residency.ABSENT:
-                if self._kept_nbytes + unit.nbytes > self.ahead_nbytes:
+                has_room = self._kept_nbytes + unit.nbytes <= self.ahead_nbytes
+                if not has_room or not self._can_fetch(unit):
                     return
-                self._fetch(unit)
+
+    def _can_fetch(self, unit: Unit) -> bool:
+        """Fetch ``unit`` ahead of its use, unless the place has no room for it now."""
+        try:
+            self._fetch(unit)
+        except CapacityError:
+            return False
+        return True
 
     def _become(self, unit: Unit, residency: Residency) -> None:
         old, unit.residency = unit.residency, residency

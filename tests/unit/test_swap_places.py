@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from offload.allocator.errors import TierIOError
+from offload.allocator.errors import CapacityError, TierIOError
 from offload.swap import spilling
 from offload.swap.activations import ActivationCache
 from offload.swap.homes import MemoryHome
@@ -364,6 +364,31 @@ def blocks_back_too_early(monkeypatch):
 def test_each_edge_that_is_left_out_is_found(fault, monkeypatch):
     fault(monkeypatch)
     assert any(look_for_race(body, "nothing stays", range(60)) is not None for body in BODIES)
+
+
+def test_a_device_without_room_to_look_ahead_fetches_at_the_use(monkeypatch):
+    right = run(CpuAccelerator(), body=steps, limits=LIMITS["nothing stays"])
+    bring, fetch, refused = spilling.Spiller.bring, DevicePlace.fetch, []
+    needed = []
+
+    def bring_now(self, unit):
+        needed.append(unit)
+        try:
+            bring(self, unit)
+        finally:
+            needed.pop()
+
+    def fetch_if_needed(self, trip):
+        if not needed:
+            refused.append(trip)
+            raise CapacityError("the device is full")
+        return fetch(self, trip)
+
+    monkeypatch.setattr(spilling.Spiller, "bring", bring_now)
+    monkeypatch.setattr(DevicePlace, "fetch", fetch_if_needed)
+    found = run(CpuAccelerator(), body=steps, limits=LIMITS["nothing stays"])
+    assert refused
+    assert all(map(torch.equal, found, right))
 
 
 def train_once(world, x, weights):
