@@ -52,8 +52,8 @@ class ActivationSwap:
         accelerator: whose tensors are swapped; by default the GPU that the model is on, or none.
 
     Raises:
-        ConfigError: neither ``memory`` nor ``nvme``, a size that can't be read, recompute without
-            a model, or blocks that it has not.
+        ConfigError: no place to go, a size or a node that can't be read, a path through a symbolic
+            link, recompute without a model, or blocks that it has not.
         TierIOError: the directory can't be written.
         CapacityError: a memory node has not so much memory.
     """
@@ -89,7 +89,7 @@ class ActivationSwap:
         if config.recompute != "off" and model is None:
             raise ConfigError("recompute finds the blocks in the model: pass model=")
         memory_nbytes = None if memory is None else _size("memory", memory)
-        node_nbytes = {node: _size("nodes", size) for node, size in (nodes or {}).items()}
+        node_nbytes = {_node(node): _size("nodes", size) for node, size in (nodes or {}).items()}
         if memory_nbytes is None and nvme is None and not node_nbytes:
             raise ConfigError("saved activations need a place to go: pass memory=, nodes= or nvme=")
         hostmem.return_freed_memory()
@@ -140,6 +140,14 @@ class ActivationSwap:
                 self.tokenwise.remove()
             self.cache.close()
             self._opened.close()
+
+
+def _node(number: object) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ConfigError(
+            f"nodes: {number!r} is not the number of a memory node: write {{1: '16GiB'}}"
+        )
+    return number
 
 
 def _size(name: str, value: str | int) -> int:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -42,12 +43,9 @@ class Runtime:
             recorder = JsonlRecorder(config.record / "rank0.jsonl")
         self.journal = Journal(recorder)
         directories = config.nvme or (DEFAULT_DIRECTORY,)
-        for directory, notice in check_directories(directories):
-            self.journal.notice(str(directory), notice)
-        chosen = choose_engine(config.io_engine, *directories)
-        if not chosen.expected:
-            self.journal.notice("I/O engine", f"{chosen.name}: {chosen.reason}")
-        self.lanes = Lanes(self.journal, config.io_threads, len(directories), engine=chosen.factory)
+        self.lanes = open_lanes(
+            directories, self.journal, io_engine=config.io_engine, workers=config.io_threads
+        )
         try:
             self.store = Store(directories, self.lanes, discard_damaged=config.resume == "never")
             self.scratch = self.store.open_scratch()
@@ -101,6 +99,22 @@ class Runtime:
                 self.governor,
             ):
                 closing.callback(part.close)
+
+
+def open_lanes(
+    directories: Sequence[Path], journal: Journal, *, io_engine: str, workers: int
+) -> Lanes:
+    """The links to files in ``directories``; what the user should know of these is noticed.
+
+    Raises:
+        ConfigError: a directory or an I/O engine that can't be used.
+    """
+    for directory, notice in check_directories(directories):
+        journal.notice(str(directory), notice)
+    chosen = choose_engine(io_engine, *directories)
+    if not chosen.expected:
+        journal.notice("I/O engine", f"{chosen.name}: {chosen.reason}")
+    return Lanes(journal, workers, len(directories), engine=chosen.factory)
 
 
 def _soft_limit(budget_nbytes: int) -> int:

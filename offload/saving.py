@@ -7,8 +7,9 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
+from offload.allocator.errors import TierIOError
 from offload.config import OffloadConfig
-from offload.runtime import Runtime
+from offload.runtime import Runtime, open_lanes
 from offload.swap.census import named_weights
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.homes import FileHome, Home, MemoryHome
@@ -18,8 +19,8 @@ from offload.swap.writebudget import BudgetedHome, WriteBudget
 from offload.tiers.accelerator import Accelerator
 from offload.tiers.base import Tier
 from offload.tiers.cuda import CudaAccelerator
-from offload.tiers.engines.registry import AUTO, choose_engine
-from offload.tiers.filetier import FileTier, Lanes
+from offload.tiers.engines.registry import AUTO
+from offload.tiers.filetier import FileTier
 from offload.tiers.journal import Journal
 from offload.tiers.lanes import Lane
 from offload.tiers.numa import NumaTier
@@ -134,12 +135,15 @@ class SwapHomes:
         self.homes.append(MemoryHome(tier, reads, writes))
 
     def _add_files(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        engine = choose_engine(AUTO, directory)
-        if not engine.expected:
-            self._journal.notice("I/O engine", f"{engine.name}: {engine.reason}")
-        lanes = Lanes(self._journal, self._workers, engine=engine.factory)
+        lanes = open_lanes([directory], self._journal, io_engine=AUTO, workers=self._workers)
         self._opened.callback(lanes.close)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TierIOError(
+                error.errno,
+                f"can't make {directory} ({error.strerror}): pass another directory with nvme=",
+            ) from error
         tier = self._opened.enter_context(FileTier(directory, None, lanes))
         self.homes.append(FileHome(tier))
 

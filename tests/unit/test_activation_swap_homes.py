@@ -8,7 +8,7 @@ import torch
 from swapped_steps import Net, assert_same, gradients, inputs
 
 from offload import ActivationSwap
-from offload.allocator.errors import ConfigError
+from offload.allocator.errors import ConfigError, TierIOError
 from offload.tiers.cpudevice import CpuAccelerator
 from offload.tiers.engines.registry import wrapping
 from offload.tiers.events import ListRecorder, Move
@@ -103,3 +103,23 @@ def test_after_closing_what_has_left_is_gone(tmp_path):
     swap.close()
     with pytest.raises(RuntimeError, match="closed"):
         y.backward()
+
+
+def test_a_directory_that_can_not_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    before = threading.active_count()
+    with pytest.raises(TierIOError, match=r"can't make .*/file/x \(Not a directory\): .* nvme="):
+        ActivationSwap(nvme=tmp_path / "file" / "x")
+    assert threading.active_count() == before
+
+
+def test_a_path_through_a_link_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="goes through the symbolic link"):
+        ActivationSwap(nvme=tmp_path / "link")
+
+
+@pytest.mark.parametrize("node", ["one", -1, True, 0.5])
+def test_a_node_is_a_number(node):
+    with pytest.raises(ConfigError, match="is not the number of a memory node"):
+        ActivationSwap(nodes={node: "1GiB"})
