@@ -81,7 +81,7 @@ class TestPinnedTierWithClasses(TestPinnedTier):
     @contextmanager
     def open_tier(self, directory):
         classes = [
-            SizeClass(nbytes=4096, count=40),
+            SizeClass(nbytes=4096, count=50),  # of as many steps as a random run has
             SizeClass(nbytes=300_000, count=12),
             SizeClass(nbytes=2 * self.large_nbytes // 5, count=1),
         ]
