@@ -11,6 +11,8 @@
     │   └── StoreCorruptError         checksums or the commit record do not agree
     ├── CheckpointError (ValueError)  a checkpoint directory is missing, truncated or foreign
     ├── StaleBlockError (RuntimeError) a block was used after its release
+    ├── StepInterruptedError (RuntimeError) a step in backward is neither done nor undone
+    ├── ConsumedGradientError (RuntimeError) a gradient was used after the step in backward
     └── UnsupportedError (TypeError)  something Offload can't do exactly, so it refuses
 
 A message says what, how many bytes, where, and the smallest change that mends it.
@@ -81,6 +83,14 @@ class CheckpointError(OffloadError, ValueError):
 
 class StaleBlockError(OffloadError, RuntimeError):
     """A block was used after its release."""
+
+
+class StepInterruptedError(OffloadError, RuntimeError):
+    """A step in backward is neither done nor undone: only the last commit is whole."""
+
+
+class ConsumedGradientError(OffloadError, RuntimeError):
+    """A gradient was used after a step in backward had used it up."""
 
 
 class UnsupportedError(OffloadError, TypeError):

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from offload import errors
     from offload.activations import ActivationSwap
+    from offload.attaching import attach
     from offload.building import init
     from offload.config import OffloadConfig
-    from offload.engine import Engine, attach
+    from offload.engine import Engine
     from offload.pretrained import load_pretrained
 
 __version__ = "0.1.0"
@@ -39,7 +40,7 @@ _HOMES = {
     "ActivationSwap": "offload.activations",
     "Engine": "offload.engine",
     "OffloadConfig": "offload.config",
-    "attach": "offload.engine",
+    "attach": "offload.attaching",
     "init": "offload.building",
     "load_pretrained": "offload.pretrained",
 }

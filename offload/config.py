@@ -44,6 +44,15 @@ class OffloadConfig(BaseModel):
     min_swap_nbytes: int = Field(default=64 << 10, ge=0)
     """Saved activations smaller than this move in batches."""
 
+    step_in_backward: bool = False
+    """Step each parameter inside backward, as soon as its gradient is complete.
+
+    Saves the gradient's trip to the drive and hides the step behind backward. Nothing can use
+    gradients between backward and step then: no clipping, no loss scale.
+    """
+    accumulation_steps: int = Field(default=1, ge=1)
+    """Backward passes that make one step, where ``step_in_backward`` can't see their end."""
+
     recompute: Literal["off", "tokenwise"] = "off"
     """``tokenwise``: of what a block saves, some token rows are swapped and the rest is rebuilt."""
     alpha: float | Literal["auto"] = "auto"
@@ -97,6 +106,12 @@ class OffloadConfig(BaseModel):
         unused = sorted({"alpha", "relaxed", "blocks"} & self.model_fields_set)
         if self.recompute == "off" and unused:
             raise ValueError(f"only recompute='tokenwise' uses {', '.join(unused)}: set that too")
+        return self
+
+    @model_validator(mode="after")
+    def _check_step(self) -> Self:
+        if "accumulation_steps" in self.model_fields_set and not self.step_in_backward:
+            raise ValueError("only step_in_backward uses accumulation_steps: set that too")
         return self
 
     @field_validator("io_engine")

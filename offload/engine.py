@@ -4,7 +4,7 @@ import atexit
 import platform
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,11 +21,9 @@ from offload.adopting import (
     signature_of,
 )
 from offload.allocator.errors import ConfigError
-from offload.building import built_weight, drop_unclaimed, runtime_of
+from offload.building import drop_unclaimed
 from offload.checkpoint import save_pretrained
-from offload.config import OffloadConfig, make_config
 from offload.hooks import ModelHooks
-from offload.interrupts import deliver_lost_interrupts
 from offload.progress import (
     BufferKeeper,
     pack_groups,
@@ -40,13 +38,13 @@ from offload.saving import budgets_of, make_homes
 from offload.steplog import Stats, StepLog
 from offload.stepping import StepHooks
 from offload.swap.activations import ActivationCache
+from offload.swap.backward_step import BackwardStep
 from offload.swap.census import take_census
 from offload.swap.gradients import GradientSwapper
-from offload.swap.optim_kinds import kind_of
 from offload.swap.optimizer import StreamedOptimizer
-from offload.swap.plan import Plan, make_plan
+from offload.swap.plan import Plan
 from offload.swap.states import StateKeeper
-from offload.swap.uncompiled import forget_compiled, plain_module
+from offload.swap.uncompiled import forget_compiled
 from offload.swap.weights import WeightSwapper
 from offload.tiers import hostmem
 from offload.tiers.events import RunFinished, RunStarted
@@ -115,6 +113,7 @@ class Engine:
         self._buffers = BufferKeeper(runtime.store, model, runtime.chunk_numel)
         self._keeper: StateKeeper | None = None
         self._step_hooks: StepHooks | None = None
+        self._backward_step: BackwardStep | None = None
         for name, weight in self.weights.weights.items():
             for parameter in weight.parameters:
                 self.gradients.watch(name, parameter)
@@ -138,16 +137,34 @@ class Engine:
                 chunk_numel=runtime.chunk_numel,
                 staging_nbytes=plan.staging_nbytes,
             )
+            self._backward_step = self._step_in_backward(streamed)
             self._step_hooks = StepHooks(
-                optimizer, streamed, self._replanner.check_fits, self._after_step
+                optimizer,
+                streamed,
+                self._replanner.check_fits,
+                self._after_step,
+                self._backward_step,
             )
         if resuming:
             self._restore()
         self._begin_record()
         self._attached = True
-        _models.add(model)
+        attached_models.add(model)
         self._at_exit = weakref.WeakMethod(self._exit)
         atexit.register(_call, self._at_exit)
+
+    def _step_in_backward(self, streamed: StreamedOptimizer) -> BackwardStep | None:
+        config = self._runtime.config
+        if not config.step_in_backward:
+            return None
+        self.gradients.stepper = BackwardStep(
+            streamed,
+            accumulation_steps=config.accumulation_steps,
+            limit_nbytes=self.plan.gradients_nbytes,
+            room=self._runtime.governor.room,
+            before_step=self._replanner.check_fits,
+        )
+        return self.gradients.stepper
 
     def _restore(self) -> None:
         record = self._runtime.store.committed
@@ -195,6 +212,8 @@ class Engine:
     # What the hooks call.
 
     def _before_pass(self) -> None:
+        if self._backward_step is not None:
+            self._backward_step.check_whole()
         self.gradients.poll()
         if self._step_hooks is not None:
             self._step_hooks.be_innermost()
@@ -232,9 +251,12 @@ class Engine:
         Raises:
             ConfigError: the engine was attached with ``commit="never"``.
             TierIOError: the disk could not take it; the previous commit stays.
+            StepInterruptedError: the last backward was interrupted in its steps.
         """
         if self._runtime.config.commit == "never":
             raise ConfigError("commit='never' keeps no slot to commit to: attach with 'manual'")
+        if self._backward_step is not None:
+            self._backward_step.check_whole()
         self._runtime.lanes.drain()
         self.weights.absorb_all()
         state: dict[str, Any] = {
@@ -297,7 +319,7 @@ class Engine:
         if not self._attached:
             return
         self._attached = False
-        _models.discard(self.model)
+        attached_models.discard(self.model)
         if self._step_hooks is not None:
             self._step_hooks.remove()
         self._hooks.remove()
@@ -305,6 +327,8 @@ class Engine:
         if self.tokenwise is not None:
             self.tokenwise.remove()
         self.gradients.stop()
+        if self._backward_step is not None:
+            self._backward_step.abandon()
         try:
             if status == "done":
                 self.activations.close()
@@ -363,83 +387,10 @@ class Engine:
             self._detach("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
 
 
-_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # attached ones
+attached_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _call(method: weakref.WeakMethod[Any]) -> None:
     bound = method()
     if bound is not None:
         bound()
-
-
-def attach(
-    model: nn.Module,
-    optimizer: Optimizer | None = None,
-    *,
-    budget: str | int | Mapping[str, Any] | None = None,
-    nvme: str | Path | Sequence[str | Path] | None = None,
-    config: OffloadConfig | str | Path | Mapping[str, Any] | None = None,
-    record: str | Path | None = None,
-    resume: str | None = None,
-    commit: str | None = None,
-) -> Engine:
-    """Train ``model`` within a memory budget; the user's own loop stays as it is.
-
-    Args:
-        model: any module on the CPU; built plainly, by ``offload.init``, or loaded by
-            ``offload.load_pretrained``; ``torch.compile``d or not.
-        optimizer: over the model's parameters; ``None`` to evaluate only.
-        budget: ``"host=4GiB"``, bytes, or a mapping. ``host`` bounds the process's peak
-            resident set.
-        nvme: directory of the store and the scratch file; several (a list, or separated by
-            commas), always in the same order, are striped over.
-        config: file or mapping with the same keys; arguments win over it.
-        record: run directory for ``offload report``.
-        resume: ``auto`` continues the store's last commit if there is one, ``never`` starts
-            anew, ``must`` raises without one.
-        commit: ``step`` makes every optimizer step durable, ``manual`` leaves it to
-            ``Engine.commit``, ``never`` makes nothing durable and takes half the room on the
-            drive.
-
-    Raises:
-        BudgetError: the largest layer does not fit; names the smallest budget that does.
-        ConfigError: wrong arguments.
-        StoreError: the store is in use, damaged, or of another model.
-        CapacityError: the disk has not enough room.
-        UnsupportedError: a parameter or an optimizer that can't be handled exactly.
-    """
-    model = plain_module(model)
-    settings = make_config(
-        config, budget=budget, nvme=nvme, record=record, resume=resume, commit=commit
-    )
-    if optimizer is not None:
-        kind_of(optimizer)
-    if model in _models:
-        raise ConfigError("this model is attached already: detach its engine first")
-    runtime = runtime_of(model)
-    if runtime is None:
-        runtime = Runtime(settings)
-    else:
-        runtime.reconfigure(settings)
-    try:
-        runtime.governor.shed()
-        census = take_census(model)
-        in_memory = sum(
-            parameter.nbytes
-            for parameter in set(model.parameters())
-            if built_weight(parameter) is None
-        )
-        baseline = max(hostmem.resident_nbytes()[0] - in_memory, 0)
-        plan = make_plan(
-            census,
-            budget_nbytes=runtime.budget_nbytes,
-            baseline_nbytes=baseline,
-            chunk_numel=runtime.chunk_numel,
-        )
-        engine = Engine(model, optimizer, runtime, plan)
-    except BaseException:
-        runtime.close()
-        raise
-    forget_compiled()
-    deliver_lost_interrupts()
-    return engine

@@ -13,7 +13,7 @@ import sys
 import weakref
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -22,10 +22,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from offload.allocator.errors import ConfigError, UnsupportedError
+from offload.attaching import attach
 from offload.building import Building
 from offload.config import OffloadConfig
-from offload.engine import Engine, attach
 from offload.runtime import Runtime
+
+if TYPE_CHECKING:
+    from offload.engine import Engine
 
 
 class _Session:

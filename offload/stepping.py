@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from offload.swap.backward_step import BackwardStep
 from offload.swap.optimizer import StreamedOptimizer
 
 
@@ -21,6 +22,7 @@ class StepHooks:
     Args:
         before_step: called when the gradients are complete; may refuse the step.
         after_step: called with (seconds in the optimizer, seconds of it spent waiting).
+        in_backward: has stepped most parameters by the time that ``step`` is called.
     """
 
     def __init__(
@@ -29,11 +31,13 @@ class StepHooks:
         streamed: StreamedOptimizer,
         before_step: Callable[[], None],
         after_step: Callable[[float, float], None],
+        in_backward: BackwardStep | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._streamed = streamed
         self._before_step = before_step
         self._after_step = after_step
+        self._in_backward = in_backward
         self._groups: list[dict[str, Any]] | None = None
         self._times = (0.0, 0.0)
         self._stepping = False
@@ -66,9 +70,17 @@ class StepHooks:
         began_s, waited_s = time.perf_counter(), journal.totals.stall_s
         self._streamed.weights.trace.end()
         self._streamed.gradients.poll()
-        self._streamed.weights.evict_streaming()
+        spent_s = stalled_s = 0.0
+        if self._in_backward is None:
+            self._streamed.weights.evict_streaming()
+        else:
+            self._in_backward.check_whole()
+            spent_s, stalled_s = self._in_backward.end_step()
         self._streamed.step()
-        self._times = (time.perf_counter() - began_s, journal.totals.stall_s - waited_s)
+        self._times = (
+            spent_s + time.perf_counter() - began_s,
+            stalled_s + journal.totals.stall_s - waited_s,
+        )
         self._groups, optimizer.param_groups = optimizer.param_groups, []
         return args, kwargs
 

@@ -14,6 +14,7 @@ have a checksum taken there, and only those.
 import ctypes
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -30,6 +31,16 @@ from offload.tiers.pieces import move_jobs
 from offload.tiers.store import checksum
 
 MIN_NBYTES = 64 << 10  # smaller gradients cost more to move than to keep
+
+
+class Stepper(Protocol):
+    """Steps parameters inside backward, if that was asked for."""
+
+    def take(self, parameter: nn.Parameter) -> bool:
+        """A gradient has been accumulated; True if it was used up."""
+
+    def end_backward(self) -> None:
+        """Backward gives control to the user's code."""
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +82,7 @@ class GradientSwapper:
         self._owners: dict[MappedTensor, int] = {}  # storage owners of an unshared home
         self._outlived: list[MappedTensor] = []  # homes of old gradients that the user keeps
         self._leaving: deque[_Leaving] = deque()
+        self.stepper: Stepper | None = None  # uses gradients up as they arrive
         self._watched_task = -1  # of autograd; at its end ``_end_backward`` is called
         self._hooks: list[RemovableHandle] = []
 
@@ -87,6 +99,8 @@ class GradientSwapper:
         gradient = parameter.grad
         if gradient is None or not _movable(gradient, parameter):
             return
+        if self.stepper is not None and self._step(parameter, self.stepper):
+            return
         home = self.homes.get(parameter)
         if home is not None and gradient.data_ptr() == home.address:
             home.shed()  # accumulated in place, through the mapping
@@ -100,6 +114,12 @@ class GradientSwapper:
             self._leaving_nbytes() > self.limit_nbytes or self.governor.room() < 0
         ):
             self._await_oldest("full")
+
+    def _step(self, parameter: nn.Parameter, stepper: Stepper) -> bool:
+        """Whether the gradient was used up; an earlier part of it is back from its way by then."""
+        while any(left.parameter is parameter for left in self._leaving):
+            self._await_oldest("drain")
+        return stepper.take(parameter)
 
     def _leave(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         home = self._home(parameter)
@@ -125,6 +145,8 @@ class GradientSwapper:
         for left in self._leaving:
             if left.checksum is None:
                 left.checksum = _checksum(left.tensor)
+        if self.stepper is not None:
+            self.stepper.end_backward()
 
     def _home(self, parameter: nn.Parameter) -> MappedTensor:
         """The parameter's place in scratch; a new one if the user still holds the old."""

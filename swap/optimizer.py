@@ -5,13 +5,14 @@
 leaves the last commit whole; the training process itself can't go on from there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from offload.swap.consumed import ConsumedGradient
 from offload.swap.gradients import GradientSwapper
 from offload.swap.optim_kinds import Kind, kind_of, state_specs, step_on
 from offload.swap.pipeline import Target, TilePipeline, Version
@@ -51,10 +52,12 @@ class StreamedOptimizer:
         self.gradients = gradients
         self.keeper = keeper
         self._by_parameter = by_parameter
-        self._pipeline = TilePipeline(
+        self._known: set[torch.Tensor] | None = None  # had a state as the step began
+        self.pipeline = TilePipeline(
             weights.store.tier,
             gradients,
             journal,
+            optimizer,
             chunk_numel=chunk_numel,
             staging_nbytes=staging_nbytes,
         )
@@ -64,19 +67,30 @@ class StreamedOptimizer:
                 "not known to be elementwise: its own step runs on one whole parameter at a time",
             )
 
+    def begin(self) -> None:
+        """A step begins: now, or as backward produces its first gradient."""
+        if self._known is None:
+            self._known = set(self.optimizer.state)
+
     def step(self) -> None:
         """One optimizer step over all groups; gradients must be complete.
+
+        Parameters whose gradients a step in backward has used up are done already.
 
         Raises:
             TierIOError: a read or write failed; the last commit stays whole.
         """
+        self.begin()
         for group in self.optimizer.param_groups:
-            known = set(self.optimizer.state)
-            stepped = [parameter for parameter in group["params"] if parameter.grad is not None]
+            stepped = [
+                parameter
+                for parameter in group["params"]
+                if parameter.grad is not None and type(parameter.grad) is not ConsumedGradient
+            ]
             streamed = [
                 parameter
                 for parameter in stepped
-                if self._streams(parameter) and parameter.grad.layout is torch.strided
+                if self.streams(parameter) and parameter.grad.layout is torch.strided
             ]
             chosen = set(streamed)
             if self.kind is Kind.ELEMENTWISE:
@@ -85,11 +99,22 @@ class StreamedOptimizer:
                 for parameter in streamed:
                     self._step_whole(group, parameter)
             self._step_here(group, [other for other in stepped if other not in chosen])
-            for parameter in stepped:  # first states stand in the order of the parameters
+        self._order_first_states()
+
+    def _order_first_states(self) -> None:
+        """First states stand in the order of the parameters, whatever the order of steps."""
+        known, self._known = self._known, None
+        assert known is not None
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
                 if parameter not in known and parameter in self.optimizer.state:
                     self.optimizer.state[parameter] = self.optimizer.state.pop(parameter)
 
-    def _streams(self, parameter: nn.Parameter) -> bool:
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """The name of the weight behind ``parameter``."""
+        return self._by_parameter[parameter].name
+
+    def streams(self, parameter: nn.Parameter) -> bool:
         """Whether a parameter is large enough for its step to be streamed."""
         return parameter in self._by_parameter and parameter.numel() > SMALL_NUMEL
 
@@ -98,6 +123,20 @@ class StreamedOptimizer:
         self.weights.use([self._by_parameter[parameter].name])
         self._step_here(group, [parameter])
         self.weights.evict_streaming()
+        home = self.gradients.home_of(parameter)
+        if home is not None:
+            home.shed()
+
+    def step_in_memory(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
+        """One parameter whose weight and gradient are in memory now.
+
+        Raises:
+            TierIOError: a write failed.
+        """
+        weight = self._by_parameter[parameter]
+        self.weights.hold(weight)
+        self._step_here(group, [parameter])
+        self.weights.let_go(weight)
         home = self.gradients.home_of(parameter)
         if home is not None:
             home.shed()
@@ -117,12 +156,21 @@ class StreamedOptimizer:
                 self.keeper.absorb(parameter)
 
     def _step_tiled(self, group: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
-        targets = [self._target(group, parameter) for parameter in parameters]
-        self._pipeline.run(self.optimizer, group, targets)
-        for target in targets:
-            self._publish(target)
+        written: list[Target] = []
+        try:
+            targets = [self.target(group, one, written.append) for one in parameters]
+            self.pipeline.add(group, targets)
+            self.pipeline.finish()
+        except BaseException:
+            self.pipeline.abandon()
+            raise
+        for target in written:  # all or, after an error, none
+            self.publish(target)
 
-    def _target(self, group: dict[str, Any], parameter: nn.Parameter) -> Target:
+    def target(
+        self, group: dict[str, Any], parameter: nn.Parameter, written: Callable[[Target], None]
+    ) -> Target:
+        """What a tiled step of ``parameter`` reads and writes; ``written`` as in ``Target``."""
         weight = self._by_parameter[parameter]
         self.weights.absorb(weight)
         self.keeper.absorb(parameter)
@@ -140,12 +188,13 @@ class StreamedOptimizer:
             parameter=parameter,
             version=self._version(weight.stored),
             states={name: self._version(state.stored) for name, state in states.items()},
+            written=written,
         )
 
     def _version(self, stored: Any) -> Version:
         return Version(stored, stored.target(self.weights.store.tier), [0] * len(stored.chunks()))
 
-    def _publish(self, target: Target) -> None:
+    def publish(self, target: Target) -> None:
         """Make the versions that the pipeline wrote the current ones."""
         target.version.publish()
         self.weights.replaced(target.weight)

@@ -1,7 +1,7 @@
 """Tiles in flight: read ahead, step, write behind, within a bound on staging memory."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from offload.swap.gradients import GradientSwapper
 from offload.swap.optim_kinds import step_on
+from offload.swap.staging import Staging
 from offload.swap.tiles import Piece, cut
 from offload.swap.weights import Weight
 from offload.tiers.base import Block
@@ -47,6 +48,7 @@ class Target:
         states: the next versions of its per-element states, by name.
         after: the new state's entries in the optimizer's own order; per-element ones stand for
             themselves only by name, their bytes go to ``states``.
+        written: called when all its tiles are written, not yet published.
     """
 
     parameter: nn.Parameter
@@ -56,7 +58,12 @@ class Target:
     home: MappedTensor | None
     before: Mapping[str, Any]
     states: dict[str, Version]
+    written: Callable[["Target"], None]
     after: dict[str, Any] = field(default_factory=dict)
+    unwritten_numel: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unwritten_numel = self.gradient.numel()
 
     def staging(self, piece: Piece) -> list[int]:
         """Staging bytes of a piece: its parameter, its gradient, each per-element state."""
@@ -94,54 +101,32 @@ class _Part:
                 staged.copy_(value)  # made afresh: the first step, or an out-of-place one
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A tile that is not read yet: pieces of ``targets``."""
+
+    group: Mapping[str, Any]
+    targets: Sequence[Target]
+    pieces: Sequence[Piece]
+
+    def staging_nbytes(self) -> int:
+        return sum(sum(self.targets[piece.index].staging(piece)) for piece in self.pieces)
+
+
 @dataclass(slots=True, eq=False)
 class _Tile:
     """Parts in flight and the staging buffer under them."""
 
+    group: Mapping[str, Any]
     parts: list[_Part]
     buffer: HostBuffer
     transfer: Transfer
 
 
-class _Staging:
-    """Buffers of the tiles in flight, used again: fresh pages would cost their zeroing."""
-
-    def __init__(self, limit_nbytes: int) -> None:
-        self.limit_nbytes = limit_nbytes
-        self._free: list[HostBuffer] = []
-        self._taken_nbytes = 0
-
-    def take(self, nbytes: int) -> HostBuffer | None:
-        """A buffer of at least ``nbytes``, or None while others hold the room."""
-        for buffer in self._free:
-            if buffer.nbytes >= nbytes:
-                self._free.remove(buffer)
-                self._taken_nbytes += buffer.nbytes
-                return buffer
-        while self._free and self._held_nbytes() + nbytes > self.limit_nbytes:
-            self._free.pop().release()
-        if self._taken_nbytes and self._held_nbytes() + nbytes > self.limit_nbytes:
-            return None
-        buffer = HostBuffer(max(nbytes, 1))
-        self._taken_nbytes += buffer.nbytes
-        return buffer
-
-    def _held_nbytes(self) -> int:
-        return self._taken_nbytes + sum(buffer.nbytes for buffer in self._free)
-
-    def give_back(self, buffer: HostBuffer) -> None:
-        """The tile is written: its buffer may be taken again."""
-        self._taken_nbytes -= buffer.nbytes
-        self._free.append(buffer)
-
-    def close(self) -> None:
-        """Return the memory to the kernel."""
-        for buffer in self._free:
-            buffer.release()
-
-
 class TilePipeline:
-    """Streams the tiles of a group of parameters through the optimizer's own step.
+    """Streams tiles through the optimizer's own step: ``add`` them, then ``advance`` or ``finish``.
+
+    Called on the training thread only.
 
     Args:
         tier: the store's, which parameters and states are read from and written to.
@@ -153,6 +138,7 @@ class TilePipeline:
         tier: FileTier,
         gradients: GradientSwapper,
         journal: Journal,
+        optimizer: Optimizer,
         *,
         chunk_numel: int,
         staging_nbytes: int,
@@ -160,51 +146,84 @@ class TilePipeline:
         self.tier = tier
         self.gradients = gradients
         self.journal = journal
+        self.optimizer = optimizer
         self.chunk_numel = chunk_numel
-        self.staging_nbytes = staging_nbytes
+        self._staging = Staging(staging_nbytes)
+        self._waiting: deque[_Waiting] = deque()
+        self._reading: deque[_Tile] = deque()
+        self._writing: deque[_Tile] = deque()
 
-    def run(
-        self, optimizer: Optimizer, group: Mapping[str, Any], targets: Sequence[Target]
-    ) -> None:
-        """Step ``targets``; returns when every tile has been written, not yet published.
+    def add(self, group: Mapping[str, Any], targets: Sequence[Target]) -> None:
+        """Line up the tiles of ``targets``, all of the optimizer's ``group``."""
+        tiles = cut([target.gradient.numel() for target in targets], self.chunk_numel)
+        self._waiting += [_Waiting(group, targets, pieces) for pieces in tiles]
+
+    def advance(self) -> None:
+        """Read, step and write what can be without waiting for a lane.
 
         Raises:
             TierIOError: a read or write failed.
         """
-        waiting = deque(cut([target.gradient.numel() for target in targets], self.chunk_numel))
-        reading: deque[_Tile] = deque()
-        writing: deque[_Tile] = deque()
-        staging = _Staging(self.staging_nbytes)
-        threads = torch.get_num_threads()
-        # The step is bound by the disk. More threads would only wait, busily, for one another,
-        # on cores that the lanes want.
-        torch.set_num_threads(1)
-        try:
-            while waiting or reading or writing:
-                while writing and writing[0].transfer.done():
-                    self._retire(writing, staging)
-                while waiting and (buffer := staging.take(_staging(targets, waiting[0]))):
-                    reading.append(self._read(targets, waiting.popleft(), buffer))
-                if not reading:
-                    if writing:  # room is needed, or the step is ending
-                        self._retire(writing, staging)
-                    continue
-                tile = reading[0]
-                self._await(tile.transfer, "late")
-                self._compute(optimizer, group, tile)
-                self._write(tile)
-                writing.append(reading.popleft())
-        finally:
-            # After an error lanes may still use the buffers: let them finish first.
-            for tile in (*reading, *writing):
-                tile.transfer.settle()
-                staging.give_back(tile.buffer)
-            staging.close()
-            torch.set_num_threads(threads)
+        self._move_on()
+        while self._reading and self._reading[0].transfer.done():
+            self._step_first()
+            self._move_on()
 
-    def _retire(self, writing: deque[_Tile], staging: "_Staging") -> None:
-        self._await(writing[0].transfer, "full")
-        staging.give_back(writing.popleft().buffer)
+    def advance_one(self) -> None:
+        """Wait for the tile that is nearest to its end, and step it or let it go.
+
+        Raises:
+            TierIOError: a read or write failed.
+        """
+        self._move_on()
+        if self._reading:
+            self._step_first()
+        elif self._writing:  # room is needed, or the step is ending
+            self._retire()
+
+    def finish(self) -> None:
+        """Return when every tile has been written; no staging is kept.
+
+        Raises:
+            TierIOError: a read or write failed.
+        """
+        while self._waiting or self._reading or self._writing:
+            self.advance_one()
+        self._staging.close()
+
+    def abandon(self) -> None:
+        """After an error: wait until no lane uses a buffer, and forget all tiles."""
+        self._waiting.clear()
+        for tile in (*self._reading, *self._writing):
+            tile.transfer.settle()
+            self._staging.give_back(tile.buffer)
+        self._reading.clear()
+        self._writing.clear()
+        self._staging.close()
+
+    def _move_on(self) -> None:
+        """Let written tiles go and begin to read others, as far as staging reaches."""
+        while self._writing and self._writing[0].transfer.done():
+            self._retire()
+        while self._waiting and (buffer := self._staging.take(self._waiting[0].staging_nbytes())):
+            self._reading.append(self._read(self._waiting.popleft(), buffer))
+
+    def _step_first(self) -> None:
+        tile = self._reading[0]
+        self._await(tile.transfer, "late")
+        self._compute(tile)
+        self._write(tile)
+        self._writing.append(self._reading.popleft())
+
+    def _retire(self) -> None:
+        tile = self._writing[0]
+        self._await(tile.transfer, "full")
+        self._writing.popleft()
+        self._staging.give_back(tile.buffer)
+        for part in tile.parts:
+            part.target.unwritten_numel -= part.piece.numel
+            if not part.target.unwritten_numel:
+                part.target.written(part.target)
 
     def _await(self, transfer: Transfer, reason: str) -> None:
         if not transfer.done():
@@ -213,21 +232,19 @@ class TilePipeline:
                 transfer.settle()
         transfer.wait()
 
-    def _read(
-        self, targets: Sequence[Target], pieces: tuple[Piece, ...], buffer: HostBuffer
-    ) -> _Tile:
+    def _read(self, waiting: _Waiting, buffer: HostBuffer) -> _Tile:
         """Lay out the staging of a tile and issue its reads."""
         parts: list[_Part] = []
         jobs: list[Job] = []
         offset = 0
-        for piece in pieces:
-            target = targets[piece.index]
+        for piece in waiting.pieces:
+            target = waiting.targets[piece.index]
             parts.append(self._part(target, piece, buffer, offset, jobs))
             offset += sum(target.staging(piece))
         transfer = self.tier.lanes.reads.submit(
             jobs, self._label(parts, reading=True), sum(_read_nbytes(part) for part in parts)
         )
-        return _Tile(parts, buffer, transfer)
+        return _Tile(waiting.group, parts, buffer, transfer)
 
     def _part(
         self, target: Target, piece: Piece, buffer: HostBuffer, offset: int, jobs: list[Job]
@@ -260,13 +277,20 @@ class TilePipeline:
         file, nbytes = self.tier.file, page_ceil(staged.nbytes)
         return move_jobs(file, file.read, base, staged.data_ptr(), nbytes)
 
-    def _compute(self, optimizer: Optimizer, group: Mapping[str, Any], tile: _Tile) -> None:
-        afters = step_on(
-            optimizer,
-            group,
-            [part.parameter for part in tile.parts],
-            [part.state_before() for part in tile.parts],
-        )
+    def _compute(self, tile: _Tile) -> None:
+        threads = torch.get_num_threads()
+        # The step is bound by the disk. More threads would only wait, busily, for one another,
+        # on cores that the lanes want.
+        torch.set_num_threads(1)
+        try:
+            afters = step_on(
+                self.optimizer,
+                tile.group,
+                [part.parameter for part in tile.parts],
+                [part.state_before() for part in tile.parts],
+            )
+        finally:
+            torch.set_num_threads(threads)
         for part, after in zip(tile.parts, afters, strict=True):
             part.take(after)
 
@@ -302,10 +326,6 @@ class TilePipeline:
         ends = (self.tier.spec.name, "host")
         source, destination = ends if reading else ends[::-1]
         return Label(parts[0].target.weight.name, "state", source, destination)
-
-
-def _staging(targets: Sequence[Target], pieces: Sequence[Piece]) -> int:
-    return sum(sum(targets[piece.index].staging(piece)) for piece in pieces)
 
 
 def _read_nbytes(part: _Part) -> int:

@@ -65,26 +65,33 @@ def choose_chunk_numel(budget_nbytes: int) -> int:
 
 
 def make_plan(
-    census: Census, *, budget_nbytes: int, baseline_nbytes: int, chunk_numel: int
+    census: Census,
+    *,
+    budget_nbytes: int,
+    baseline_nbytes: int,
+    chunk_numel: int,
+    step_in_backward: bool = False,
 ) -> Plan:
     """Share ``budget_nbytes`` out for the first step.
 
     The first step keeps no weight resident: what its activations and kernels need is not known
-    before it has run. ``grow`` hands out what turned out to be spare.
+    before it has run. ``grow`` hands out what turned out to be spare. A step in backward needs
+    its tiles beside weights, gradients and activations, a step behind it can have their room.
 
     Raises:
         BudgetError: the largest module does not fit; names the smallest budget that does.
     """
     working = census.working_set_nbytes()
     fixed = baseline_nbytes + OVERHEAD_NBYTES
-    if budget_nbytes < fixed + max(working, _tile(chunk_numel)):
-        needed = _smallest_budget(fixed, working, chunk_numel)
+    if budget_nbytes < fixed + _at_once(working, chunk_numel, step_in_backward):
+        needed = _smallest_budget(fixed, working, chunk_numel, step_in_backward)
         by_module = census.module_nbytes()
         largest = max(by_module, key=lambda name: by_module[name], default="none")
         raise BudgetError(
             f"the host budget of {format_nbytes(budget_nbytes)} is too small: the process holds "
             f"{format_nbytes(baseline_nbytes)} before training, its largest layer "
-            f"({largest}) needs {format_nbytes(working)} for weights and gradients, then a "
+            f"({largest}) needs {format_nbytes(working)} for weights and gradients, "
+            f"{'beside it' if step_in_backward else 'then'} a "
             f"tile of the optimizer step {format_nbytes(_tile(chunk_numel))}, the runtime "
             f"{format_nbytes(OVERHEAD_NBYTES)}. The smallest budget that fits is "
             f"host={_mib_ceil(needed + VARIATION_NBYTES)}MiB",
@@ -92,6 +99,11 @@ def make_plan(
             budget_nbytes=budget_nbytes,
         )
     spare = budget_nbytes - fixed - working
+    if step_in_backward:
+        spare -= _tile(chunk_numel)
+        staging = _tile(chunk_numel) + spare // 5
+    else:
+        staging = spare + working
     largest_weight = max((weight.nbytes for weight in census.weights), default=0)
     return Plan(
         budget_nbytes=budget_nbytes,
@@ -100,7 +112,7 @@ def make_plan(
         window_nbytes=working // 2 + min(spare // 3, 2 * largest_weight),
         gradients_nbytes=min(spare // 6, 2 * largest_weight),
         activations_nbytes=spare // 4,
-        staging_nbytes=min(spare + working, _staging(chunk_numel)),
+        staging_nbytes=min(staging, _staging(chunk_numel)),
     )
 
 
@@ -139,14 +151,23 @@ def _tile(chunk_numel: int) -> int:
     return _staging(chunk_numel) // _TILES_IN_FLIGHT
 
 
-def _smallest_budget(fixed_nbytes: int, working_nbytes: int, chunk_numel: int) -> int:
+def _at_once(working_nbytes: int, chunk_numel: int, step_in_backward: bool) -> int:
+    """What backward of the largest module and a tile of the step hold, in turn or together."""
+    both = (working_nbytes, _tile(chunk_numel))
+    return sum(both) if step_in_backward else max(both)
+
+
+def _smallest_budget(
+    fixed_nbytes: int, working_nbytes: int, chunk_numel: int, step_in_backward: bool
+) -> int:
     """Bytes that fit with the tiles that ``choose_chunk_numel`` picks for that very budget."""
-    needed = fixed_nbytes + max(working_nbytes, _tile(chunk_numel))
+    needed = fixed_nbytes + _at_once(working_nbytes, chunk_numel, step_in_backward)
     while True:
         chosen = choose_chunk_numel(_mib_ceil(needed) << 20)
-        if fixed_nbytes + _tile(chosen) <= needed:
+        fitting = fixed_nbytes + _at_once(working_nbytes, chosen, step_in_backward)
+        if fitting <= needed:
             return needed
-        needed = fixed_nbytes + _tile(chosen)
+        needed = fitting
 
 
 def _mib_ceil(nbytes: int) -> int:

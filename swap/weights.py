@@ -34,6 +34,7 @@ class Weight:
     mapped: MappedTensor
     residency: Residency = Residency.ABSENT
     resident: bool = False  # the plan keeps it in memory
+    held: bool = False  # a step is changing it in memory
     transfer: Transfer | None = field(default=None, repr=False)
 
     @property
@@ -130,6 +131,22 @@ class WeightSwapper:
             self._await(self.weights[name], "late")
         self._prefetch()
 
+    def hold(self, weight: Weight) -> None:
+        """Have ``weight`` in memory and keep it there until ``let_go``.
+
+        Raises:
+            TierIOError: a read failed.
+        """
+        weight.held = True
+        if weight.residency is Residency.ABSENT:
+            self._make_room(weight, force=True)
+            self._fetch(weight, urgent=True)
+        self._await(weight, "late")
+
+    def let_go(self, weight: Weight) -> None:
+        """``weight`` may be evicted again."""
+        weight.held = False
+
     def touch(self, name: str) -> None:
         """Note that backward has just finished with ``name``; moves nothing.
 
@@ -185,7 +202,7 @@ class WeightSwapper:
         candidates = [
             other
             for other in self._streaming.values()
-            if other.in_memory and other.name not in protected
+            if other.in_memory and not other.held and other.name not in protected
         ]
         distance = {other.name: self.trace.distance(other.name) for other in candidates}
         limit = -1 if force else self.trace.distance(weight.name)

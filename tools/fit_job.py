@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--nvme", type=Path)
     parser.add_argument("--commit", choices=["step", "never"], default="step")
     parser.add_argument("--record", type=Path)
+    parser.add_argument("--step-in-backward", action="store_true")
     parser.add_argument("--compute", action="store_true", help="measure resident compute only")
     arguments = parser.parse_args()
     if arguments.compute:
@@ -138,7 +139,13 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     engine = None
     if not plain:
-        engine = offload.attach(model, optimizer, record=arguments.record, commit=arguments.commit)
+        engine = offload.attach(
+            model,
+            optimizer,
+            record=arguments.record,
+            commit=arguments.commit,
+            config={"step_in_backward": arguments.step_in_backward},
+        )
     losses = []
     step_s = []
     for step in range(arguments.steps):

@@ -51,6 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="that the drive's data sheet promises, for example 600TB: tells how long it lasts",
     )
     parser.add_argument(
+        "--step-in-backward",
+        action="store_true",
+        default=None,
+        help="step each parameter as soon as its gradient is complete; excludes gradient clipping",
+    )
+    parser.add_argument(
+        "--accumulation-steps",
+        metavar="N",
+        help="backward passes that make one step, with --step-in-backward (default: 1)",
+    )
+    parser.add_argument(
         "--recompute",
         choices=["off", "tokenwise"],
         help="tokenwise: swap some token rows of what blocks save, rebuild the rest (default: off)",
@@ -78,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
         io_engine=arguments.io_engine,
         nvme_write_budget=arguments.nvme_write_budget,
         nvme_endurance=arguments.nvme_endurance,
+        step_in_backward=arguments.step_in_backward,
+        accumulation_steps=arguments.accumulation_steps,
         recompute=arguments.recompute,
         alpha=arguments.alpha,
     )

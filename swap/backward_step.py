@@ -1,0 +1,168 @@
+"""The optimizer steps inside backward: each parameter as soon as its gradient is complete.
+
+[Note: step in backward] When autograd has accumulated the last part of a gradient, the weight and
+the gradient are both in memory. Stepping there and then (LOMO, arXiv 2306.09782, section 3.1; the
+optimizer's states come and go by tiles) saves the gradient's trip to the drive and back and one
+read of the weight: 12 of 40 bytes that a parameter of an Adam-like step moves. And the moves hide
+behind the backward of the layers before it.
+
+What is computed is computed on the training thread, at the ends of accumulations, so nothing is
+ever stepped while a kernel reads it; lanes only move bytes. Where backward ends, everything has
+been stepped, written and published: the user's code never meets a half of a step. The price is
+that nothing may stand between backward and step: no clipping by a global norm, no loss scale, no
+skipped step. What tries to meets a ``ConsumedGradient``, which says so.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.allocator.errors import StepInterruptedError
+from offload.swap.consumed import consumed_gradient
+from offload.swap.optim_kinds import Kind
+from offload.swap.optimizer import StreamedOptimizer
+from offload.swap.pipeline import Target
+
+
+class BackwardStep:
+    """Steps parameters as their gradients arrive; called on the training thread only.
+
+    Args:
+        accumulation_steps: backward passes that make one step.
+        limit_nbytes: bytes of gradients that may wait for their step (back-pressure).
+        room: bytes left until the budget.
+        before_step: called before the first parameter of a step; may refuse it.
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedOptimizer,
+        *,
+        accumulation_steps: int,
+        limit_nbytes: int,
+        room: Callable[[], int],
+        before_step: Callable[[], None],
+    ) -> None:
+        self._streamed = streamed
+        self._weights = streamed.weights
+        self._journal = streamed.weights.journal
+        self._pipeline = streamed.pipeline
+        self._accumulation_steps = accumulation_steps
+        self._limit_nbytes = limit_nbytes
+        self._room = room
+        self._before_step = before_step
+        self._arrived: Counter[nn.Parameter] = Counter()  # gradients since the last step
+        self._groups: dict[nn.Parameter, dict[str, Any]] = {}  # of the present step
+        self._pending_nbytes = 0  # gradients whose parameters are being stepped
+        self._in_backward = False
+        self._spent_s = self._stalled_s = 0.0
+
+    def take(self, parameter: nn.Parameter) -> bool:
+        """A gradient has been accumulated; True if it was used up for the step.
+
+        Raises:
+            StepInterruptedError: one more than the step is made of.
+            TierIOError: a read or write failed.
+        """
+        self.check_whole()
+        self._arrived[parameter] += 1
+        if self._arrived[parameter] < self._accumulation_steps:
+            return False
+        name = self._streamed.name_of(parameter)
+        if self._arrived[parameter] > self._accumulation_steps:
+            raise StepInterruptedError(
+                f"the gradient of {name} {tuple(parameter.shape)} came "
+                f"{self._arrived[parameter]} times since the last optimizer.step(), "
+                f"{self._accumulation_steps} were expected, and it is stepped already: set "
+                "accumulation_steps to the number of backward passes of one step, or "
+                "step_in_backward=False"
+            )
+        group = self._group_of(parameter)
+        if group is None or not self._streamed.streams(parameter):
+            return False
+        began_s, stalled_s = time.perf_counter(), self._journal.totals.stall_s
+        self._in_backward = True
+        self._step(group, parameter, name)
+        self._spent_s += time.perf_counter() - began_s
+        self._stalled_s += self._journal.totals.stall_s - stalled_s
+        return True
+
+    def _group_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
+        if not self._groups:
+            self._before_step()
+            self._streamed.begin()
+            self._groups = {
+                parameter: group
+                for group in self._streamed.optimizer.param_groups
+                for parameter in group["params"]
+            }
+        return self._groups.get(parameter)
+
+    def _step(self, group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
+        if self._streamed.kind is Kind.PER_PARAMETER:
+            self._streamed.step_in_memory(group, parameter)
+            parameter.grad = consumed_gradient(parameter, name)
+            return
+        target = self._streamed.target(group, parameter, self._written)
+        self._weights.hold(target.weight)
+        self._pending_nbytes += target.gradient.nbytes
+        self._pipeline.add(group, [target])
+        parameter.grad = consumed_gradient(parameter, name)
+        self._pipeline.advance()
+        while self._pending_nbytes and (
+            self._pending_nbytes > self._limit_nbytes or self._room() < 0
+        ):
+            self._pipeline.advance_one()
+
+    def _written(self, target: Target) -> None:
+        self._streamed.publish(target)
+        self._weights.let_go(target.weight)
+        self._pending_nbytes -= target.gradient.nbytes
+        target.gradient = torch.empty(0)
+
+    def end_backward(self) -> None:
+        """Backward gives control to the user's code: finish what it began.
+
+        Raises:
+            TierIOError: a read or write failed.
+        """
+        if not self._in_backward:
+            return
+        began_s, stalled_s = time.perf_counter(), self._journal.totals.stall_s
+        self._pipeline.finish()
+        self._in_backward = False
+        self._spent_s += time.perf_counter() - began_s
+        self._stalled_s += self._journal.totals.stall_s - stalled_s
+
+    def check_whole(self) -> None:
+        """Raise unless the last backward ended.
+
+        Raises:
+            StepInterruptedError: it raised, after it had stepped some parameters.
+        """
+        if self._in_backward and torch._C._current_graph_task_id() == -1:
+            raise StepInterruptedError(
+                f"backward did not end, but {len(self._arrived)} weights had been stepped in it: "
+                "they are of no step now. Start the process again: it continues from the last "
+                "finished step"
+            )
+
+    def end_step(self) -> tuple[float, float]:
+        """``optimizer.step()`` was called; the seconds in ``take`` since the last one.
+
+        Returns:
+            Seconds in all, and those of it spent waiting for lanes.
+        """
+        spent = self._spent_s, self._stalled_s
+        self._arrived.clear()
+        self._groups = {}
+        self._spent_s = self._stalled_s = 0.0
+        return spent
+
+    def abandon(self) -> None:
+        """Let go of what an error left in flight."""
+        self._pipeline.abandon()

@@ -1,0 +1,308 @@
+"""Stepping inside backward gives the bits of a step behind it, and refuses what it can't do."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_exact_optimizers import OPTIMIZERS, make_model
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import offload
+from conftest import assert_same_weights
+from offload.allocator.errors import (
+    BudgetError,
+    ConfigError,
+    ConsumedGradientError,
+    StepInterruptedError,
+)
+from offload.engine import Engine
+from offload.tiers.events import Move
+
+STEPS = 12
+IN_BACKWARD = {"step_in_backward": True}
+
+
+@pytest.fixture(autouse=True)
+def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an end that is off every grid: 300 * 257 = 77,100 elements."""
+    monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: 64 * 160)
+
+
+def adamw(model: nn.Module) -> Any:
+    return torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+
+
+def loss_of(model: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(model(x) * model.scale, x) + model.empty.sum()
+
+
+def loop(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
+    losses = []
+    for _ in range(STEPS):
+        loss = loss_of(model, torch.randn(32, 300))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_gives_the_same_bits(name: str, compare: Any) -> None:
+    def make_optimizer(model: Any) -> Any:
+        return OPTIMIZERS[name]([p for p in model.parameters() if p.numel() or name != "adafactor"])
+
+    same = compare(make_model, make_optimizer, loop, config=IN_BACKWARD)
+    assert "gradient" not in same.moved_roles()
+    assert same.engine.step == STEPS
+
+
+def test_what_moves_is_the_least_that_a_step_needs(compare: Any) -> None:
+    same = compare(make_model, adamw, loop, config=IN_BACKWARD)
+    weights = [p for p in same.model.parameters() if p.numel() > 64 << 10]
+    stepped = sum(weight.numel() for weight in weights)
+    moves = [e for e in same.engine._journal.recorder.events if isinstance(e, Move)]
+
+    def moved(role: str, side: str) -> int:
+        chosen = [e for e in moves if e.role == role and getattr(e, side) != "host"]
+        return sum(e.nbytes for e in chosen)
+
+    assert moved("state", "dst") == STEPS * 12 * stepped  # {p, m, v}, once
+    assert moved("state", "src") == (STEPS - 1) * 8 * stepped  # {m, v}: p and g are in memory
+
+
+def test_gradients_accumulate_before_the_last_backward(compare: Any) -> None:
+    def accumulated(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
+        values = []
+        for _ in range(STEPS):
+            for part in range(3):
+                loss = loss_of(model, torch.randn(8, 300)) / 3
+                loss.backward()
+                values.append(loss.item())
+                if part < 2:  # the gradients so far are there to be read
+                    values.append(float(model[0].weight.grad.norm()))
+            optimizer.step()
+            optimizer.zero_grad()
+        return values
+
+    compare(make_model, adamw, accumulated, config={**IN_BACKWARD, "accumulation_steps": 3})
+
+
+def test_a_step_after_fewer_backwards_is_the_ordinary_one(compare: Any) -> None:
+    """The last batches of an epoch, say."""
+
+    def uneven(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
+        for parts in (3, 1, 3, 2):
+            for _ in range(parts):
+                loss_of(model, torch.randn(8, 300)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return []
+
+    compare(make_model, adamw, uneven, config={**IN_BACKWARD, "accumulation_steps": 3})
+
+
+def test_groups_schedules_and_unused_parameters(compare: Any) -> None:
+    def make_optimizer(model: Any) -> Any:
+        return torch.optim.AdamW(
+            [
+                {"params": model[0].parameters(), "lr": 1e-2, "weight_decay": 0.5},
+                {"params": [*model[2].parameters(), model.scale, model.empty], "amsgrad": True},
+            ],
+            lr=1e-3,
+        )
+
+    def scheduled(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=STEPS + 1)
+        losses = []
+        for step in range(STEPS):
+            x = torch.randn(32, 300)
+            hidden = F.gelu(model[0](x))
+            loss = F.mse_loss(model[2](hidden), x) if step % 3 else hidden.square().mean()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    compare(make_model, make_optimizer, scheduled, config=IN_BACKWARD)
+
+
+class Tied(nn.Module):
+    """A weight of two uses, blocks that are recomputed, one parameter in no optimizer."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.embedding = nn.Embedding(400, 96)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96))
+            for _ in range(3)
+        )
+        self.left_out = nn.Linear(96, 256)
+        self.head = nn.Linear(96, 400, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = x + block(x)
+            else:
+                x = x + checkpoint(block, x, use_reentrant=self.reentrant)
+        out: torch.Tensor = self.head(x) + 0 * self.left_out(x).sum()
+        return out
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_tied_weights_and_recomputed_blocks(reentrant: bool | None, compare: Any) -> None:
+    def tokens_loop(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
+        losses = []
+        for _ in range(STEPS):
+            tokens = torch.randint(400, (4, 64))
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+            loss.backward()
+            optimizer.step()
+            model.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def chosen(model: Any) -> Any:
+        left_out = set(model.left_out.parameters())
+        return torch.optim.AdamW([p for p in model.parameters() if p not in left_out], 1e-3)
+
+    compare(lambda: Tied(reentrant), chosen, tokens_loop, config=IN_BACKWARD)
+
+
+def test_weights_are_new_where_backward_ends(starve: Any) -> None:
+    """What the user's code reads between backward and step: never a half of a step."""
+    torch.manual_seed(0)
+    model: Any = make_model()
+    optimizer = adamw(model)
+    starve(model, optimizer, config=IN_BACKWARD)
+    loss_of(model, torch.randn(32, 300)).backward()
+    stepped = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.step()
+    after = model.state_dict()
+    for name in ("0.weight", "2.weight"):
+        assert torch.equal(after[name], stepped[name])
+    assert int(optimizer.state[model[0].weight]["step"]) == 1
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "clip_grad_norm_": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+    "clip_grad_value_": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1.0),
+    "norm": lambda model: model[0].weight.grad.norm(),
+    "data": lambda model: model[0].weight.grad.data,
+    "zero": lambda model: model.zero_grad(set_to_none=False),
+    "backward": lambda model: loss_of(model, torch.randn(4, 300)).backward(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_gradient_that_is_used_up_refuses_every_use(use: str, starve: Any) -> None:
+    model: Any = make_model()
+    starve(model, adamw(model), config=IN_BACKWARD)
+    loss_of(model, torch.randn(32, 300)).backward()
+    assert "0.weight" in repr(model[0].weight.grad)
+    with pytest.raises(ConsumedGradientError, match=r"weight .*step_in_backward=False"):
+        USES[use](model)
+
+
+def test_a_loss_scale_is_refused(starve: Any) -> None:
+    model: Any = make_model()
+    optimizer = adamw(model)
+    starve(model, optimizer, config=IN_BACKWARD)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(loss_of(model, torch.randn(4, 300))).backward()
+    with pytest.raises(ConsumedGradientError, match="unscale"):
+        scaler.step(optimizer)
+
+
+def test_more_backwards_than_were_announced(starve: Any) -> None:
+    model: Any = make_model()
+    starve(model, adamw(model), config=IN_BACKWARD)
+    loss_of(model, torch.randn(4, 300)).backward()
+    model.zero_grad()
+    with pytest.raises(StepInterruptedError, match=r"came 2 times.*1 were expected"):
+        loss_of(model, torch.randn(4, 300)).backward()
+
+
+def test_a_backward_that_fails_half_way(tmp_path: Any) -> None:
+    """Nothing goes on from a torn step, and the last finished one is what a new start finds."""
+    torch.manual_seed(0)
+    model: Any = make_model()
+    optimizer = adamw(model)
+    config = {**IN_BACKWARD, "nvme": tmp_path}
+    engine = offload.attach(model, optimizer, budget="8GiB", config=config)
+    loss_of(model, torch.randn(4, 300)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    finished = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fail(_gradient: torch.Tensor) -> None:
+        raise ArithmeticError("out of luck")
+
+    handle = model[0].weight.register_hook(fail)
+    loss = loss_of(model, torch.randn(4, 300))
+    with pytest.raises(ArithmeticError):
+        loss.backward()
+    handle.remove()
+    for use in (lambda: model(torch.randn(4, 300)), engine.commit, optimizer.step):
+        with pytest.raises(StepInterruptedError, match="continues from the last finished step"):
+            use()
+    with pytest.raises(StepInterruptedError), engine:
+        model(torch.randn(4, 300))
+    engine.detach()
+
+    fresh: Any = make_model()
+    with offload.attach(fresh, adamw(fresh), budget="8GiB", config=config) as again:
+        assert again.step == 1
+        assert all(torch.equal(value, finished[k]) for k, value in fresh.state_dict().items())
+
+
+def test_a_resumed_run_continues_bit_for_bit(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    plain: Any = make_model()
+    start = copy.deepcopy(plain.state_dict())
+    plain_losses = _train(plain, adamw(plain), range(6))
+    losses = []
+    for steps in (range(3), range(3, 6)):
+        model: Any = make_model()
+        model.load_state_dict(start)
+        optimizer = adamw(model)
+        config = {**IN_BACKWARD, "nvme": tmp_path / "store"}
+        with offload.attach(model, optimizer, budget="8GiB", config=config) as engine:
+            assert engine.step == steps.start
+            losses += _train(model, optimizer, steps)
+    assert losses == plain_losses
+    assert_same_weights(plain, model)
+
+
+def _train(model: Any, optimizer: Any, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        x = torch.randn(16, 300, generator=torch.Generator().manual_seed(step))
+        loss = loss_of(model, x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_accumulation_steps_alone_are_refused(tmp_path: Any) -> None:
+    model = make_model()
+    with pytest.raises(ConfigError, match="only step_in_backward uses accumulation_steps"):
+        offload.attach(model, adamw(model), nvme=tmp_path, config={"accumulation_steps": 2})
+
+
+def test_too_small_a_budget_names_one_that_fits(tmp_path: Any) -> None:
+    model = make_model()
+    with pytest.raises(BudgetError, match="beside it a tile of the optimizer step"):
+        offload.attach(model, adamw(model), budget="1MiB", nvme=tmp_path, config=IN_BACKWARD)
