@@ -1,5 +1,6 @@
 """Taking a model's weights over: from memory, from where they were built, or from a commit."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -81,6 +82,31 @@ def adopt_weights(
             parameter.data = weight.mapped.tensor
             by_parameter[parameter] = weight
     return by_parameter
+
+
+def check_unchanged(model: nn.Module, adopted: Mapping[nn.Parameter, Weight]) -> None:
+    """Raise unless the model has the parameters that were adopted, where they were.
+
+    Raises:
+        UnsupportedError: naming those that are new, gone or elsewhere, and what to do.
+    """
+    present = {one: name for name, one in model.named_parameters() if one.numel()}
+    problems = [
+        f"{name} {tuple(one.shape)} ({one.nbytes} bytes) is new"
+        for one, name in present.items()
+        if one not in adopted
+    ]
+    for one, weight in adopted.items():
+        if one not in present:
+            problems.append(f"{weight.name} is gone")
+        elif one.data_ptr() != weight.mapped.address:
+            problems.append(f"the .data of {weight.name} was replaced (copy into it instead)")
+    if problems:
+        raise UnsupportedError(
+            "the model's parameters changed after attach, so no step was taken: "
+            + "; ".join(problems[:5])
+            + ". Call engine.detach(), make the changes, then attach with another nvme= directory"
+        )
 
 
 def refuse_unmovable(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from offload.adopting import (
     adopt_weights,
     check_resume,
+    check_unchanged,
     refuse_unmovable,
     reserve_room,
     signature_of,
@@ -85,6 +86,7 @@ class Engine:
         self._signature = signature_of(model, optimizer)
         resuming = check_resume(runtime, self._signature)
         by_parameter = adopt_weights(model, runtime, self.weights, resuming=resuming)
+        self._adopted = by_parameter
         drop_unclaimed(runtime)
         self.weights.learn_order([name for info in census.modules for name in info.weights])
         self.gradients = GradientSwapper(
@@ -127,7 +129,7 @@ class Engine:
             self._keeper = StateKeeper(
                 runtime.store, runtime.governor, optimizer, names, runtime.chunk_numel
             )
-            streamed = StreamedOptimizer(
+            self._streamed = streamed = StreamedOptimizer(
                 optimizer,
                 self.weights,
                 by_parameter,
@@ -141,7 +143,7 @@ class Engine:
             self._step_hooks = StepHooks(
                 optimizer,
                 streamed,
-                self._replanner.check_fits,
+                self._before_step,
                 self._after_step,
                 self._backward_step,
             )
@@ -162,7 +164,7 @@ class Engine:
             accumulation_steps=config.accumulation_steps,
             limit_nbytes=self.plan.gradients_nbytes,
             room=self._runtime.governor.room,
-            before_step=self._replanner.check_fits,
+            before_step=self._before_step,
         )
         return self.gradients.stepper
 
@@ -217,6 +219,12 @@ class Engine:
         self.gradients.poll()
         if self._step_hooks is not None:
             self._step_hooks.be_innermost()
+
+    def _before_step(self) -> None:
+        """Gradients are complete, or the first is: refuse the step while nothing is lost."""
+        self._replanner.check_fits()
+        check_unchanged(self.model, self._adopted)
+        self._streamed.check_states()
 
     def _after_step(self, optimizer_s: float, stall_s: float) -> None:
         """The step's updates are in the store; ``stall_s`` is what the optimizer waited."""

@@ -55,37 +55,41 @@ class BackwardStep:
         self._limit_nbytes = limit_nbytes
         self._room = room
         self._before_step = before_step
-        self._arrived: Counter[nn.Parameter] = Counter()  # gradients since the last step
+        self._arrived: Counter[nn.Parameter] = Counter()  # parts of the present gradient
+        self._stepped: set[nn.Parameter] = set()  # since the last step
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}  # of the present step
         self._pending_nbytes = 0  # gradients whose parameters are being stepped
         self._in_backward = False
         self._spent_s = self._stalled_s = 0.0
 
-    def take(self, parameter: nn.Parameter) -> bool:
+    def take(self, parameter: nn.Parameter, *, fresh: bool) -> bool:
         """A gradient has been accumulated; True if it was used up for the step.
+
+        Args:
+            fresh: there was none before: this is its first part.
 
         Raises:
             StepInterruptedError: one more than the step is made of.
             TierIOError: a read or write failed.
         """
         self.check_whole()
-        self._arrived[parameter] += 1
-        if self._arrived[parameter] < self._accumulation_steps:
-            return False
+        self._arrived[parameter] = 1 if fresh else self._arrived[parameter] + 1
         name = self._streamed.name_of(parameter)
-        if self._arrived[parameter] > self._accumulation_steps:
+        if parameter in self._stepped:
             raise StepInterruptedError(
-                f"the gradient of {name} {tuple(parameter.shape)} came "
-                f"{self._arrived[parameter]} times since the last optimizer.step(), "
-                f"{self._accumulation_steps} were expected, and it is stepped already: set "
+                f"a gradient of {name} {tuple(parameter.shape)} came before optimizer.step(), but "
+                f"it was stepped already, after {self._accumulation_steps} of them: set "
                 "accumulation_steps to the number of backward passes of one step, or "
                 "step_in_backward=False"
             )
+        if self._arrived[parameter] < self._accumulation_steps:
+            return False
         group = self._group_of(parameter)
         if group is None or not self._streamed.streams(parameter):
             return False
         began_s, stalled_s = time.perf_counter(), self._journal.totals.stall_s
         self._in_backward = True
+        self._stepped.add(parameter)
         self._step(group, parameter, name)
         self._spent_s += time.perf_counter() - began_s
         self._stalled_s += self._journal.totals.stall_s - stalled_s
@@ -146,7 +150,7 @@ class BackwardStep:
         """
         if self._in_backward and torch._C._current_graph_task_id() == -1:
             raise StepInterruptedError(
-                f"backward did not end, but {len(self._arrived)} weights had been stepped in it: "
+                f"backward did not end, but {len(self._stepped)} weights had been stepped in it: "
                 "they are of no step now. Start the process again: it continues from the last "
                 "finished step"
             )
@@ -159,6 +163,7 @@ class BackwardStep:
         """
         spent = self._spent_s, self._stalled_s
         self._arrived.clear()
+        self._stepped.clear()
         self._groups = {}
         self._spent_s = self._stalled_s = 0.0
         return spent

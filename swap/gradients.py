@@ -36,8 +36,8 @@ MIN_NBYTES = 64 << 10  # smaller gradients cost more to move than to keep
 class Stepper(Protocol):
     """Steps parameters inside backward, if that was asked for."""
 
-    def take(self, parameter: nn.Parameter) -> bool:
-        """A gradient has been accumulated; True if it was used up."""
+    def take(self, parameter: nn.Parameter, *, fresh: bool) -> bool:
+        """A gradient has been accumulated, the first part of it if ``fresh``; True: used up."""
 
     def end_backward(self) -> None:
         """Backward gives control to the user's code."""
@@ -117,9 +117,13 @@ class GradientSwapper:
 
     def _step(self, parameter: nn.Parameter, stepper: Stepper) -> bool:
         """Whether the gradient was used up; an earlier part of it is back from its way by then."""
+        assert parameter.grad is not None
+        address, home = parameter.grad.data_ptr(), self.homes.get(parameter)
+        earlier = [left.tensor.data_ptr() for left in self._leaving if left.parameter is parameter]
+        fresh = address not in [*earlier, home.address if home is not None else None]
         while any(left.parameter is parameter for left in self._leaving):
             self._await_oldest("drain")
-        return stepper.take(parameter)
+        return stepper.take(parameter, fresh=fresh)
 
     def _leave(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         home = self._home(parameter)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from offload.allocator.errors import UnsupportedError
 from offload.swap.consumed import ConsumedGradient
 from offload.swap.gradients import GradientSwapper
 from offload.swap.optim_kinds import Kind, kind_of, state_specs, step_on
@@ -71,6 +72,24 @@ class StreamedOptimizer:
         """A step begins: now, or as backward produces its first gradient."""
         if self._known is None:
             self._known = set(self.optimizer.state)
+
+    def check_states(self) -> None:
+        """Raise if a state can't be its parameter's.
+
+        Raises:
+            UnsupportedError: naming the state and both shapes.
+        """
+        if self.kind is not Kind.ELEMENTWISE:
+            return  # factored states, say, have shapes of their own
+        for parameter, weight in self._by_parameter.items():
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                large = isinstance(value, torch.Tensor) and is_large(value)
+                if large and value.shape != parameter.shape:
+                    raise UnsupportedError(
+                        f"the optimizer's state {name} of {weight.name} has the shape "
+                        f"{tuple(value.shape)}, the parameter has {tuple(parameter.shape)}, so no "
+                        "step was taken: load the state_dict that belongs to this model"
+                    )
 
     def step(self) -> None:
         """One optimizer step over all groups; gradients must be complete.
