@@ -75,6 +75,7 @@ class StepHooks:
             self._streamed.weights.evict_streaming()
         else:
             self._in_backward.check_whole()
+            self._streamed.weights.settle()  # a step must not meet a fetch of its weight
             spent_s, stalled_s = self._in_backward.end_step()
         self._streamed.step()
         self._times = (

@@ -175,15 +175,14 @@ class StreamedOptimizer:
                 self.keeper.absorb(parameter)
 
     def _step_tiled(self, group: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
-        written: list[Target] = []
         try:
-            targets = [self.target(group, one, written.append) for one in parameters]
+            targets = [self.target(group, one, _not_yet) for one in parameters]
             self.pipeline.add(group, targets)
             self.pipeline.finish()
         except BaseException:
             self.pipeline.abandon()
             raise
-        for target in written:  # all or, after an error, none
+        for target in targets:  # all or, after an error, none
             self.publish(target)
 
     def target(
@@ -228,3 +227,7 @@ class StreamedOptimizer:
                 shown[name] = value
         if shown:
             self.optimizer.state[target.parameter] = shown
+
+
+def _not_yet(_target: Target) -> None:
+    """It is published with the others."""

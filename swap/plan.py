@@ -99,18 +99,18 @@ def make_plan(
             budget_nbytes=budget_nbytes,
         )
     spare = budget_nbytes - fixed - working
-    if step_in_backward:
+    if step_in_backward:  # gradients wait for tiles, weights are needed for one use less
         spare -= _tile(chunk_numel)
-        staging = _tile(chunk_numel) + spare // 5
+        staging, window, gradients = _tile(chunk_numel) + spare // 5, spare // 6, spare // 3
     else:
-        staging = spare + working
+        staging, window, gradients = spare + working, spare // 3, spare // 6
     largest_weight = max((weight.nbytes for weight in census.weights), default=0)
     return Plan(
         budget_nbytes=budget_nbytes,
         baseline_nbytes=baseline_nbytes,
         working_nbytes=working,
-        window_nbytes=working // 2 + min(spare // 3, 2 * largest_weight),
-        gradients_nbytes=min(spare // 6, 2 * largest_weight),
+        window_nbytes=working // 2 + min(window, 2 * largest_weight),
+        gradients_nbytes=min(gradients, 2 * largest_weight),
         activations_nbytes=spare // 4,
         staging_nbytes=min(staging, _staging(chunk_numel)),
     )

@@ -147,6 +147,15 @@ class WeightSwapper:
         """``weight`` may be evicted again."""
         weight.held = False
 
+    def settle(self) -> None:
+        """Wait for fetches in flight.
+
+        Raises:
+            TierIOError: one failed.
+        """
+        for weight in self.weights.values():
+            self._await(weight, "drain")
+
     def touch(self, name: str) -> None:
         """Note that backward has just finished with ``name``; moves nothing.
 

@@ -1,14 +1,24 @@
-"""How close the streamed AdamW step comes to the disk's own limit, measured side by side.
+"""The optimizer step: close to the disk's own limit, and beside plain PyTorch and DeepSpeed.
 
-A model's weights, gradients and states live on the disk; one step reads {p, g, m, v} and writes
-{p, m, v}. The limit moves as many bytes, mixed in the same proportion, by plain direct I/O.
+First the streamed AdamW step alone. A model's weights, gradients and states live on the disk; one
+step reads {p, g, m, v} and writes {p, m, v}. The limit moves as many bytes, mixed in the same
+proportion, by plain direct I/O.
+
+Then whole training steps of one model in processes of their own: plain PyTorch in memory; Offload
+with everything on a file, the optimizer behind backward and in it; DeepSpeed's ZeRO-3 with the
+optimizer on NVMe, where it is installed. What a way costs is its step beyond the forward and
+backward of plain PyTorch; bytes are the kernel's count for the process.
 """
 
+import json
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +26,14 @@ from torch import nn
 import offload
 from benchlib import Result, arguments, finish, quantiles
 from iolimit import DiskLimit
+from optimizer_job import WAYS
 
 REPEATS = 5
+WARM_UPS = 2  # states are made in the first step, pages are warm after the second
+# Shares of plain PyTorch's peak resident set that Offload gets.
+BUDGETS = {"tiny": 1.5, "70M": 0.45, "350M": 0.35}
+_JOB = Path(__file__).with_name("optimizer_job.py")
+_MIB = 1 << 20
 
 
 class Weights(nn.Module):
@@ -33,45 +49,123 @@ class Weights(nn.Module):
         return torch.stack([matrix.sum() for matrix in self.matrices]).sum()
 
 
+def alone(result: Result, folder: Path, *, quick: bool) -> None:
+    """The streamed step against the disk's own limit."""
+    count, width = (4, 1024) if quick else (48, 2048)
+    ratios, limits, rates, seconds = [], [], [], []
+    with offload.init(budget="host=1400MiB", nvme=folder):
+        model = Weights(count, width)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    with offload.attach(model, optimizer, commit="manual") as engine:
+        engine.keep_streaming()
+        moved = 7 * 4 * count * width * width
+        limit = DiskLimit(folder, min(moved, 4 << 30))
+        for repeat in range(REPEATS + WARM_UPS):
+            model().backward()
+            engine.gradients.drain()
+            began_s = time.perf_counter()
+            optimizer.step()
+            step_s = time.perf_counter() - began_s
+            optimizer.zero_grad()
+            ceiling = limit.mixed_bytes_per_s(4 / 7, moved)
+            if repeat < WARM_UPS:
+                continue
+            rates.append(moved / step_s)
+            limits.append(ceiling)
+            ratios.append(rates[-1] / ceiling)
+            seconds.append(step_s)
+        limit.close()
+    result.add(
+        model=f"{count * width * width / 1e6:.0f}M of matrices",
+        way="streamed step alone",
+        step_s=statistics.median(seconds),
+        moved_bytes_per_s=statistics.median(rates),
+        disk_bytes_per_s=statistics.median(limits),
+        share_min_median_max=quantiles(ratios),
+    )
+    if not quick:
+        result.check("share of the mixed read/write limit", statistics.median(ratios), 0.9)
+
+
+def beside(result: Result, size: str, folder: Path) -> None:
+    """Whole steps of one model, every way."""
+    runs: dict[str, dict[str, Any]] = {}
+    for way in WAYS:
+        most = BUDGETS[size] * runs["plain"]["peak_nbytes"] if runs else 0
+        figures, why = _run(size, way, f"host={int(most) // _MIB}MiB", folder)
+        if figures is None:
+            result.notes.append(f"{size}, {way}: could not be run: {why}")
+            result.at_most(f"{size}, {way}: could not be run", 1, 0)
+            continue
+        runs[way] = figures
+        compute_s = runs["plain"]["step_s"] - runs["plain"]["visible_s"]
+        figures["cost_s"] = figures["step_s"] - compute_s
+        result.add(model=size, way=way, **figures)
+    if size != "tiny":
+        _check(result, size, runs)
+
+
+def _run(size: str, way: str, budget: str, folder: Path) -> tuple[dict[str, Any] | None, str]:
+    store = folder / "job"
+    command = [sys.executable, str(_JOB), "--size", size, "--way", way, "--nvme", str(store)]
+    command += ["--steps", str(REPEATS + WARM_UPS), "--budget", budget]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    shutil.rmtree(store, ignore_errors=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        tail = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        return None, f"exit code {done.returncode}: {''.join(tail)[:300]}"
+    job = json.loads(lines[-1])
+
+    def median(name: str) -> float:
+        return float(statistics.median(job[name][WARM_UPS:]))
+
+    return {
+        "step_s": median("steps_s"),
+        "visible_s": median("visible_s"),
+        "read_nbytes": int(median("read_nbytes")),
+        "written_nbytes": int(median("written_nbytes")),
+        "peak_nbytes": job["peak_nbytes"],
+        "last_loss": job["losses"][-1],
+    }, ""
+
+
+def _check(result: Result, size: str, runs: dict[str, dict[str, Any]]) -> None:
+    plain, ours = runs["plain"], runs.get("in backward")
+    if ours is None:
+        return
+    same = ours["last_loss"] == plain["last_loss"]
+    result.check(f"{size}: the loss is plain PyTorch's, bit for bit", float(same), 1)
+    share = ours["peak_nbytes"] / plain["peak_nbytes"]
+    result.at_most(f"{size}: peak resident set over plain PyTorch's", share, BUDGETS[size])
+    peers = [figures for way, figures in runs.items() if way.startswith("deepspeed")]
+    if not peers:
+        return
+    cost_s = min(peer["cost_s"] for peer in peers)
+    result.check(f"{size}: cost of DeepSpeed's best over ours", cost_s / ours["cost_s"], 2)
+    visible_s = min(peer["visible_s"] for peer in peers)
+    result.at_most(
+        f"{size}: part behind backward over DeepSpeed's", ours["visible_s"] / visible_s, 0.25
+    )
+    leanest = min(peer["peak_nbytes"] for peer in peers)
+    result.at_most(
+        f"{size}: peak resident set over DeepSpeed's leanest", ours["peak_nbytes"] / leanest, 0.3
+    )
+
+
 def main() -> int:
     """Run and print."""
-    options = arguments(__doc__ or "").parse_args()
-    count, width = (4, 1024) if options.quick else (48, 2048)
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--sizes", nargs="*", choices=BUDGETS, help="models of the second part")
+    options = parser.parse_args()
     options.nvme.mkdir(parents=True, exist_ok=True)
-    ratios, limits, rates, seconds = [], [], [], []
+    result = Result("The optimizer step: the disk's limit, plain PyTorch, DeepSpeed")
     with tempfile.TemporaryDirectory(dir=options.nvme) as folder:
-        with offload.init(budget="host=1400MiB", nvme=folder):
-            model = Weights(count, width)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        with offload.attach(model, optimizer, commit="manual") as engine:
-            engine.keep_streaming()
-            moved = 7 * 4 * count * width * width
-            limit = DiskLimit(Path(folder), min(moved, 4 << 30))
-            for repeat in range(REPEATS + 2):
-                model().backward()
-                engine.gradients.drain()
-                began_s = time.perf_counter()
-                optimizer.step()
-                step_s = time.perf_counter() - began_s
-                optimizer.zero_grad()
-                ceiling = limit.mixed_bytes_per_s(4 / 7, moved)
-                if repeat < 2:  # the first step has no states to read, the second warms up
-                    continue
-                rates.append(moved / step_s)
-                limits.append(ceiling)
-                ratios.append(rates[-1] / ceiling)
-                seconds.append(step_s)
-            limit.close()
-    result = Result("Streamed AdamW step against the disk's own limit")
-    result.add(
-        parameters=count * width * width,
-        step_s=statistics.median(seconds),
-        streamed_bytes_per_s=statistics.median(rates),
-        limit_bytes_per_s=statistics.median(limits),
-        ratio_min_median_max=quantiles(ratios),
-    )
-    if not options.quick:
-        result.check("share of the mixed read/write limit", statistics.median(ratios), 0.85)
+        alone(result, Path(folder), quick=options.quick)
+    default = ["tiny"] if options.quick else ["70M", "350M"]
+    for size in default if options.sizes is None else options.sizes:
+        with tempfile.TemporaryDirectory(dir=options.nvme) as folder:
+            beside(result, size, Path(folder))
     return finish(result, options.json)
 
 

@@ -1,5 +1,6 @@
 """Keeps saved tensors behind a link of a given rate, in memory: what a bench compares."""
 
+import math
 import time
 import weakref
 from collections import deque
@@ -35,12 +36,12 @@ class Clock:
 
 
 class _Stored:
-    """A storage that is away: when its write ends, and when its bytes will be back."""
+    """A storage: when its write ends, once it was sent, and when its bytes will be back."""
 
-    def __init__(self, tensor: torch.Tensor, written_s: float) -> None:
+    def __init__(self, tensor: torch.Tensor) -> None:
         self.memory = tensor.untyped_storage()
         self.nbytes = self.memory.nbytes()
-        self.written_s = written_s
+        self.written_s: float | None = None
         self.back_s: float | None = None
 
 
@@ -51,9 +52,10 @@ class _Handle:
 
 
 class ThrottledKeeper:
-    """Every storage is written and read back once, in order, at ``bytes_per_s``.
+    """Storages are written and read back once, in order, at ``bytes_per_s``.
 
-    The bytes stay in memory; what is throttled is the time at which they are away and back.
+    As in the tensor cache the newest ones stay, ``limit_nbytes`` of them, and the oldest is sent
+    first. The bytes are in memory all the time; what is throttled is when they are away and back.
     ``window_nbytes`` may be on their way before whoever sends or asks for more waits. Reads are
     issued ahead, newest first, as backward asks for them.
     """
@@ -62,6 +64,7 @@ class ThrottledKeeper:
         self,
         bytes_per_s: float,
         window_nbytes: int,
+        limit_nbytes: int,
         weights: Sequence[torch.Tensor],
         clock: Clock,
     ) -> None:
@@ -72,6 +75,8 @@ class ThrottledKeeper:
         self._window_s = window_nbytes / bytes_per_s
         self._weights = {weight.untyped_storage()._cdata for weight in weights}
         self._free_s = 0.0  # when the link has nothing left to do
+        self._limit_nbytes = limit_nbytes
+        self._staying: deque[weakref.ref[_Stored]] = deque()  # oldest first
         self._known: weakref.WeakValueDictionary[int, _Stored] = weakref.WeakValueDictionary()
         self._order: deque[weakref.ref[_Stored]] = deque()
 
@@ -82,11 +87,24 @@ class ThrottledKeeper:
             return tensor.detach()
         stored = self._known.get(memory._cdata)
         if stored is None or stored.back_s is not None:
-            stored = _Stored(tensor, self._move(memory.nbytes()))
+            stored = _Stored(tensor)
             self._known[memory._cdata] = stored
             self._order.append(weakref.ref(stored))
-            self._wait_until(self._free_s - self._window_s)
+            self._staying.append(weakref.ref(stored))
+            self._send_oldest()
         return _Handle(stored, tensor)
+
+    def _send_oldest(self) -> None:
+        """Send what exceeds the limit."""
+        living = [stored for ref in self._staying if (stored := ref()) is not None]
+        excess = sum(stored.nbytes for stored in living) - self._limit_nbytes
+        while excess > 0:
+            oldest = living.pop(0)
+            excess -= oldest.nbytes
+            if oldest.back_s is None:
+                oldest.written_s = self._move(oldest.nbytes)
+                self._wait_until(self._free_s - self._window_s)
+        self._staying = deque(map(weakref.ref, living))
 
     def unpack(self, packed: Any) -> torch.Tensor:
         """Wait until the bytes are back; ask for what was packed just before."""
@@ -117,14 +135,17 @@ class ThrottledKeeper:
         """Memory is not bounded here."""
 
     def links(self) -> Sequence[Link]:
-        """The one link, with room for everything."""
-        return (Link(name="throttled", bytes_per_s=self.bytes_per_s, free_nbytes=float(1 << 50)),)
+        """Memory for what stays, and the one link, with room for everything."""
+        return (
+            Link(name="memory", bytes_per_s=math.inf, free_nbytes=float(self._limit_nbytes)),
+            Link(name="throttled", bytes_per_s=self.bytes_per_s, free_nbytes=float(1 << 50)),
+        )
 
     def _ask(self, stored: _Stored) -> None:
         if stored.back_s is not None:
             return
         now_s = self._clock.now_s()
-        if stored.written_s > now_s:  # still here: forwarded
+        if stored.written_s is None or stored.written_s > now_s:  # still here
             stored.back_s = now_s
         else:
             stored.back_s = self._move(stored.nbytes)

@@ -13,7 +13,7 @@ in backward are checked by version and storage.
 """
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,9 +150,10 @@ class BlockPass:
         """Everything that backward needs from the keeper, in the order of need."""
         return [*self.packed_sources.values(), *self.packed_heads.values()]
 
-    def check_weights(self) -> None:
-        """Raises RuntimeError if a parameter was changed since forward."""
-        for name, (version, storage) in self._versions.items():
+    def check_weights(self, names: Iterable[str]) -> None:
+        """Raises RuntimeError if one of these parameters was changed since forward."""
+        for name in names:
+            version, storage = self._versions[name]
             tensor = self.weights.tensors[name]
             if tensor._version != version or _storage_of(tensor) != storage:
                 raise RuntimeError(
@@ -176,7 +177,7 @@ class BlockPass:
             RuntimeError: a source or a parameter was modified in place.
         """
         assert self.replay is not None
-        self.check_weights()
+        self.check_weights(self.replay.weights_of(roots))
         needed = self.replay.sources_of(roots)
         packed = [self.packed_sources[value] for value in needed]
         self.keeper.prefetch([*packed, *(self.packed_heads[storage] for storage in heads)])
@@ -208,7 +209,7 @@ class BlockPass:
         sink: Sink,
     ) -> None:
         """Execute ``replay`` with the block's weights as they are now."""
-        self.keeper.use_weights([self.weights.tensors[name] for name in replay.weights])
+        self.keeper.use_weights([self.weights.tensors[name] for name in replay.weights_of(roots)])
         replay.run(roots, sources, self.weights.tensors, sink)
 
 

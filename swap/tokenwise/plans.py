@@ -5,6 +5,7 @@ with what was saved. A storage that differs is swapped whole from then on; it be
 that what comes after it is rebuilt from its saved rows and gets its own comparison.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from offload.swap.tokenwise.passes import BlockPass
 from offload.swap.tokenwise.program import Program
 from offload.swap.tokenwise.record import Recorder
 from offload.swap.tokenwise.replay import GRID_ROWS, Replay, cuts
-from offload.swap.tokenwise.solve import BlockCost, Link, Solution, solve, step_s
+from offload.swap.tokenwise.solve import BlockCost, Link, Solution, step_s, thriftiest
+from offload.swap.tokenwise.trials import ALIKE, Choice, Trials
 
 _MOST_DIVERGENCES = 3
 _WORTHWHILE = 0.95  # another cut is verified and taken if its step is this much shorter
@@ -80,6 +82,7 @@ class BlockPlan:
         program: what the block executes, once it is known.
         measurements: what it costs.
         gave_up: why nothing is rebuilt, if that is settled.
+        trials: of passes that begin with this block, once alpha is solved.
     """
 
     def __init__(
@@ -101,7 +104,8 @@ class BlockPlan:
         self._chain: Chain | None = None
         self._failed: dict[int, str] = {}
         self._verified: dict[int, Replay] = {}
-        self._cut = rows
+        self._cut = self._solved_cut = rows
+        self.trials: Trials | None = None
         self._divergences = 0
         self._worst_error = 0.0
         self._solution: Solution | None = None
@@ -117,7 +121,7 @@ class BlockPlan:
                 f"takes {GRID_ROWS} rows on each side"
             )
 
-    def wants_a_look(self, links: Callable[[], Sequence[Link]]) -> bool:
+    def wants_a_look(self, links: Callable[[], Sequence[Link]], choice: Choice) -> bool:
         """Whether a forward that begins is to be recorded: not where nothing would be rebuilt."""
         if self.gave_up is not None:
             return False
@@ -125,7 +129,14 @@ class BlockPlan:
             return True
         if self._settings.alpha == "auto":
             self._solve(links())
+            self._cut = self._cut_of(choice)
         return self._cut != self.rows
+
+    def _cut_of(self, choice: Choice) -> int:
+        if self._solution is None:
+            return self._cut
+        extremes = {Choice.REBUILT: cuts(self.rows)[0], Choice.SWAPPED: self.rows}
+        return extremes.get(choice, self._solved_cut)
 
     def begin(self) -> tuple[Replay | None, bool]:
         """A forward begins: what it may leave to be rebuilt, and whether that is to be verified."""
@@ -161,7 +172,9 @@ class BlockPlan:
                 for replay in self._verified.values():  # once more, now that all is warm
                     self._compare(replay, block_pass)
                 self._solve(links())
-                self._verify(block_pass)
+                for choice in (Choice.REBUILT, Choice.SOLVED):
+                    self._cut = self._cut_of(choice)
+                    self._verify(block_pass)
         if not self._chain.targets:
             self.gave_up = "none of its saved tensors can be rebuilt row by row: " + "; ".join(
                 reason for reason, _ in self.report().whole
@@ -230,12 +243,19 @@ class BlockPlan:
             )
             for link in links
         ]
-        found = solve(cost, mine, cuts(self.rows))
-        now_s = step_s(cost, mine, self._cut / self.rows)
-        first = self._solution is None
-        if first or found.step_s < _WORTHWHILE * now_s or self._cut not in self._verified:
+        found = thriftiest(cost, mine, cuts(self.rows), within=ALIKE)
+        now_s = step_s(cost, mine, self._solved_cut / self.rows)
+        if self._solution is None or found.step_s < _WORTHWHILE * now_s:
             self._solution = found
-            self._cut = found.cut
+            if self.trials is None or self._solved_cut != found.cut:
+                self._solved_cut = found.cut
+                self.trials = self._new_trials(room_for_all=math.isfinite(step_s(cost, mine, 1)))
+
+    def _new_trials(self, *, room_for_all: bool) -> Trials:
+        """[Note: trials] in ``trials``; choices that cut alike are one."""
+        possible = [choice for choice in Choice if room_for_all or choice is not Choice.SWAPPED]
+        by_cut = {self._cut_of(choice): choice for choice in possible}
+        return Trials(list(by_cut.values()))
 
     # Whether it is right.
 

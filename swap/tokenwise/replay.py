@@ -1,7 +1,7 @@
 """Executes the operations of a chain once more, on the tail of the rows only."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -136,14 +136,7 @@ class Replay:
                     ),
                 )
             )
-        self.weights = tuple(
-            dict.fromkeys(
-                name
-                for index in chain.nodes
-                for value in program.nodes[index].refs()
-                if (name := program.values[value].name) is not None
-            )
-        )
+        self.weights = self._read_by(self._steps)
 
     def _steps_of(self, roots: Collection[int]) -> tuple[list[_Step], list[int]]:
         """The steps behind some of the targets, and the sources that they start from."""
@@ -160,6 +153,15 @@ class Replay:
         found = steps, [value for value in self.chain.sources if value in needed]
         self._known[key] = found
         return found
+
+    def _read_by(self, steps: Iterable[_Step]) -> tuple[str, ...]:
+        refs = (value for step in steps for value in step.node.refs())
+        names = (self._values[value].name for value in refs)
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    def weights_of(self, roots: Collection[int]) -> tuple[str, ...]:
+        """The parameters and buffers that rebuilding these targets reads."""
+        return self._read_by(self._steps_of(roots)[0])
 
     def sources_of(self, roots: Collection[int]) -> list[int]:
         """The sources that rebuilding these targets starts from."""

@@ -19,7 +19,7 @@ ends, or it is that at 1.
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,17 +143,59 @@ def solve(cost: BlockCost, links: Sequence[Link], cuts: Sequence[int]) -> Soluti
     if not cuts:
         raise ValueError("no cut was given to choose from")
     rows = cuts[-1]
-    nearby = {cuts[0], rows}
-    for alpha in _breakpoints(cost, links):
-        position = bisect.bisect_left(cuts, alpha * rows)
-        nearby.update(cuts[max(position - 1, 0) : position + 1])
-    best = min(nearby, key=lambda cut: (step_s(cost, links, cut / rows), -cut))
+    best = _least(cost, links, cuts, rows)
     seconds = step_s(cost, links, best / rows)
     fits = math.isfinite(seconds)
     late_s = max(carry_s(cost.whole_nbytes, links) - cost.forward_s, 0.0)
     if not fits:
         best = cuts[0]  # the fewest bytes
     return Solution(cut=best, alpha=best / rows, step_s=seconds, late_s=late_s, fits=fits)
+
+
+def thriftiest(
+    cost: BlockCost, links: Sequence[Link], cuts: Sequence[int], *, within: float
+) -> Solution:
+    """The cut that moves the fewest bytes, of those whose step is ``within`` times the shortest.
+
+    Steps that measurements can't tell apart are equal; of these the one with the least traffic
+    wears a drive least, and leaves most of the link to what the model does not know of.
+
+    Raises:
+        ValueError: no cut to choose from.
+    """
+    best = solve(cost, links, cuts)
+    if not best.fits or len(cuts) == 1:
+        return best
+    rows, limit_s = cuts[-1], within * best.step_s
+
+    def seconds(cut: int) -> float:
+        return step_s(cost, links, cut / rows)
+
+    last = cuts.index(_least(cost, links, cuts[:-1], rows))
+    if seconds(cuts[last]) > limit_s:
+        return best  # all rows, for only 1 has a step of its own
+    # Up to its least value below 1 the step only falls.
+    cut = cuts[bisect.bisect_left(cuts, -limit_s, hi=last, key=lambda cut: -seconds(cut))]
+    return replace(best, cut=cut, alpha=cut / rows, step_s=seconds(cut))
+
+
+def less_room(links: Sequence[Link], nbytes: float) -> list[Link]:
+    """``links`` after others have taken ``nbytes`` of the free bytes, of the fastest link first."""
+    left: list[Link] = []
+    for link in sorted(links, key=lambda link: -link.bytes_per_s):
+        taken = min(nbytes, link.free_nbytes)
+        nbytes -= taken
+        left.append(replace(link, free_nbytes=link.free_nbytes - taken))
+    return left
+
+
+def _least(cost: BlockCost, links: Sequence[Link], cuts: Sequence[int], rows: int) -> int:
+    """The cut with the shortest step; of equal ones the one that rebuilds least."""
+    nearby = {cuts[0], cuts[-1]}
+    for alpha in _breakpoints(cost, links):
+        position = bisect.bisect_left(cuts, alpha * rows)
+        nearby.update(cuts[max(position - 1, 0) : position + 1])
+    return min(nearby, key=lambda cut: (step_s(cost, links, cut / rows), -cut))
 
 
 def _breakpoints(cost: BlockCost, links: Sequence[Link]) -> list[float]:

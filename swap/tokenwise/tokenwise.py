@@ -18,11 +18,14 @@ from torch import nn
 from offload.swap.tokenwise.blocks import find_blocks
 from offload.swap.tokenwise.keeper import Keeper
 from offload.swap.tokenwise.measure import Measurements  # noqa: TC001 (as Keeper)
+from offload.swap.tokenwise.outside import OutsideBytes
 from offload.swap.tokenwise.passes import BlockPass, RowsHandle, Weights
 from offload.swap.tokenwise.plans import BlockPlan, PlanReport, Settings
 from offload.swap.tokenwise.program import Program  # noqa: TC001 (as Keeper)
 from offload.swap.tokenwise.rebuild import Rebuilder
 from offload.swap.tokenwise.record import PLAIN, Recorder
+from offload.swap.tokenwise.solve import Link, less_room
+from offload.swap.tokenwise.trials import Choice
 from offload.swap.uncompiled import is_compiled_wrapper, uncompiled
 
 _MOST_SHAPES = 64  # plans that one block keeps; the least recently used one goes
@@ -35,6 +38,16 @@ class _Block:
         self.name = name
         self.module = module
         self.plans: OrderedDict[Any, BlockPlan] = OrderedDict()
+
+
+@dataclass(slots=True)
+class _Pass:
+    """A forward of the model and its backward, from its first block on."""
+
+    plan: BlockPlan  # of that block
+    choice: Choice
+    began_s: float
+    clean: bool = True  # nothing was verified, which takes time
 
 
 @dataclass(slots=True)
@@ -78,6 +91,9 @@ class TokenWise:
         self._clock = clock
         self._running: _Running | None = None
         self._previous: weakref.ref[BlockPass] | None = None
+        self._outside = OutsideBytes(model)
+        self._pass: _Pass | None = None
+        self._watched_task = -1  # of autograd
         self._measurements: dict[Program, Measurements] = {}
         self._rebuilder = Rebuilder(keeper, clock, rounding=rounding)
         found = find_blocks(model, settings.blocks)
@@ -115,6 +131,7 @@ class TokenWise:
         """Called by autograd for each tensor that it saves."""
         running = self._running
         if running is None:
+            self._outside.saved(tensor)
             return self.keeper.pack(tensor)
         began_s = self._clock()
         if running.recording is None or not _plain(tensor):
@@ -133,6 +150,7 @@ class TokenWise:
         Raises:
             RuntimeError: it, or a parameter that it is rebuilt from, was modified in place.
         """
+        self._watch_backward()
         if isinstance(packed, RowsHandle):
             return self._rebuilder.unpack(packed)
         began_s = self._clock()
@@ -172,10 +190,13 @@ class TokenWise:
                 self._tell(f"token-wise recompute: {block.name} {why}: it is swapped whole")
                 return
             plan = self._plan_of(block, hidden, inputs)
+            if self._outside.begin(block.name):
+                choice = plan.trials.present() if plan.trials is not None else Choice.SOLVED
+                self._pass = _Pass(plan, choice, self._clock())
             if plan.gave_up is not None:
                 return
             recording = None
-            if plan.wants_a_look(self.keeper.links):
+            if plan.wants_a_look(self._links, self._choice()):
                 recording = self._record(block, plan, hidden)
             self._running = _Running(block, plan, recording, self._clock())
 
@@ -212,6 +233,8 @@ class TokenWise:
         self, block: _Block, plan: BlockPlan, hidden: torch.Tensor
     ) -> tuple[BlockPass, Recorder]:
         replay, keeps = plan.begin()
+        if keeps and self._pass is not None:
+            self._pass.clean = False
         weights = Weights(block.name, block.module)
         wanted = frozenset(replay.chain.sources) if replay is not None else frozenset[int]()
         recorder = (
@@ -253,11 +276,30 @@ class TokenWise:
             block_pass.leave()
             if output is None:  # it raised, or nothing depends on it
                 return
-            text = running.plan.end(block_pass, recorder, forward_s, self.keeper.links)
+            text = running.plan.end(block_pass, recorder, forward_s, self._links)
             if text is not None:
                 self._tell(text)
 
         return after
+
+    def _choice(self) -> Choice:
+        return self._pass.choice if self._pass is not None else Choice.SOLVED
+
+    def _watch_backward(self) -> None:
+        """Be called at the end of the backward that runs now."""
+        task = torch._C._current_graph_task_id()
+        if task not in (-1, self._watched_task):
+            self._watched_task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+
+    def _end_pass(self) -> None:
+        ended, self._pass = self._pass, None
+        if ended is not None and ended.clean and ended.plan.trials is not None:
+            ended.plan.trials.took(ended.choice, self._clock() - ended.began_s)
+
+    def _links(self) -> list[Link]:
+        """What is left to the blocks: the rest of the model saves tensors too."""
+        return less_room(self.keeper.links(), self._outside.nbytes)
 
     def _tell(self, text: str) -> None:
         if text not in self._told and self._notice is not None:

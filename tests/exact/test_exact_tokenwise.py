@@ -153,6 +153,28 @@ def test_training_under_the_engine(alpha, compare):
         assert same.engine.notices == []
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_rows_are_rebuilt_before_their_weights_are_stepped(alpha, compare):
+    def loop(model, optimizer, _engine):
+        losses = []
+        for _ in range(6):
+            loss = loss_of(model, "llama", 2)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    same = compare(
+        wide_llama,
+        lambda model: torch.optim.AdamW(model.parameters(), 1e-3),
+        loop,
+        config={"recompute": "tokenwise", "alpha": alpha, "step_in_backward": True},
+    )
+    assert {one.cut for one in same.engine.tokenwise.report()} == {alpha * ROWS}
+    assert "gradient" not in same.moved_roles()
+
+
 def test_a_block_that_the_model_has_not(starve):
     model = wide_llama()
     with pytest.raises(offload.errors.ConfigError, match=r"no module 'model\.h'"):

@@ -256,13 +256,20 @@ def test_a_loss_that_is_not_a_number_trains_on_like_plain_pytorch(tmp_path: Path
         assert torch.equal(plain[0].weight.isnan(), model[0].weight.isnan())
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("verb", ["read", "write"])
 def test_an_io_error_in_a_worker_is_raised_in_training(
-    verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    verb: str, in_backward: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model()
     optimizer = adamw(model)
-    engine = offload.attach(model, optimizer, budget="8GiB", nvme=tmp_path)
+    engine = offload.attach(
+        model,
+        optimizer,
+        budget="8GiB",
+        nvme=tmp_path,
+        config={"step_in_backward": in_backward},
+    )
     engine.keep_streaming()
     train(model, optimizer)
     committed = model[0].weight.detach().clone()

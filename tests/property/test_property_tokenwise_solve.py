@@ -12,8 +12,10 @@ from offload.swap.tokenwise.solve import (
     Link,
     carried_nbytes,
     carry_s,
+    less_room,
     solve,
     step_s,
+    thriftiest,
 )
 
 seconds = st.floats(1e-4, 10.0)
@@ -82,6 +84,36 @@ def test_never_slower_than_full_swap_and_full_recompute(cost, links, grid):
     found = solve(cost, links, grid)
     assert found.step_s <= step_s(cost, links, grid[0] / grid[-1])
     assert found.step_s <= step_s(cost, links, 1.0)
+
+
+@given(cost=costs, links=some_links, grid=grids, within=st.floats(1, 1.5))
+def test_the_thriftiest_moves_least_of_those_that_are_fast_enough(cost, links, grid, within):
+    best, found = solve(cost, links, grid), thriftiest(cost, links, grid, within=within)
+    times = {cut: step_s(cost, links, cut / grid[-1]) for cut in grid}
+    assert found.fits == best.fits
+    if not found.fits:
+        assert found.cut == grid[0]
+        return
+    assert times[found.cut] == found.step_s <= within * best.step_s * (1 + ROUNDING)
+    enough = [cut for cut, time_s in times.items() if time_s <= within * best.step_s]
+    # Where a piece ends, the least value that was found may be off by a cut and by rounding.
+    assert found.cut <= min(enough) or times[min(enough)] > within * best.step_s * (1 - ROUNDING)
+
+
+@given(links=some_links, nbytes=st.floats(0, 1e11), asked=st.floats(0, 1e11))
+def test_others_take_the_room_of_the_fastest_links(links, nbytes, asked):
+    left = less_room(links, nbytes)
+    room = sum(one.free_nbytes for one in links)
+    assert sum(one.free_nbytes for one in left) == pytest.approx(max(room - nbytes, 0), abs=1)
+    assert carry_s(asked, left) >= carry_s(asked, links)
+    touched = [one.bytes_per_s for one, now in zip(_fastest_first(links), left, strict=True)
+               if now.free_nbytes < one.free_nbytes]  # fmt: skip
+    whole = [one.bytes_per_s for one in left if one.free_nbytes and one.bytes_per_s not in touched]
+    assert not touched or not whole or min(touched) >= max(whole)
+
+
+def _fastest_first(links):
+    return sorted(links, key=lambda one: -one.bytes_per_s)
 
 
 @given(cost=costs, links=some_links, factor=st.floats(1, 100), which=st.integers(0, 3))
@@ -156,6 +188,14 @@ def test_memory_of_the_host_bounds_alpha():
 
 def test_a_fast_link_swaps_everything_and_rebuilds_nothing():
     assert solve(block(), [link(1e10)], GRID).cut == 6400
+
+
+def test_what_a_link_hides_anyway_is_not_worth_its_traffic():
+    """Rebuilding costs a hundredth of the step: no rows travel for that."""
+    cost = block(rebuild_s=0.03)
+    assert solve(cost, [link(1e10)], GRID).cut == 6400
+    assert thriftiest(cost, [link(1e10)], GRID, within=1.02).cut == 0
+    assert thriftiest(cost, [link(1e10)], GRID, within=1.001).cut > 0
 
 
 def test_sources_that_come_late_are_told():

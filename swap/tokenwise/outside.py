@@ -1,0 +1,43 @@
+"""Bytes that a pass saves outside of its blocks: logits and the loss, above all.
+
+They come last and are needed first, so they stay in memory and leave that room to no block.
+"""
+
+import torch
+from torch import nn
+
+
+class OutsideBytes:
+    """Counts each storage of a pass once, weights left out.
+
+    A pass begins with a block that has run before in the present one.
+
+    Attributes:
+        nbytes: the most that a pass has saved outside.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.nbytes = 0
+        self._model = model
+        self._weights: set[int] = set()
+        self._now: dict[int, int] = {}
+        self._ran: set[str] = set()
+
+    def begin(self, block: str) -> bool:
+        """The forward of ``block`` begins; True if a pass begins with it."""
+        first = block in self._ran or not self._ran
+        if first:
+            self._ran.clear()
+            self._now.clear()
+            self._weights = {weight.untyped_storage()._cdata for weight in self._model.parameters()}
+        self._ran.add(block)
+        return first
+
+    def saved(self, tensor: torch.Tensor) -> None:
+        """Autograd saves ``tensor`` outside of all blocks."""
+        if tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._weights:
+            self._now[storage._cdata] = storage.nbytes()
+            self.nbytes = max(self.nbytes, sum(self._now.values()))
