@@ -80,6 +80,10 @@ class ThrottledKeeper:
         self._known: weakref.WeakValueDictionary[int, _Stored] = weakref.WeakValueDictionary()
         self._order: deque[weakref.ref[_Stored]] = deque()
 
+    def forget_totals(self) -> None:
+        """Count from now on."""
+        self.moved_nbytes, self.waited_s = 0, 0.0
+
     def pack(self, tensor: torch.Tensor) -> Any:
         """Send a storage away, once however many views of it are saved."""
         memory = tensor.untyped_storage()

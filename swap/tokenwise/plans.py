@@ -253,8 +253,8 @@ class BlockPlan:
 
     def _new_trials(self, *, room_for_all: bool) -> Trials:
         """[Note: trials] in ``trials``; choices that cut alike are one."""
-        possible = [choice for choice in Choice if room_for_all or choice is not Choice.SWAPPED]
-        by_cut = {self._cut_of(choice): choice for choice in possible}
+        extremes = [Choice.REBUILT, *([Choice.SWAPPED] if room_for_all else [])]
+        by_cut = {self._cut_of(choice): choice for choice in (*extremes, Choice.SOLVED)}
         return Trials(list(by_cut.values()))
 
     # Whether it is right.
