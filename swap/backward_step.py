@@ -15,7 +15,8 @@ skipped step. What tries to meets a ``ConsumedGradient``, which says so.
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,12 +88,10 @@ class BackwardStep:
         group = self._group_of(parameter)
         if group is None or not self._streamed.streams(parameter):
             return False
-        began_s, stalled_s = time.perf_counter(), self._journal.totals.stall_s
         self._in_backward = True
         self._stepped.add(parameter)
-        self._step(group, parameter, name)
-        self._spent_s += time.perf_counter() - began_s
-        self._stalled_s += self._journal.totals.stall_s - stalled_s
+        with self._timed():
+            self._step(group, parameter, name)
         return True
 
     def _group_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
@@ -136,9 +135,15 @@ class BackwardStep:
         """
         if not self._in_backward:
             return
-        began_s, stalled_s = time.perf_counter(), self._journal.totals.stall_s
-        self._pipeline.finish()
+        with self._timed():
+            self._pipeline.finish()
         self._in_backward = False
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Counts to what ``end_step`` returns."""
+        began_s, stalled_s = time.perf_counter(), self._journal.totals.stall_s
+        yield
         self._spent_s += time.perf_counter() - began_s
         self._stalled_s += self._journal.totals.stall_s - stalled_s
 
@@ -156,7 +161,7 @@ class BackwardStep:
             )
 
     def end_step(self) -> tuple[float, float]:
-        """``optimizer.step()`` was called; the seconds in ``take`` since the last one.
+        """``optimizer.step()`` was called; the seconds spent in backward since the last one.
 
         Returns:
             Seconds in all, and those of it spent waiting for lanes.

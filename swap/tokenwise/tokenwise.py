@@ -294,6 +294,7 @@ class TokenWise:
 
     def _end_pass(self) -> None:
         ended, self._pass = self._pass, None
+        self._outside.end()
         if ended is not None and ended.clean and ended.plan.trials is not None:
             ended.plan.trials.took(ended.choice, self._clock() - ended.began_s)
 

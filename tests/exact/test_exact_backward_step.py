@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_exact_optimizers import OPTIMIZERS, make_model
+from test_exact_optimizers import OPTIMIZERS, make_model, two_groups
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -106,15 +106,6 @@ def test_a_step_after_fewer_backwards_is_the_ordinary_one(compare: Any) -> None:
 
 
 def test_groups_schedules_and_unused_parameters(compare: Any) -> None:
-    def make_optimizer(model: Any) -> Any:
-        return torch.optim.AdamW(
-            [
-                {"params": model[0].parameters(), "lr": 1e-2, "weight_decay": 0.5},
-                {"params": [*model[2].parameters(), model.scale, model.empty], "amsgrad": True},
-            ],
-            lr=1e-3,
-        )
-
     def scheduled(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=STEPS + 1)
         losses = []
@@ -129,7 +120,7 @@ def test_groups_schedules_and_unused_parameters(compare: Any) -> None:
             losses.append(loss.item())
         return losses
 
-    compare(make_model, make_optimizer, scheduled, config=IN_BACKWARD)
+    compare(make_model, two_groups, scheduled, config=IN_BACKWARD)
 
 
 def test_gradients_that_are_dropped_in_the_middle(compare: Any) -> None:

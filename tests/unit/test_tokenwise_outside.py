@@ -30,6 +30,16 @@ def test_each_pass_is_counted_anew_and_the_largest_stays():
     assert outside.nbytes == 300 * 4
 
 
+def test_without_a_block_nothing_is_counted_or_kept():
+    """Blocks inside of a checkpoint never run here, say."""
+    outside = OutsideBytes(nn.Linear(8, 8))
+    saving(outside, torch.zeros(100))
+    outside.begin("block")
+    outside.end()
+    saving(outside, torch.zeros(100))
+    assert outside.nbytes == 0
+
+
 def test_a_sparse_tensor_has_no_storage_to_count():
     outside = OutsideBytes(nn.Linear(8, 8))
     outside.begin("block")
