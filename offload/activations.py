@@ -21,7 +21,7 @@ from offload.allocator.units import parse_nbytes
 from offload.config import OffloadConfig, make_config
 from offload.interrupts import deliver_lost_interrupts
 from offload.recomputing import rebuild_rows
-from offload.saving import SwapHomes, device_of
+from offload.saving import SwapHomes, device_of, in_flight_by_default
 from offload.swap.activations import ActivationCache
 from offload.swap.selective import put_on, take_off
 from offload.tiers import hostmem
@@ -40,7 +40,9 @@ class ActivationSwap:
         model: its parameters and buffers are never moved. Without one only parameters that are
             saved as such are told from activations; their transposes are moved too.
         limit: of saved tensors that stay where they are; bytes, or a size such as ``"1GiB"``.
-        in_flight: of saved tensors that are leaving, or are fetched ahead of their use.
+        in_flight: of saved tensors that are leaving, or are fetched ahead of their use; by default
+            64 MiB, or on a GPU a 32nd of its memory if that is more. On a GPU the newest quarter
+            of it leaves later: what is saved again meanwhile is then copied once.
         memory: of host memory. A model on a GPU swaps to a pinned pool of that size first; on the
             CPU saved tensors are in host memory already, and so many more stay.
         nodes: of memory nodes (CXL, NUMA) by their number, which take what that has no room for.
@@ -66,7 +68,7 @@ class ActivationSwap:
         memory: str | int | None = None,
         nodes: Mapping[int, str | int] | None = None,
         nvme: str | Path | None = None,
-        in_flight: str | int = "64MiB",
+        in_flight: str | int | None = None,
         min_nbytes: str | int = 64 << 10,
         io_threads: int = 4,
         recompute: str = "off",
@@ -77,7 +79,7 @@ class ActivationSwap:
         journal: Journal | None = None,
     ) -> None:
         limit_nbytes, least_nbytes = _size("limit", limit), _size("min_nbytes", min_nbytes)
-        in_flight_nbytes = _size("in_flight", in_flight)
+        in_flight_nbytes = None if in_flight is None else _size("in_flight", in_flight)
         config = make_config(
             OffloadConfig(),
             recompute=recompute,
@@ -97,6 +99,8 @@ class ActivationSwap:
         self.journal = journal or Journal()
         self.tokenwise = None
         accelerator = accelerator or device_of(model)
+        if in_flight_nbytes is None:
+            in_flight_nbytes = in_flight_by_default(accelerator)
         if accelerator is None and memory_nbytes is not None:  # they are there: nothing to copy
             limit_nbytes, memory_nbytes = limit_nbytes + memory_nbytes, None
         with ExitStack() as opened:

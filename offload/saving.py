@@ -27,6 +27,9 @@ from offload.tiers.numa import NumaTier
 from offload.tiers.pinned import PinnedTier
 from offload.tiers.pinning import CudaPinner, Pinner
 
+_IN_FLIGHT_NBYTES = 64 << 20
+_DEVICE_SHARE = 32
+
 
 def make_homes(
     runtime: Runtime, model: nn.Module, optimizer: Optimizer | None
@@ -146,6 +149,12 @@ class SwapHomes:
             ) from error
         tier = self._opened.enter_context(FileTier(directory, None, lanes))
         self.homes.append(FileHome(tier))
+
+
+def in_flight_by_default(accelerator: Accelerator | None) -> int:
+    """Bytes of saved tensors on their way: a fast device saves many large ones in a short time."""
+    total = accelerator.total_nbytes() if accelerator is not None else None
+    return max(_IN_FLIGHT_NBYTES, (total or 0) // _DEVICE_SHARE)
 
 
 def device_of(model: nn.Module | None) -> Accelerator | None:

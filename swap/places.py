@@ -3,9 +3,11 @@
 [Note: moves of a device] A copy out of the device waits for the kernels that were enqueued before
 it: they made the bytes. The host is told when it has ended, and only then lets the memory go, so no
 stream that reads it is still to come. A copy in goes to fresh memory and is behind nothing but the
-earlier owner of the bytes; the stream that uses them waits for it, and the host does not. Bytes
-that go to a home which is not pinned, a file or a memory node, pass through small pinned buffers,
-on the home's own lane. See ``accelerator`` [Note: streams and events].
+earlier owner of the bytes; the stream that uses them waits for it, and the host does not. Memory
+that was filled for the stream it was allocated on goes with the last tensor over it, however far
+the host runs ahead: whoever gets it next is behind that stream. Bytes that go to a home which is
+not pinned, a file or a memory node, pass through small pinned buffers, on the home's own lane. See
+``accelerator`` [Note: streams and events].
 """
 
 import ctypes
@@ -19,7 +21,7 @@ import torch
 
 from offload.swap.homes import ROLE, Home, MemoryHome
 from offload.tiers import hostmem
-from offload.tiers.accelerator import Accelerator, DeviceMemory, Event
+from offload.tiers.accelerator import Accelerator, DeviceMemory, Event, Stream
 from offload.tiers.base import Block
 from offload.tiers.device import DeviceTransfer
 from offload.tiers.journal import Journal, Label
@@ -41,6 +43,14 @@ class Trip:
     block: Block
     nbytes: int
     key: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Filled:
+    """Memory that a copy fills, and the stream on which it was allocated."""
+
+    memory: torch.UntypedStorage
+    stream: Stream
 
 
 class Place(ABC):
@@ -193,11 +203,16 @@ class DevicePlace(Place):
             return memory, home.reads.submit(jobs, label, trip.nbytes, owner=memory)
         event = self._copy_in(target, 0, pool.address(trip.block), trip.nbytes)
         transfer = DeviceTransfer(label, trip.nbytes, event, self._in.name, self._journal)
-        return memory, self._guarded(pool, trip.block, transfer, memory)
+        filled = _Filled(memory, self.accelerator.current_stream())
+        return memory, self._guarded(pool, trip.block, transfer, filled)
 
     def order(self, transfer: Transfer) -> bool:
         if isinstance(transfer, DeviceTransfer) and transfer.event is not None:
-            self.accelerator.current_stream().wait(transfer.event)
+            stream = self.accelerator.current_stream()
+            stream.wait(transfer.event)
+            filled = transfer.owner
+            if isinstance(filled, _Filled) and filled.stream == stream:
+                transfer.owner = None  # see [Note: moves of a device]
             return True
         return transfer.done()
 
@@ -218,10 +233,10 @@ class DevicePlace(Place):
         pool: PinnedTier,
         block: Block,
         transfer: DeviceTransfer,
-        memory: torch.UntypedStorage,
+        owner: object,
     ) -> Transfer:
-        """Keep ``memory`` alive, and ``block`` out of ``pool``, until the copy has ended."""
-        transfer.owner = memory
+        """Keep ``owner`` alive, and ``block`` out of ``pool``, until the copy has ended."""
+        transfer.owner = owner
         pool.guard(block, transfer)
         return transfer
 

@@ -9,7 +9,9 @@ left, but that the user still holds, are taken from there instead of being read.
 unless its bytes were changed. What came from its block, nobody changes. What was taken back from
 the user, or saved again while it was written, is compared by a checksum with what was written, on
 the lane: so a storage that is saved, written, changed and saved again is told from one that is
-merely saved again, even if the change went past the version counter (``.data``, numpy).
+merely saved again, even if the change went past the version counter (``.data``, numpy). A device
+has no such checksum, and writes again. Most storages that are saved twice are so by neighbours (the
+parts of a projection, a loss), so the newest units wait a little before they leave it.
 
 [Note: just in time] In backward a unit is fetched when its expected use is nearer than twice the
 time that the measured link needs for it and for what is queued before it; never beyond the limit.
@@ -142,12 +144,23 @@ class Spiller:
         excess = self._kept_nbytes - leaving - staying
         for queue in (self._order, self._staying):
             if excess > 0:
-                excess = self._spill_from(queue, excess, sparing)
+                excess = self._spill_from(queue, excess, sparing, self._lag_nbytes - staying)
+
+    @property
+    def _lag_nbytes(self) -> int:
+        """A unit leaves when there are so many bytes of newer ones.
+
+        See [Note: a block that is doubted].
+        """
+        return 0 if self.place.digest is not None else (self._in_flight_nbytes or 0) // 4
 
     def _spill_from(
-        self, queue: "deque[weakref.ref[Unit]]", excess: int, sparing: Unit | None
+        self, queue: "deque[weakref.ref[Unit]]", excess: int, sparing: Unit | None, least: int
     ) -> int:
-        """What is still in excess after units of ``queue`` have begun to leave."""
+        """What is still in excess after units of ``queue`` have begun to leave.
+
+        With none that leaves it falls below ``least``.
+        """
         passed_over: list[weakref.ref[Unit]] = []
         while excess > 0 and queue:
             known = queue.popleft()
@@ -157,6 +170,9 @@ class Spiller:
             if unit is sparing or unit.residency is Residency.FETCHING:
                 passed_over.append(known)  # its turn comes
             elif unit.residency is Residency.READY:
+                if excess - unit.nbytes < least:
+                    passed_over.append(known)
+                    break
                 excess -= unit.nbytes
                 if not self._try_to_send_away(unit, refusable=sparing is None):
                     passed_over.append(known)

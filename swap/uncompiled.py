@@ -39,7 +39,11 @@ def uncompiled(function: _Function) -> _Function:
 
 def forget_compiled() -> None:
     """Have everything compiled again: compiled code doesn't see that hooks have come or gone."""
-    if "torch._dynamo" in sys.modules:
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return
+    # Private, may go. To reset for nothing takes long: with CUDA it imports the whole compiler.
+    if getattr(dynamo.convert_frame, "FRAME_COMPILE_COUNTER", True):
         torch.compiler.reset()
 
 

@@ -136,6 +136,10 @@ class Accelerator(ABC):
         """Fill with ``POISON`` once ``after`` are done; None where the device does not check."""
 
     @abstractmethod
+    def total_nbytes(self) -> int | None:
+        """Bytes of memory that the device has; None: as many as the host gives it."""
+
+    @abstractmethod
     def set_limit(self, nbytes: int) -> None:
         """Bound what ``allocate`` and the user's own tensors may hold.
 

@@ -152,6 +152,9 @@ class CpuAccelerator(Accelerator):
         del memory, offset, nbytes, after  # nothing is ever late here
         return None
 
+    def total_nbytes(self) -> int | None:
+        return self._pool.capacity
+
     def set_limit(self, nbytes: int) -> None:
         self._pool.set_limit(nbytes, self.name)
 

@@ -226,12 +226,15 @@ class CudaAccelerator(Accelerator):
             memory.bytes_at(offset, nbytes).fill_(POISON)
         return stream.record()
 
+    def total_nbytes(self) -> int:
+        return self._runtime.mem_get_info(self._device)[1]
+
     def set_limit(self, nbytes: int) -> None:
         """Bound torch's caching allocator, and count its peak from now on.
 
         The CUDA context (some hundred MiB) stands outside the allocator, and of this limit.
         """
-        _, total = self._runtime.mem_get_info(self._device)
+        total = self.total_nbytes()
         if nbytes > total:
             raise BudgetError(
                 f"{self.name} has {format_nbytes(total)} ({total} bytes), its budget says "

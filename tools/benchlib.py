@@ -106,7 +106,7 @@ def finish(result: Result, path: Path | None) -> int:
     if path is not None:
         document = {
             "format": 1,
-            "command": " ".join(sys.argv),
+            "command": " ".join([f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "machine": machine(),
             "rows": result.rows,
             "checks": [asdict(check) for check in result.checks],

@@ -30,7 +30,14 @@ _WORKERS = 2
 class Swap:
     """A cache that keeps nothing on the device, with one home or all of them."""
 
-    def __init__(self, device: UnderTest, accelerator: Accelerator, home: str) -> None:
+    def __init__(
+        self,
+        device: UnderTest,
+        accelerator: Accelerator,
+        home: str,
+        *,
+        room_nbytes: int = 16 * _MIB,
+    ) -> None:
         self._recorder = ListRecorder()
         self._device = accelerator.name
         self.journal = Journal(self._recorder, clock=accelerator.now)
@@ -39,10 +46,10 @@ class Swap:
         self._stack.callback(place.close)
         homes: list[Home] = []
         if home in {"pinned", "all"}:
-            nbytes = _MIB if home == "all" else 16 * _MIB
+            nbytes = _MIB if home == "all" else room_nbytes
             homes.append(self._memory(PinnedTier(nbytes, pinners=device.pinners)))
         if home in {"host", "all"}:
-            homes.append(self._memory(RamTier(_MIB if home == "all" else 16 * _MIB)))
+            homes.append(self._memory(RamTier(_MIB if home == "all" else room_nbytes)))
         if home in {"file", "all"}:
             folder = self._stack.enter_context(TemporaryDirectory(dir="."))
             lanes = Lanes(self.journal, _WORKERS)

@@ -14,8 +14,10 @@ import torch
 import contract_runner
 from gpu_activations import SWAP_HOMES, Swap, step_gradients
 from gpu_report import Outcome, Report
+from gpu_tokenwise import Rebuilt, train
 from gpu_training import HOMES, UnderTest, initial, train_resident, train_swapped
 from offload.allocator.errors import CapacityError
+from offload.swap.tokenwise.plans import Settings
 from offload.tiers.accelerator import Accelerator
 from offload.tiers.base import Block, Tier
 from offload.tiers.cuda import CudaAccelerator, DelayedCudaAccelerator
@@ -98,6 +100,11 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
         name = f"activations to {home}"
         few = seeds[: 4 if quick else None]
         report.run("exact", name, partial(activations_are_exact, device, home, few))
+    if isinstance(device, Cuda):
+        for alpha in (0.0, 0.5):
+            name = f"token rows rebuilt, alpha {alpha}"
+            report.run("exact", name, partial(rows_are_exact, device, alpha))
+        report.run("exact", "token rows rebuilt, relaxed", partial(rows_are_close, device))
     report.run("pool", "exact size", partial(pool_size_is_exact, device))
     if isinstance(device, Cuda):
         report.run("pool", "registered", pool_is_pinned)
@@ -241,6 +248,35 @@ def activations_are_exact(device: UnderTest, home: str, seeds: Sequence[int]) ->
             return Outcome(f"gradients differ under seed {seed}", holds=False, value=seed)
     told = f"{len(right)} tensors under {ran} seeds, {left_nbytes} bytes left in each"
     return Outcome(told, holds=left_nbytes > 0, value=ran)
+
+
+def _rebuilding(device: Cuda, dtype: torch.dtype, settings: Settings) -> tuple[Rebuilt, Rebuilt]:
+    """Plain steps, and those whose token rows are rebuilt from what is swapped to pinned memory."""
+    place = torch.device("cuda")
+    with device.open_delayed(5) as accelerator:
+        swap = Swap(device, accelerator, "pinned", room_nbytes=256 * MIB)
+        got = train(place, dtype, swap.cache, settings)
+        swap.close()
+    return train(place, dtype, None, settings), got
+
+
+def rows_are_exact(device: Cuda, alpha: float) -> Outcome:
+    """Gradients with rebuilt rows are plain autograd's; rows that would differ are swapped."""
+    right, got = _rebuilding(device, torch.float32, Settings(alpha=alpha))
+    wrong = sum(not torch.equal(*pair) for pair in zip(right.results, got.results, strict=True))
+    told = f"{wrong} of {len(got.results)} tensors differ; {got.nbytes} bytes rebuilt"
+    if got.why_whole:
+        told += f", {got.whole_nbytes} swapped whole: {'; '.join(got.why_whole)}"
+    return Outcome(told, holds=wrong == 0, value=got.nbytes)
+
+
+def rows_are_close(device: Cuda) -> Outcome:
+    """The opted-in mode that accepts rows which differ in the last bits, in float64."""
+    right, got = _rebuilding(device, torch.float64, Settings(alpha=0.0, relaxed=True))
+    pairs = zip(right.results, got.results, strict=True)
+    error = max(float((one - other).abs().max() / one.abs().max()) for one, other in pairs)
+    told = f"relative error {error:.1e}; {got.nbytes} bytes rebuilt"
+    return Outcome(told, holds=error < 1e-12 and got.nbytes > 0, value=error, target="< 1e-12")
 
 
 # -- the pool and the budget ----------------------------------------------------------------------

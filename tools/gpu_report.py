@@ -76,7 +76,7 @@ def write(report: Report, folder: Path) -> Path:
     today = dt.datetime.now(tz=dt.UTC).date().isoformat()
     document = {
         "format": 1,
-        "command": " ".join(sys.argv),
+        "command": " ".join([f"tools/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "device": report.device,
         "date": today,
         "machine": report.machine,

@@ -116,7 +116,7 @@ def kvikio(env: Environment) -> Finding:
     driver = env.has_library("libcuda.so.1")
     return _library(
         env,
-        name or "kvikio-cu12",
+        name or "kvikio-cu13",
         extra="gds",
         what="GPUDirect Storage",
         missing="" if driver else "it needs the CUDA driver: libcuda.so.1 is missing",

@@ -223,7 +223,7 @@ def environment(versions: dict[str, str], *, libraries: str = "", programs: str 
 def test_missing_libraries_are_facts_and_unusable_ones_warnings() -> None:
     found = lines(software.examine_software(environment({"torch": "2.13.0"}), ()))
     assert {line.status for line in found.values()} == {"ok"}
-    assert "pip install 'offload[gds]'" in found["kvikio-cu12"].detail
+    assert "pip install 'offload[gds]'" in found["kvikio-cu13"].detail
     versions = {"torch": "2.13.0", "deepspeed": "0.19", "kvikio-cu13": "26.10", "aiofiles": "25"}
     found = lines(software.examine_software(environment(versions), ()))
     assert (found["deepspeed"].status, found["deepspeed"].value) == ("warn", "0.19, not usable")

@@ -177,6 +177,25 @@ def test_the_number_of_an_error_is_found_in_kvikio_s_message(message, code):
     assert kvikio._errno_of(RuntimeError(message)) == code
 
 
+def test_kvikio_reads_and_writes_past_the_page_cache():
+    wanted = {"auto_direct_io_read": True, "auto_direct_io_write": True}
+
+    class Defaults:
+        def __init__(self, **known):
+            self.known = known
+
+        def set(self, name, value):
+            if name not in self.known:
+                raise KeyError(name)
+            self.known[name] = value
+
+    for known in (dict.fromkeys(wanted, False), {"auto_direct_io_read": False}, {}):
+        defaults = Defaults(**known)
+        kvikio._avoid_page_cache(defaults)
+        assert defaults.known == {name: wanted[name] for name in known}
+    kvikio._avoid_page_cache(object())  # older still
+
+
 def test_every_error_of_a_missing_part_offers_the_engine_that_always_works(monkeypatch):
     monkeypatch.setitem(sys.modules, "aiofiles", None)
     monkeypatch.setattr(deepspeed.importlib.util, "find_spec", lambda _: None)

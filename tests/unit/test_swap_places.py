@@ -2,6 +2,7 @@
 
 import gc
 import random
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 
@@ -17,14 +18,16 @@ from torch.utils.checkpoint import (
 )
 
 from offload.allocator.errors import CapacityError, TierIOError
+from offload.saving import in_flight_by_default
 from offload.swap import spilling
 from offload.swap.activations import ActivationCache
 from offload.swap.homes import MemoryHome
-from offload.swap.places import DevicePlace
+from offload.swap.places import DevicePlace, Trip
 from offload.swap.selective import put_on, take_off
 from offload.tiers.accelerator import DeviceMemory
 from offload.tiers.cpudevice import CpuAccelerator, DoneEvent
 from offload.tiers.device import DeviceTransfer
+from offload.tiers.events import ListRecorder, Move
 from offload.tiers.hostmem import PAGE
 from offload.tiers.journal import Journal
 from offload.tiers.pinned import PinnedTier, SizeClass
@@ -42,11 +45,11 @@ LIMITS = {"nothing stays": (0, 2 * PAGE), "some stay": (3 * PAGE, 4 * PAGE)}
 class World:
     """A cache of device tensors: pinned blocks first, then memory that is not pinned."""
 
-    def __init__(self, device, limits):
+    def __init__(self, device, limits, journal=None):
         self.device = device
         timeline = getattr(device, "timeline", None)
         self.time = SeededTime(timeline.random.random() if timeline else 0)
-        self.journal = Journal(clock=device.now)
+        self.journal = journal or Journal(clock=device.now)
         self.near = PinnedTier(classes=[SizeClass(nbytes=PAGE, count=4)], name="near", checked=True)
         self.far = RamTier(4096 * PAGE, name="far")
         homes = [
@@ -431,3 +434,54 @@ def test_other_places_are_left_alone_with_a_reason():
     assert world.cache.spiller.peak_nbytes == 0
     assert "on cpu, which is another place" in world.cache.left_alone
     world.close()
+
+
+def neighbours(world):
+    """Both halves of each product are saved, one after the other; they share a storage."""
+    x = square()
+    y = torch.cat([x, x], dim=1)
+    with world.saving():
+        for _ in range(4):
+            one, other = (y * 1.5).chunk(2, dim=1)
+            y = torch.cat([one * other, other], dim=1)
+        loss = y.sum()
+    loss.backward()
+    return [loss, x.grad]
+
+
+def test_a_storage_that_neighbours_save_leaves_once():
+    recorder = ListRecorder()
+    device = SimulatedAccelerator(1)
+    world = World(device, (0, 8 * PAGE), journal=Journal(recorder, clock=device.now))
+    with Deferred(device, on_launch=world.time.pass_by):
+        neighbours(world)
+    world.close()
+    moves = [event for event in recorder.events if isinstance(event, Move)]
+    left = Counter(move.key for move in moves if move.src == device.name)
+    assert left
+    assert set(left.values()) == {1}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_memory_goes_at_once_where_the_stream_orders_its_next_owner(same):
+    """Not the host's knowledge that the copy has ended: it may run far ahead."""
+    device = SimulatedAccelerator(1)
+    world = World(device, LIMITS["nothing stays"])
+    home = world.cache.spiller.homes[0]
+    trip = Trip(home=home, block=home.allocate(PAGE), nbytes=PAGE, key="x")
+    _, transfer = world.place.fetch(trip)
+    with device.use_stream("compute" if same else "other"):
+        assert world.place.order(transfer)
+    assert (transfer.owner is None) == same
+    transfer.settle()
+    assert transfer.owner is None
+    trip.block.release()
+    world.close()
+
+
+@pytest.mark.parametrize(
+    ("capacity", "nbytes"), [(None, 64 << 20), (1 << 30, 64 << 20), (24 << 30, 768 << 20)]
+)
+def test_a_large_device_has_more_in_flight(capacity, nbytes):
+    assert in_flight_by_default(SimulatedAccelerator(capacity=capacity)) == nbytes
+    assert in_flight_by_default(None) == 64 << 20

@@ -6,6 +6,7 @@ it, by KvikIO's own bounce buffers elsewhere, host memory by its POSIX path. Kvi
 driver where an address lies, so even host memory needs the driver.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -50,6 +51,7 @@ class KvikioEngine(FileEngine):
         check()
         import kvikio
 
+        _avoid_page_cache(kvikio.defaults)
         self._driver = ctypes.CDLL(_DRIVER)
         self._lock = threading.Lock()
         self._file: Any = kvikio.CuFile(file.path, "r+")
@@ -90,6 +92,13 @@ class KvikioEngine(FileEngine):
             self._fd = -1
         if file is not None:
             file.close()
+
+
+def _avoid_page_cache(defaults: Any) -> None:
+    """Direct I/O on KvikIO's POSIX path, in this process: no budget counts cached pages."""
+    for setting in ("auto_direct_io_read", "auto_direct_io_write"):
+        with contextlib.suppress(AttributeError, KeyError):  # an older KvikIO has none
+            defaults.set(setting, True)
 
 
 def _errno_of(error: RuntimeError) -> int:

@@ -189,6 +189,9 @@ class SimulatedAccelerator(Accelerator):
             f"poison {nbytes} bytes at {offset}", 0.0, partial(tensor.fill_, POISON)
         )
 
+    def total_nbytes(self) -> int | None:
+        return self._pool.capacity
+
     def set_limit(self, nbytes: int) -> None:
         self._pool.set_limit(nbytes, self.name)
 
