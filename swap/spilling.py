@@ -159,7 +159,7 @@ class Spiller:
     ) -> int:
         """What is still in excess after units of ``queue`` have begun to leave.
 
-        With none that leaves it falls below ``least``.
+        ``least`` of it, if that is positive, is too new to leave.
         """
         passed_over: list[weakref.ref[Unit]] = []
         while excess > 0 and queue:
