@@ -1,11 +1,15 @@
 """Rebuilding what a block saves, where the settings ask for it."""
 
+import time
+
 from torch import nn
 
 from offload.config import OffloadConfig
 from offload.swap.activations import ActivationCache
+from offload.swap.places import DevicePlace
 from offload.swap.tokenwise.keeper import CacheKeeper
 from offload.swap.tokenwise.plans import Settings
+from offload.swap.tokenwise.timing import PassTimer
 from offload.swap.tokenwise.tokenwise import TokenWise
 
 
@@ -25,9 +29,12 @@ def rebuild_rows(
         blocks=config.blocks,
         min_nbytes=config.min_swap_nbytes,
     )
+    place = activations.spiller.place
+    accelerator = place.accelerator if isinstance(place, DevicePlace) else None
     return TokenWise(
         model,
         CacheKeeper(activations),
         settings,
+        timer=PassTimer(time.perf_counter, accelerator),
         notice=lambda text: activations.journal.notice("recompute", text),
     )

@@ -10,6 +10,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from offload.swap.tokenwise.program import Program  # noqa: TC001 (as Keeper)
 from offload.swap.tokenwise.rebuild import Rebuilder
 from offload.swap.tokenwise.record import PLAIN, Recorder
 from offload.swap.tokenwise.solve import Link, less_room
+from offload.swap.tokenwise.timing import Mark, PassTimer
 from offload.swap.tokenwise.trials import Choice
 from offload.swap.uncompiled import is_compiled_wrapper, uncompiled
 
@@ -46,7 +48,7 @@ class _Pass:
 
     plan: BlockPlan  # of that block
     choice: Choice
-    began_s: float
+    began: Mark
     clean: bool = True  # nothing was verified, which takes time
 
 
@@ -68,6 +70,7 @@ class TokenWise:
         keeper: takes what is swapped.
         notice: is told, once each, what can't be rebuilt and why.
         clock: seconds; measures what alpha is solved from.
+        timer: of whole passes; by default of ``clock``.
         rounding: rebuild into flat buffers on the host, too, as on a device.
 
     Raises:
@@ -82,6 +85,7 @@ class TokenWise:
         *,
         notice: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        timer: PassTimer | None = None,
         rounding: bool = False,
     ) -> None:
         self.keeper = keeper
@@ -89,6 +93,7 @@ class TokenWise:
         self._notice = notice
         self._told: set[str] = set()
         self._clock = clock
+        self._timer = timer or PassTimer(clock)
         self._running: _Running | None = None
         self._previous: weakref.ref[BlockPass] | None = None
         self._outside = OutsideBytes(model)
@@ -192,7 +197,7 @@ class TokenWise:
             plan = self._plan_of(block, hidden, inputs)
             if self._outside.begin(block.name):
                 choice = plan.trials.present() if plan.trials is not None else Choice.SOLVED
-                self._pass = _Pass(plan, choice, self._clock())
+                self._pass = _Pass(plan, choice, self._timer.mark())
             if plan.gave_up is not None:
                 return
             recording = None
@@ -296,7 +301,7 @@ class TokenWise:
         ended, self._pass = self._pass, None
         self._outside.end()
         if ended is not None and ended.clean and ended.plan.trials is not None:
-            ended.plan.trials.took(ended.choice, self._clock() - ended.began_s)
+            self._timer.since(ended.began, partial(ended.plan.trials.took, ended.choice))
 
     def _links(self) -> list[Link]:
         """What is left to the blocks: the rest of the model saves tensors too."""
