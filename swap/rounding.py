@@ -1,0 +1,102 @@
+"""Stochastic rounding of float32 to bfloat16: right on average, and the same bits in any order.
+
+[Note: why not to the nearest] A moving average changes by less than half of a bfloat16 step, so the
+nearest value is the old one: with beta2 = 0.999 a second moment stays where it is for ever. Here a
+value between two neighbours becomes the upper one with the probability of its distance from the
+lower one, so that errors cancel over the steps instead of adding up.
+
+[Note: random bits by position] The 16 random bits of an element depend on a key and on its place
+in its tensor, on nothing else: not on tiles, the budget, threads or anybody's generator. They come
+from one shuffled list of all 65,536 numbers: each block of as many elements begins in it at a place
+of its own, which is hashed from key and block. So the bits of an element are uniform over the keys,
+the draws of different steps are independent, and making them costs nothing but reading them:
+rounding must keep up with a drive.
+"""
+
+import functools
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+BLOCK_NUMEL = 1 << 16  # as many as 16 bits have values; fits into a core's cache
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+_NAN_BITS = 0x7FC0
+
+
+def round_to_bf16(
+    values: torch.Tensor,  # 1-D float32
+    rounded: torch.Tensor,  # 1-D bfloat16, as many elements
+    *,
+    key: int,
+    start: int,
+) -> None:
+    """Fill ``rounded`` with ``values``, rounded up or down at random.
+
+    What bfloat16 can hold stays as it is, zeros with their sign and infinities included; NaN stays
+    NaN. Between its largest number and infinity it is one of these.
+
+    Args:
+        values: are destroyed where ``rounded`` shares their memory; it may begin at their address,
+            not behind it.
+        key: names the random bits, 0 to 2**64 - 1.
+        start: the place of the first element in its tensor.
+    """
+    bits = values.view(torch.int32).numpy().view(np.uint32)
+    upper = rounded.view(torch.int16).numpy().view(np.uint16)
+    scratch = np.empty(min(BLOCK_NUMEL, values.numel()), dtype=np.uint32)
+    for begin, end in _blocks(start, start + values.numel()):
+        part = slice(begin - start, end - start)
+        found = scratch[: end - begin]
+        np.add(bits[part], _random_bits(key, begin, end), out=found)
+        np.right_shift(found, np.uint32(16), out=found)
+        if torch.isnan(values[part].sum()):  # there is a NaN, or both infinities are there
+            found[np.isnan(values[part].numpy())] = _NAN_BITS  # a carry could make it a number
+        np.copyto(upper[part], found, casting="unsafe")
+
+
+def widen(
+    rounded: torch.Tensor,  # 1-D bfloat16
+    values: torch.Tensor,  # 1-D float32, as many elements
+) -> None:
+    """Fill ``values`` with ``rounded``, exactly.
+
+    Both may share memory if ``rounded`` begins at the middle of ``values`` or behind it: what is
+    written never overtakes what is still to be read.
+    """
+    ahead = rounded.data_ptr() - values.data_ptr()
+    for begin in range(0, values.numel(), BLOCK_NUMEL):
+        part, wide = rounded[begin : begin + BLOCK_NUMEL], values[begin : begin + BLOCK_NUMEL]
+        overlaps = 0 <= ahead < 4 * (begin + wide.numel()) - 2 * begin
+        wide.copy_(part.clone() if overlaps else part)
+
+
+def _blocks(start: int, stop: int) -> list[tuple[int, int]]:
+    """(begin, end) of the parts of the range that lie in one block each."""
+    inner = range((start // BLOCK_NUMEL + 1) * BLOCK_NUMEL, stop, BLOCK_NUMEL)
+    edges = [start, *inner, stop]
+    return list(itertools.pairwise(edges)) if stop > start else []
+
+
+def _random_bits(key: int, begin: int, end: int) -> npt.NDArray[np.uint32]:
+    """16 random bits for each of the elements from ``begin`` to ``end``, all in one block."""
+    block, first = divmod(begin, BLOCK_NUMEL)
+    offset = _mix(key ^ _mix(block)) % BLOCK_NUMEL + first
+    return _shuffled()[offset : offset + end - begin]
+
+
+def _mix(number: int) -> int:
+    """SplitMix64 (Steele et al., OOPSLA 2014): 64 bits that look random."""
+    number = (number + _GOLDEN) & _MASK
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & _MASK
+    return number ^ number >> 31
+
+
+@functools.cache
+def _shuffled() -> npt.NDArray[np.uint32]:
+    """All numbers of 16 bits in an order that looks random, twice."""
+    order = np.array([_mix(number) for number in range(BLOCK_NUMEL)], dtype=np.uint64).argsort()
+    return np.tile(order.astype(np.uint32), 2)
