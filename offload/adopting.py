@@ -11,13 +11,17 @@ from offload.building import built_weight, claim
 from offload.runtime import Runtime
 from offload.swap.census import named_weights, unmovable_reason
 from offload.swap.optim_kinds import state_nbytes
+from offload.swap.state_precision import StatePrecision
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.mapped import MappedTensor
 
 
-def signature_of(model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
-    """What must agree for a store to be continued: weights and the kind of optimizer."""
+def signature_of(
+    model: nn.Module, optimizer: Optimizer | None, precision: StatePrecision = "exact"
+) -> dict[str, Any]:
+    """What must agree for a store to be continued: weights, kind of optimizer, its states'."""
     return {
+        **({} if precision == "exact" else {"state_precision": precision}),
         "weights": {
             name: [str(parameters[0].dtype).removeprefix("torch."), list(parameters[0].shape)]
             for name, parameters in named_weights(model)
@@ -57,6 +61,9 @@ def _difference(found: Any, expected: dict[str, Any]) -> str:
     if found["optimizer"] != expected["optimizer"]:
         return f"its optimizer is {found['optimizer']}, this one is {expected['optimizer']}"
     stored, present = found["weights"], expected["weights"]
+    there, here = (one.get("state_precision", "exact") for one in (found, expected))
+    if there != here:
+        return f"its state_precision is {there}, this one's is {here} (set it to {there!r})"
     for name in sorted({*stored, *present}):
         if stored.get(name) != present.get(name):
             return f"{name} is {stored.get(name)} there, {present.get(name)} here"
@@ -141,7 +148,10 @@ def reserve_room(model: nn.Module, optimizer: Optimizer | None, runtime: Runtime
             absent += nbytes
         if any(parameter.requires_grad for parameter in (source, *others)):
             trained += nbytes
-    states = state_nbytes(optimizer, extent_nbytes) if optimizer is not None else 0
+    precision = runtime.config.state_precision
+    states = 0
+    if optimizer is not None:
+        states = state_nbytes(optimizer, extent_nbytes, precision=precision)
     if runtime.store.committed is not None:
         needed = trained + states
     elif runtime.config.commit == "never":

@@ -16,6 +16,7 @@ from offload.runtime import Runtime
 from offload.swap.census import take_census
 from offload.swap.optim_kinds import kind_of
 from offload.swap.plan import make_plan
+from offload.swap.state_precision import check_precision
 from offload.swap.uncompiled import forget_compiled, plain_module
 from offload.tiers import hostmem
 
@@ -54,7 +55,8 @@ def attach(
         ConfigError: wrong arguments.
         StoreError: the store is in use, damaged, or of another model.
         CapacityError: the disk has not enough room.
-        UnsupportedError: a parameter or an optimizer that can't be handled exactly.
+        UnsupportedError: a parameter or an optimizer that can't be handled exactly, or states
+            that may not be kept in the precision that was asked for.
     """
     model = plain_module(model)
     settings = make_config(
@@ -70,6 +72,8 @@ def attach(
     else:
         runtime.reconfigure(settings)
     try:
+        if optimizer is not None:
+            check_precision(runtime.config.state_precision, optimizer)
         runtime.governor.shed()
         census = take_census(model)
         in_memory = sum(

@@ -52,6 +52,11 @@ class OffloadConfig(BaseModel):
     """
     accumulation_steps: int = Field(default=1, ge=1)
     """Backward passes that make one step, where ``step_in_backward`` can't see their end."""
+    state_precision: Literal["exact", "bf16"] = "exact"
+    """In which precision the store keeps the optimizer's large float32 states.
+
+    ``bf16`` halves their bytes by stochastic rounding: results are no longer those of memory.
+    """
 
     recompute: Literal["off", "tokenwise"] = "off"
     """``tokenwise``: of what a block saves, some token rows are swapped and the rest is rebuilt."""

@@ -83,7 +83,7 @@ class Engine:
         self._replanner = Replanner(plan, census, self.weights, runtime.governor)
         refuse_unmovable(model)
         reserve_room(model, optimizer, runtime)
-        self._signature = signature_of(model, optimizer)
+        self._signature = signature_of(model, optimizer, runtime.config.state_precision)
         resuming = check_resume(runtime, self._signature)
         by_parameter = adopt_weights(model, runtime, self.weights, resuming=resuming)
         self._adopted = by_parameter
@@ -127,7 +127,13 @@ class Engine:
                 if parameter is weight.parameters[0]
             }
             self._keeper = StateKeeper(
-                runtime.store, runtime.governor, optimizer, names, runtime.chunk_numel
+                runtime.store,
+                runtime.governor,
+                optimizer,
+                names,
+                runtime.chunk_numel,
+                precision=runtime.config.state_precision,
+                steps=lambda: self.step,
             )
             self._streamed = streamed = StreamedOptimizer(
                 optimizer,
@@ -317,9 +323,9 @@ class Engine:
     def detach(self) -> None:
         """Take the hooks off and give the store back; safe to call twice.
 
-        Weights and optimizer states become ordinary tensors where the budget has room for
-        them. Where it has not, they stay mapped from the store, whose lock is kept until the
-        process ends.
+        Weights and optimizer states (float32 again if they are rounded in the store) become
+        ordinary tensors where the budget has room for them. Where it has not, they stay mapped
+        from the store, whose lock is kept until the process ends.
         """
         self._detach("done")
 
@@ -363,8 +369,8 @@ class Engine:
 
     def _materialise(self) -> bool:
         """Copy what is mapped into ordinary memory, if the budget has room for all of it."""
-        states = self._keeper.mapped() if self._keeper is not None else []
-        nbytes = self._census.weight_nbytes + sum(mapped.nbytes for mapped in states)
+        states = self._keeper.materialised_nbytes() if self._keeper is not None else 0
+        nbytes = self._census.weight_nbytes + states
         if hostmem.resident_nbytes()[0] + nbytes > self.plan.budget_nbytes:
             return False
         for weight in self.weights.weights.values():

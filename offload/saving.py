@@ -15,6 +15,7 @@ from offload.swap.gradients import MIN_NBYTES
 from offload.swap.homes import FileHome, Home, MemoryHome
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.places import DevicePlace, HostPlace, Place
+from offload.swap.state_precision import StatePrecision
 from offload.swap.writebudget import BudgetedHome, WriteBudget
 from offload.tiers.accelerator import Accelerator
 from offload.tiers.base import Tier
@@ -43,11 +44,14 @@ def make_homes(
     limit = runtime.config.nvme_write_budget
     if limit is None:
         return [scratch], None
-    budget = WriteBudget(runtime.journal, limit, step_writes_nbytes(model, optimizer))
+    writes = step_writes_nbytes(model, optimizer, runtime.config.state_precision)
+    budget = WriteBudget(runtime.journal, limit, writes)
     return [BudgetedHome(scratch, budget)], budget
 
 
-def step_writes_nbytes(model: nn.Module, optimizer: Optimizer | None) -> int:
+def step_writes_nbytes(
+    model: nn.Module, optimizer: Optimizer | None, precision: StatePrecision = "exact"
+) -> int:
     """What a step writes whatever happens: what is trained, its gradients and states."""
     trained = [
         parameters[0].nbytes
@@ -57,7 +61,7 @@ def step_writes_nbytes(model: nn.Module, optimizer: Optimizer | None) -> int:
     gradients = sum(nbytes for nbytes in trained if nbytes >= MIN_NBYTES)
     if optimizer is None:
         return gradients
-    return gradients + sum(trained) + state_nbytes(optimizer)
+    return gradients + sum(trained) + state_nbytes(optimizer, precision=precision)
 
 
 def budgets_of(config: OffloadConfig, host_nbytes: int) -> dict[str, int]:

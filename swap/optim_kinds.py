@@ -16,6 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from offload.allocator.errors import UnsupportedError
+from offload.swap.state_precision import StatePrecision, stored_dtype
 
 _ELEMENTWISE = frozenset(
     {
@@ -129,15 +130,20 @@ def state_specs(
     )
 
 
-def state_nbytes(optimizer: Optimizer, taken_by: Callable[[int], int] = int) -> int:
-    """Bytes of all per-element states, as far as they are known before the first step.
+def state_nbytes(
+    optimizer: Optimizer,
+    taken_by: Callable[[int], int] = int,
+    *,
+    precision: StatePrecision = "exact",
+) -> int:
+    """Bytes of all per-element states in the store, as far as known before the first step.
 
     ``taken_by`` says what a state of so many bytes takes of its tier, where that is asked for.
     """
     if kind_of(optimizer) is not Kind.ELEMENTWISE:
         return 0
     return sum(
-        taken_by(parameter.numel() * spec.dtype.itemsize)
+        taken_by(parameter.numel() * stored_dtype(precision, parameter, spec.dtype).itemsize)
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.requires_grad and parameter.numel()

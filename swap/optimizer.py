@@ -17,6 +17,7 @@ from offload.swap.consumed import ConsumedGradient
 from offload.swap.gradients import GradientSwapper
 from offload.swap.optim_kinds import Kind, kind_of, state_specs, step_on
 from offload.swap.pipeline import Target, TilePipeline, Version
+from offload.swap.state_precision import check_precision
 from offload.swap.states import SMALL_NUMEL, StateKeeper, is_large
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.journal import Journal
@@ -32,7 +33,7 @@ class StreamedOptimizer:
         staging_nbytes: bytes of tiles in flight.
 
     Raises:
-        UnsupportedError: the optimizer's step can't be cut.
+        UnsupportedError: the optimizer's step can't be cut, or its states not be rounded.
     """
 
     def __init__(
@@ -74,11 +75,12 @@ class StreamedOptimizer:
             self._known = set(self.optimizer.state)
 
     def check_states(self) -> None:
-        """Raise if a state can't be its parameter's.
+        """Raise if a state can't be its parameter's, or be kept as the settings ask.
 
         Raises:
-            UnsupportedError: naming the state and both shapes.
+            UnsupportedError: naming the state and both shapes, or what can't be rounded.
         """
+        check_precision(self.keeper.precision, self.optimizer)
         if self.kind is not Kind.ELEMENTWISE:
             return  # factored states, say, have shapes of their own
         for parameter, weight in self._by_parameter.items():
@@ -164,7 +166,10 @@ class StreamedOptimizer:
         """The optimizer's own step on whole parameters; what it changed is then stored."""
         if not parameters:
             return
-        states = [self.optimizer.state.get(parameter, {}) for parameter in parameters]
+        states = [
+            self.keeper.computed(parameter, self.optimizer.state.get(parameter, {}))
+            for parameter in parameters
+        ]
         after = step_on(self.optimizer, group, parameters, states)
         for parameter, state in zip(parameters, after, strict=True):
             if state:
@@ -207,6 +212,11 @@ class StreamedOptimizer:
             version=self._version(weight.stored),
             states={name: self._version(state.stored) for name, state in states.items()},
             written=written,
+            rounding={
+                name: self.keeper.rounding_key(state)
+                for name, state in states.items()
+                if self.keeper.rounds(parameter, state.stored.dtype)
+            },
         )
 
     def _version(self, stored: Any) -> Version:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from offload.swap.gradients import GradientSwapper
 from offload.swap.optim_kinds import step_on
 from offload.swap.staging import Staging
+from offload.swap.state_precision import StagedRounded, rounded_staging_nbytes
 from offload.swap.tiles import Piece, cut
 from offload.swap.weights import Weight
 from offload.tiers.base import Block
@@ -46,6 +47,8 @@ class Target:
         gradient: 1-D, in ordinary memory or in the mapping ``home``.
         before: ``optimizer.state[parameter]``, empty before its first step.
         states: the next versions of its per-element states, by name.
+        rounding: for states that are bfloat16 in the store and float32 for the optimizer: the key
+            of the random bits with which they are rounded.
         after: the new state's entries in the optimizer's own order; per-element ones stand for
             themselves only by name, their bytes go to ``states``.
         written: called when all its tiles are written, not yet published.
@@ -59,6 +62,7 @@ class Target:
     before: Mapping[str, Any]
     states: dict[str, Version]
     written: Callable[["Target"], None]
+    rounding: Mapping[str, int] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
     unwritten_numel: int = field(init=False)
 
@@ -69,8 +73,13 @@ class Target:
         """Staging bytes of a piece: its parameter, its gradient, each per-element state."""
         weight = 0 if self.weight.in_memory else self.parameter.element_size()
         gradient = 0 if self.home is None else self.gradient.element_size()
-        states = [version.stored.dtype.itemsize for version in self.states.values()]
-        return [page_ceil(piece.numel * itemsize) for itemsize in (weight, gradient, *states)]
+        states = [
+            rounded_staging_nbytes(piece.numel)
+            if name in self.rounding
+            else page_ceil(piece.numel * version.stored.dtype.itemsize)
+            for name, version in self.states.items()
+        ]
+        return [page_ceil(piece.numel * itemsize) for itemsize in (weight, gradient)] + states
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +90,7 @@ class _Part:
     target: Target
     parameter: torch.Tensor
     states: dict[str, torch.Tensor]
+    rounded: dict[str, StagedRounded]
 
     def state_before(self) -> dict[str, Any]:
         """The state that the optimizer sees: staged slices, and copies of counters."""
@@ -99,6 +109,21 @@ class _Part:
             self.target.after.setdefault(name, None)
             if value.data_ptr() != staged.data_ptr():
                 staged.copy_(value)  # made afresh: the first step, or an out-of-place one
+
+    def widen(self) -> None:
+        """Rounded states have been read: make them what the optimizer computes with."""
+        if self.target.before:
+            for staged in self.rounded.values():
+                staged.widen()
+
+    def round(self) -> None:
+        """States have been stepped: make the rounded ones what the store keeps."""
+        for name, staged in self.rounded.items():
+            staged.round(self.target.rounding[name], self.piece.start)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """What is written of a state."""
+        return self.rounded[name].written if name in self.rounded else self.states[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,13 +288,19 @@ class TilePipeline:
             gradient = staged
         offset += gradient_nbytes
         states: dict[str, torch.Tensor] = {}
+        rounded: dict[str, StagedRounded] = {}
         for (name, version), nbytes in zip(target.states.items(), state_nbytes, strict=True):
-            states[name] = buffer.tensor(version.stored.dtype, (piece.numel,), offset=offset)
+            if name in target.rounding:
+                rounded[name] = StagedRounded.place(buffer, offset, piece.numel)
+                states[name], staged = rounded[name].values, rounded[name].read
+            else:
+                staged = buffer.tensor(version.stored.dtype, (piece.numel,), offset=offset)
+                states[name] = staged
             if target.before:
-                jobs += self._read_jobs(version.stored, piece, states[name])
+                jobs += self._read_jobs(version.stored, piece, staged)
             offset += nbytes
         parameter.grad = gradient
-        return _Part(piece, target, parameter, states)
+        return _Part(piece, target, parameter, states, rounded)
 
     def _read_jobs(self, stored: StoredTensor, piece: Piece, staged: torch.Tensor) -> list[Job]:
         assert stored.current is not None
@@ -283,16 +314,19 @@ class TilePipeline:
         # on cores that the lanes want.
         torch.set_num_threads(1)
         try:
+            for part in tile.parts:
+                part.widen()
             afters = step_on(
                 self.optimizer,
                 tile.group,
                 [part.parameter for part in tile.parts],
                 [part.state_before() for part in tile.parts],
             )
+            for part, after in zip(tile.parts, afters, strict=True):
+                part.take(after)
+                part.round()
         finally:
             torch.set_num_threads(threads)
-        for part, after in zip(tile.parts, afters, strict=True):
-            part.take(after)
 
     def _write(self, tile: _Tile) -> None:
         jobs: list[Job] = []
@@ -300,8 +334,8 @@ class TilePipeline:
         for part in tile.parts:
             written = [(part.target.version, part.parameter)]
             written += [
-                (part.target.states[name], staged)
-                for name, staged in part.states.items()
+                (part.target.states[name], part.stored(name))
+                for name in part.states
                 if name in part.target.after
             ]
             for version, data in written:
@@ -335,7 +369,7 @@ def _read_nbytes(part: _Part) -> int:
     if target.home is not None:
         nbytes += part.piece.numel * target.gradient.element_size()
     if target.before:
-        nbytes += sum(staged.nbytes for staged in part.states.values())
+        nbytes += sum(part.stored(name).nbytes for name in part.states)
     return nbytes
 
 

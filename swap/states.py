@@ -5,6 +5,7 @@ Large states live in the store and appear in ``optimizer.state[p]`` as mapped te
 memory and travel in the commit record.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.swap.governor import Governor
+from offload.swap.rounding import round_to_bf16
+from offload.swap.state_precision import StatePrecision, is_rounded, rounding_key, stored_dtype
 from offload.tiers.mapped import MappedTensor
 from offload.tiers.store import Store, StoredTensor, pack_tensor, unpack_tensor
 
@@ -33,6 +36,8 @@ class StateKeeper:
     Args:
         names: the name of each parameter in the store.
         chunk_numel: elements per checksummed chunk.
+        precision: in which the store keeps large per-element states.
+        steps: optimizer steps finished so far; a step's number names the bits that round in it.
     """
 
     def __init__(
@@ -42,17 +47,44 @@ class StateKeeper:
         optimizer: Optimizer,
         names: dict[nn.Parameter, str],
         chunk_numel: int,
+        *,
+        precision: StatePrecision = "exact",
+        steps: Callable[[], int] = lambda: 0,
     ) -> None:
         self.store = store
         self.governor = governor
         self.optimizer = optimizer
         self.names = names
         self.chunk_numel = chunk_numel
+        self.precision = precision
+        self._steps = steps
         self.states: dict[nn.Parameter, dict[str, State]] = {name: {} for name in names}
 
     def large(self, parameter: nn.Parameter, name: str, dtype: torch.dtype) -> State:
         """The state ``name`` of ``parameter``, elementwise, made at its first use."""
+        dtype = stored_dtype(self.precision, parameter, dtype)
         return self._state(parameter, name, dtype, tuple(parameter.shape))
+
+    def rounds(self, parameter: nn.Parameter, stored: torch.dtype) -> bool:
+        """Whether a state that the store keeps in ``stored`` is float32 for the optimizer."""
+        return is_rounded(self.precision, parameter, stored)
+
+    def rounding_key(self, state: State) -> int:
+        """Of the random bits with which the present step rounds ``state``."""
+        return rounding_key(self._steps(), state.stored.name, "step")
+
+    def computed(self, parameter: torch.Tensor, shown: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The states ``shown`` of a whole parameter as the optimizer computes with them."""
+        if self.precision == "exact" or parameter not in self.states:
+            return shown
+        return {
+            name: value.float()
+            if isinstance(value, torch.Tensor)
+            and is_large(value)
+            and is_rounded(self.precision, parameter, value.dtype)
+            else value
+            for name, value in shown.items()
+        }
 
     def _state(
         self, parameter: nn.Parameter, name: str, dtype: torch.dtype, shape: tuple[int, ...]
@@ -80,22 +112,25 @@ class StateKeeper:
         state.mapped.file_as(state.stored.current)
         return state.mapped.tensor
 
-    def mapped(self) -> list[MappedTensor]:
-        """The mapped tensors that ``optimizer.state`` shows."""
-        return [
-            state.mapped
-            for states in self.states.values()
+    def materialised_nbytes(self) -> int:
+        """Bytes of memory that ``materialise`` takes."""
+        return sum(
+            state.mapped.nbytes * (2 if self.rounds(parameter, state.stored.dtype) else 1)
+            for parameter, states in self.states.items()
             for state in states.values()
             if state.mapped is not None
-        ]
+        )
 
     def materialise(self) -> None:
-        """Show ordinary tensors in ``optimizer.state`` from now on."""
+        """Show ordinary tensors, of the optimizer's types, in its states from now on."""
         for parameter, states in self.states.items():
             shown = self.optimizer.state.get(parameter, {})
             for name, state in states.items():
-                if state.mapped is not None and name in shown:
-                    shown[name] = state.mapped.tensor.clone()
+                if state.mapped is None or name not in shown:
+                    continue
+                rounded = self.rounds(parameter, state.stored.dtype)
+                kept = state.mapped.tensor
+                shown[name] = kept.float() if rounded else kept.clone()
 
     def absorb(self, parameter: nn.Parameter) -> None:
         """Store what is newer in ``optimizer.state[parameter]`` than in the store.
@@ -115,10 +150,28 @@ class StateKeeper:
             ours = mapped is not None and value.data_ptr() == mapped.address
             if ours and mapped is not None and not mapped.written_while_filed():
                 continue
-            state = self._state(parameter, name, value.dtype, tuple(value.shape))
-            self.store.write(state.stored, value)
+            dtype = value.dtype
+            if value.shape == parameter.shape:
+                dtype = stored_dtype(self.precision, parameter, dtype)
+            state = self._state(parameter, name, dtype, tuple(value.shape))
+            if dtype == value.dtype:
+                self.store.write(state.stored, value)
+            else:
+                self._store_rounded(state.stored, value)
             shown[name] = self.show(state)
         self._forget(parameter, set(shown))
+
+    def _store_rounded(self, stored: StoredTensor, value: torch.Tensor) -> None:
+        key = rounding_key(self._steps(), stored.name, "absorb")
+        values = value.detach().contiguous().reshape(-1)
+
+        def fill(at: int, staged: torch.Tensor) -> None:
+            rounded = staged.view(stored.dtype)
+            start = at // stored.dtype.itemsize
+            part = values[start : start + rounded.numel()]
+            round_to_bf16(part, rounded, key=key, start=start)
+
+        self.store.fill(stored, fill)
 
     def _forget(self, parameter: nn.Parameter, living: set[str]) -> None:
         for name in set(self.states[parameter]) - living:

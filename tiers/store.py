@@ -7,7 +7,7 @@ whole until a newer commit record stands. A commit is: flush the data, then repl
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,15 +252,22 @@ class Store:
 
         Staged chunk by chunk, so that no second copy of a large tensor ever exists.
         """
+        flat = _bytes_of(source)
+        self.fill(tensor, lambda at, staged: staged.copy_(flat[at : at + staged.numel()]))
+
+    def fill(self, tensor: StoredTensor, make: Callable[[int, torch.Tensor], object]) -> None:
+        """Write the next version of ``tensor``, made in memory chunk by chunk; blocks.
+
+        Args:
+            make: fills the 1-D uint8 tensor that it is given with the bytes from ``at`` on.
+        """
         target = tensor.target(self.tier)
         label = Label(tensor.name, _role(tensor), "host", self.tier.spec.name)
-        flat = _bytes_of(source)
         sums: list[int] = []
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
         try:
             for at, nbytes in tensor.chunks():
-                staged = staging.tensor(torch.uint8, (nbytes,))
-                staged.copy_(flat[at : at + nbytes])
+                make(at, staging.tensor(torch.uint8, (nbytes,)))
                 sums.append(checksum(staging.address, nbytes))
                 padded = page_ceil(nbytes)
                 self.tier.write(

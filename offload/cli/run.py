@@ -62,6 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="backward passes that make one step, with --step-in-backward (default: 1)",
     )
     parser.add_argument(
+        "--state-precision",
+        choices=["exact", "bf16"],
+        help="bf16: float32 optimizer states are rounded at random to half their bytes, which "
+        "changes results a little (default: exact)",
+    )
+    parser.add_argument(
         "--recompute",
         choices=["off", "tokenwise"],
         help="tokenwise: swap some token rows of what blocks save, rebuild the rest (default: off)",
@@ -91,6 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         nvme_endurance=arguments.nvme_endurance,
         step_in_backward=arguments.step_in_backward,
         accumulation_steps=arguments.accumulation_steps,
+        state_precision=arguments.state_precision,
         recompute=arguments.recompute,
         alpha=arguments.alpha,
     )

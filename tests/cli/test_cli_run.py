@@ -77,6 +77,19 @@ def test_an_unmodified_script_gives_the_same_bits(script: Path, tmp_path: Path) 
     assert "another command" in other.stderr
 
 
+def test_states_may_be_kept_in_bf16(script: Path, tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    options = ["--budget=8GiB", "--nvme", tmp_path / "nvme", "--record", record]
+    command = ["-m", "offload", "run", *options, "--state-precision=bf16", script, "0"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((record / "config.json").read_text())["state_precision"] == "bf16"
+    commit = (tmp_path / "nvme" / "offload-store" / "commit.json").read_bytes()
+    stored = json.loads(commit.partition(b"\n")[2])["tensors"]
+    assert stored["a.weight#exp_avg_sq"]["dtype"] == "bfloat16"
+    assert stored["a.weight"]["dtype"] == "float32"
+
+
 def test_nvme_may_be_given_more_than_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,8 @@ from offload.tiers import home
 place, steps, paths = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 home.UNIT_NBYTES = 16 << 10  # every weight is on every path
 nvme = [place / f"nvme{path}" for path in range(paths)]
-config = {"step_in_backward": sys.argv[4] == "in backward"}
+config = {"step_in_backward": "in backward" in sys.argv[4]}
+config["state_precision"] = "bf16" if "bf16" in sys.argv[4] else "exact"
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = nn.Sequential(nn.Linear(400, 600), nn.Dropout(0.2), nn.Linear(600, 400))
@@ -43,7 +44,7 @@ digest = xxhash.xxh3_64()
 for parameter in model.parameters():
     digest.update(parameter.detach().numpy().tobytes())
 for state in optimizer.state.values():
-    digest.update(state["exp_avg_sq"].numpy().tobytes())
+    digest.update(state["exp_avg_sq"].view(torch.uint8).numpy().tobytes())
 print("digest", digest.hexdigest(), flush=True)
 """
 
@@ -85,6 +86,7 @@ def killed_and_resumed(place: Path, steps: int, paths: int, step: str, kills: in
         (4, 40, 1, "behind backward"),
         (3, 20, 2, "behind backward"),
         (3, 30, 1, "in backward"),
+        (3, 20, 1, "in backward, bf16"),
         pytest.param(20, 200, 1, "behind backward", marks=pytest.mark.slow),
         pytest.param(20, 200, 3, "behind backward", marks=pytest.mark.slow),
         pytest.param(20, 200, 1, "in backward", marks=pytest.mark.slow),
@@ -97,7 +99,7 @@ def test_killed_runs_end_like_an_undisturbed_one(
     for place in (calm, disturbed):
         place.mkdir()
     # Over several paths, and with a step in backward, the very same comes out.
-    expected = finish(start(calm, steps, 1, "behind backward"))
+    expected = finish(start(calm, steps, 1, step.replace("in backward", "behind backward")))
     assert expected.startswith("digest ")
     assert killed_and_resumed(disturbed, steps, paths, step, kills) == expected
     for path in range(1, paths):

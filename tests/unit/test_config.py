@@ -67,6 +67,13 @@ def test_settings_of_a_recompute_that_is_off_are_refused() -> None:
         make_config(alpha=0.5, relaxed=True)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "BF16", "", None, 16])
+def test_a_precision_of_states_that_there_is_not(precision: object) -> None:
+    assert make_config().state_precision == "exact"
+    with pytest.raises(ConfigError, match="state_precision: Input should be 'exact' or 'bf16'"):
+        make_config({"state_precision": precision})
+
+
 def test_blocks_may_be_written_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OFFLOAD_BLOCKS", "encoder.layer, decoder.layer")
     monkeypatch.setenv("OFFLOAD_RECOMPUTE", "tokenwise")

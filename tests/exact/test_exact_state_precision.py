@@ -1,0 +1,324 @@
+"""States in bfloat16: the bits of a loop in memory that rounds its states after each step.
+
+What is lossy is lossy in one way only, whatever the tiles, the budget, the moment of the step and
+the number of starts.
+"""
+
+import copy
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_exact_optimizers import OPTIMIZERS, make_model, two_groups
+from torch import nn
+from torch.nn import functional as F
+
+import offload
+from offload.allocator.errors import StoreMismatchError, UnsupportedError
+from offload.engine import Engine
+from offload.saving import step_writes_nbytes
+from offload.swap.optim_kinds import state_nbytes
+from offload.swap.rounding import round_to_bf16
+from offload.swap.state_precision import rounding_key
+from offload.tiers.events import Move
+
+BF16 = {"state_precision": "bf16"}
+IN_BACKWARD = {**BF16, "step_in_backward": True}
+STEPS = 10
+REFUSED = {
+    "third-party": r"of Lion may be rounded: set .*='exact'",
+    "adafactor": "of Adafactor may be rounded",
+    "asgd": "of ASGD may be rounded",
+    "rprop": "of Rprop may be rounded",
+    "rmsprop": "centered RMSprop takes the root of a difference",
+}
+ROUNDABLE = {name: make for name, make in OPTIMIZERS.items() if name not in REFUSED} | {
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.5)
+}
+
+
+@pytest.fixture(autouse=True)
+def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an end that is off every grid: 300 * 257 = 77,100 elements."""
+    monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: 64 * 160)
+
+
+def adamw(model: nn.Module) -> Any:
+    return torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+
+
+def train(model: Any, optimizer: Any, steps: range, after: Any = None) -> list[float]:
+    losses = []
+    for step in steps:
+        x = torch.randn(32, 300, generator=torch.Generator().manual_seed(step))
+        loss = F.mse_loss(model(x) * model.scale, x) + model.empty.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if after is not None:
+            after(step)
+    return losses
+
+
+def round_states(model: nn.Module, optimizer: Any, step: int) -> None:
+    """What the store does to states, done to those of a loop in memory."""
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor) and value.numel() > 1024:
+                rounded = torch.empty(value.numel(), dtype=torch.bfloat16)
+                bits = rounding_key(step, f"{name}#{key}", "step")
+                round_to_bf16(value.flatten(), rounded, key=bits, start=0)
+                value.copy_(rounded.view_as(value))
+
+
+def assert_same(plain: Any, plain_optimizer: Any, model: Any, optimizer: Any) -> None:
+    mine, theirs = plain.state_dict(), model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
+        kept, shown = plain_optimizer.state.get(one, {}), optimizer.state.get(other, {})
+        assert list(kept) == list(shown)
+        for key, value in kept.items():
+            found = shown[key]
+            if isinstance(value, torch.Tensor):
+                large = value.numel() > 1024
+                assert found.dtype == (torch.bfloat16 if large else torch.float32)
+                assert torch.equal(value, found.to(value.dtype)), key
+            else:
+                assert value == found
+
+
+def run_both(
+    starve: Any, make_optimizer: Callable[[Any], Any], config: dict[str, Any]
+) -> tuple[Engine, Any]:
+    torch.manual_seed(0)
+    plain: Any = make_model()
+    model = copy.deepcopy(plain)
+    plain_optimizer, optimizer = make_optimizer(plain), make_optimizer(model)
+    expected = train(
+        plain,
+        plain_optimizer,
+        range(STEPS),
+        lambda step: round_states(plain, plain_optimizer, step),
+    )
+    engine = starve(model, optimizer, config=config)
+    assert train(model, optimizer, range(STEPS)) == expected
+    assert_same(plain, plain_optimizer, model, optimizer)
+    return engine, model
+
+
+@pytest.mark.parametrize("name", ROUNDABLE)
+@pytest.mark.parametrize("config", [BF16, IN_BACKWARD], ids=["behind", "in backward"])
+def test_each_optimizer_computes_with_its_states_rounded(
+    name: str, config: dict[str, Any], starve: Any
+) -> None:
+    run_both(starve, lambda model: ROUNDABLE[name](model.parameters()), config)
+
+
+@pytest.mark.parametrize("chunk_numel", [64 * 32, 64 * 1024, 2 << 20])
+@pytest.mark.parametrize("config", [BF16, IN_BACKWARD], ids=["behind", "in backward"])
+def test_tiles_of_any_size_give_the_same_bits(
+    chunk_numel: int, config: dict[str, Any], starve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small budgets choose small tiles."""
+    monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: chunk_numel)
+    run_both(starve, two_groups, config)
+
+
+def test_half_of_the_bytes_of_states_move(starve: Any) -> None:
+    engine, model = run_both(starve, adamw, IN_BACKWARD)
+    stepped = sum(p.numel() for p in model.parameters() if p.numel() > 64 << 10)
+    moves = [e for e in engine._journal.recorder.events if isinstance(e, Move)]  # type: ignore[attr-defined]
+    states = [e for e in moves if e.role == "state"]
+    assert sum(e.nbytes for e in states if e.dst != "host") == STEPS * 8 * stepped  # 12 if exact
+    assert sum(e.nbytes for e in states if e.src != "host") == (STEPS - 1) * 4 * stepped
+
+
+def test_what_is_reserved_and_written_is_half_of_it_too() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    exact, rounded = (state_nbytes(optimizer, precision=one) for one in ("exact", "bf16"))
+    assert exact == 2 * rounded == 8 * sum(p.numel() for p in model.parameters())
+    writes = [step_writes_nbytes(model, optimizer, one) for one in ("exact", "bf16")]
+    assert writes[0] - writes[1] == rounded
+
+
+def test_training_is_close_to_that_with_exact_states(starve: Any) -> None:
+    torch.manual_seed(0)
+    plain: Any = make_model()
+    model = copy.deepcopy(plain)
+    plain_optimizer, optimizer = adamw(plain), adamw(model)
+    expected = train(plain, plain_optimizer, range(60))
+    starve(model, optimizer, config=IN_BACKWARD)
+    losses = train(model, optimizer, range(60))
+    assert losses != expected
+    assert losses[-1] < losses[0] * 0.8
+    assert losses == pytest.approx(expected, rel=5e-3)
+
+
+def test_parameters_that_are_bf16_have_exact_states(compare: Any) -> None:
+    """Their states are made in bfloat16: nothing is rounded that the optimizer would not round."""
+
+    def loop(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
+        losses = []
+        for _ in range(STEPS):
+            loss = model(torch.randn(8, 300).bfloat16()).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    compare(lambda: make_model().bfloat16(), adamw, loop, config=BF16)
+
+
+def test_sparse_gradients(starve: Any) -> None:
+    torch.manual_seed(0)
+    plain = nn.Embedding(400, 96, sparse=True)
+    model = copy.deepcopy(plain)
+    optimizers = [torch.optim.Adagrad(one.parameters(), 1e-2) for one in (plain, model)]
+    starve(model, optimizers[1], config=BF16)
+    with torch.sparse.check_sparse_tensor_invariants():  # torch warns unless it is told
+        for step in range(STEPS):
+            rows = torch.arange(step, 200, 3)
+            for one, optimizer in zip((plain, model), optimizers, strict=True):
+                one(rows).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    sums = [o.state[m.weight]["sum"] for o, m in zip(optimizers, (plain, model), strict=True)]
+    assert sums[1].dtype == torch.bfloat16
+    assert not sums[1][200:].any()  # rows that no batch has touched
+    torch.testing.assert_close(sums[1].float(), sums[0], rtol=0.05, atol=0)
+    torch.testing.assert_close(model.weight, plain.weight, rtol=0.02, atol=1e-3)
+
+
+def test_a_state_dict_goes_out_and_comes_back(starve: Any, tmp_path: Path) -> None:
+    model: Any = make_model()
+    optimizer = adamw(model)
+    starve(model, optimizer, nvme=tmp_path / "one", config=BF16)
+    train(model, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert saved["state"][2]["exp_avg"].dtype == torch.bfloat16
+    fresh: Any = make_model()
+    other = adamw(fresh)
+    engine = starve(fresh, other, nvme=tmp_path / "other", config=BF16)
+    other.load_state_dict(saved)
+    engine.commit()  # stored as it is: what bfloat16 holds is not rounded again
+    for index, state in other.state_dict()["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, saved["state"][index][key])
+            assert value.dtype == saved["state"][index][key].dtype
+
+
+def test_exact_states_are_rounded_where_they_are_loaded(starve: Any) -> None:
+    plain: Any = make_model()
+    plain_optimizer = adamw(plain)
+    train(plain, plain_optimizer, range(3))
+    model: Any = make_model()
+    optimizer = adamw(model)
+    engine = starve(model, optimizer, config=BF16)
+    optimizer.load_state_dict(plain_optimizer.state_dict())
+    engine.commit()
+    exact = plain_optimizer.state[plain[0].weight]["exp_avg_sq"]
+    found = optimizer.state[model[0].weight]["exp_avg_sq"]
+    assert found.dtype == torch.bfloat16
+    assert ((found.float() - exact).abs() <= exact / 128).all()
+    assert (found.float().mean() / exact.mean() - 1).abs() < 1e-3
+    train(model, optimizer, range(3, 6))
+    assert int(optimizer.state[model[0].weight]["step"]) == 6
+
+
+@pytest.mark.parametrize("config", [BF16, IN_BACKWARD], ids=["behind", "in backward"])
+def test_a_resumed_run_continues_bit_for_bit(config: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = make_model().state_dict()
+    ends = []
+    for parts in ([range(6)], [range(2), range(2, 5), range(5, 6)]):
+        losses = []
+        for steps in parts:
+            model: Any = make_model()
+            model.load_state_dict(start)
+            optimizer = adamw(model)
+            nvme = tmp_path / str(len(parts))
+            with offload.attach(
+                model, optimizer, budget="8GiB", nvme=nvme, config=config
+            ) as engine:
+                assert engine.step == steps.start
+                losses += train(model, optimizer, steps)
+        ends.append((losses, model.state_dict(), optimizer.state_dict()["state"]))
+    assert ends[0][0] == ends[1][0]
+    assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
+    for index, state in ends[0][2].items():
+        if state["exp_avg"].numel():
+            assert all(torch.equal(value, ends[1][2][index][key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize(("first", "second"), [("exact", "bf16"), ("bf16", "exact")])
+def test_another_precision_does_not_continue_a_store(
+    first: str, second: str, tmp_path: Path
+) -> None:
+    def attach(precision: str, **options: Any) -> tuple[Any, Any, Engine]:
+        model: Any = make_model()
+        optimizer = adamw(model)
+        config = {"state_precision": precision}
+        engine = offload.attach(
+            model, optimizer, budget="8GiB", nvme=tmp_path, config=config, **options
+        )
+        return model, optimizer, engine
+
+    model, optimizer, engine = attach(first)
+    train(model, optimizer, range(2))
+    engine.detach()
+    message = f"state_precision is {first}, this one's is {second} .set it to '{first}'"
+    with pytest.raises(StoreMismatchError, match=message):
+        attach(second)
+    engine = attach(first)[2]
+    assert engine.step == 2
+    engine.detach()
+    attach(second, resume="never")[2].detach()
+
+
+def test_a_detached_optimizer_has_states_of_its_own_type(starve: Any) -> None:
+    model: Any = make_model()
+    optimizer = adamw(model)
+    engine = starve(model, optimizer, config=BF16)
+    train(model, optimizer, range(2))
+    engine.detach()
+    states = [v for state in optimizer.state.values() for v in state.values()]
+    assert {value.dtype for value in states} == {torch.float32}
+    train(model, optimizer, range(2, 4))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_states_that_may_not_be_rounded_are_refused_before_anything_moves(
+    name: str, tmp_path: Path
+) -> None:
+    model = make_model()
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    for _ in range(2):  # and the store is not left locked
+        with pytest.raises(UnsupportedError, match=REFUSED[name]):
+            offload.attach(
+                model,
+                OPTIMIZERS[name](list(model.parameters())[:1]),
+                budget="8GiB",
+                nvme=tmp_path,
+                config=BF16,
+            )
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+
+
+def test_a_group_that_may_not_be_rounded_is_refused_before_the_step(starve: Any) -> None:
+    model: Any = make_model()
+    optimizer = torch.optim.RMSprop(model[0].parameters(), 1e-3)
+    engine = starve(model, optimizer, config=BF16)
+    train(model, optimizer, range(1))
+    optimizer.add_param_group({"params": model[2].parameters(), "centered": True})
+    with pytest.raises(UnsupportedError, match="centered"):
+        train(model, optimizer, range(1, 2))
+    assert engine.step == 1
