@@ -5,9 +5,10 @@ step reads {p, g, m, v} and writes {p, m, v}. The limit moves as many bytes, mix
 proportion, by plain direct I/O.
 
 Then whole training steps of one model in processes of their own: plain PyTorch in memory; Offload
-with everything on a file, the optimizer behind backward and in it; DeepSpeed's ZeRO-3 with the
-optimizer on NVMe, where it is installed. What a way costs is its step beyond the forward and
-backward of plain PyTorch; bytes are the kernel's count for the process.
+with everything on a file, the optimizer behind backward and in it, there also with states in
+bfloat16; DeepSpeed's ZeRO-3 with the optimizer on NVMe, where it is installed. What a way costs is
+its step beyond the forward and backward of plain PyTorch; bytes are the kernel's count for the
+process.
 """
 
 import json
@@ -138,11 +139,18 @@ def _check(result: Result, size: str, runs: dict[str, dict[str, Any]]) -> None:
     result.check(f"{size}: the loss is plain PyTorch's, bit for bit", float(same), 1)
     share = ours["peak_nbytes"] / plain["peak_nbytes"]
     result.at_most(f"{size}: peak resident set over plain PyTorch's", share, BUDGETS[size])
+    rounded = runs.get("in backward, bf16 states")
+    if rounded is not None:
+        apart = abs(rounded["last_loss"] / plain["last_loss"] - 1)
+        result.at_most(f"{size}: loss with bf16 states, off plain PyTorch's", apart, 0.01)
     peers = [figures for way, figures in runs.items() if way.startswith("deepspeed")]
     if not peers:
         return
     cost_s = min(peer["cost_s"] for peer in peers)
     result.check(f"{size}: cost of DeepSpeed's best over ours", cost_s / ours["cost_s"], 2)
+    if rounded is not None:
+        share = cost_s / rounded["cost_s"]
+        result.check(f"{size}: cost of DeepSpeed's best over ours with bf16 states", share, 4)
     visible_s = min(peer["visible_s"] for peer in peers)
     result.at_most(
         f"{size}: part behind backward over DeepSpeed's", ours["visible_s"] / visible_s, 0.25

@@ -24,7 +24,14 @@ SHAPES = {
     "70M": Shape(layers=12, width=512, heads=8),
     "350M": Shape(layers=24, width=1024, heads=16),
 }
-WAYS = ("plain", "behind", "in backward", "deepspeed", "deepspeed pipelined")
+WAYS = (
+    "plain",
+    "behind",
+    "in backward",
+    "in backward, bf16 states",
+    "deepspeed",
+    "deepspeed pipelined",
+)
 Steps = Callable[[torch.Tensor], tuple[float, float]]  # loss, seconds visible of the optimizer
 
 
@@ -34,12 +41,12 @@ def plain_steps(shape: Shape) -> Steps:
     return _looped(model, _adamw(model))
 
 
-def offload_steps(shape: Shape, nvme: Path, budget: str, *, in_backward: bool) -> Steps:
+def offload_steps(shape: Shape, nvme: Path, budget: str, config: dict[str, Any]) -> Steps:
     """Weights, gradients and states on a file."""
     with offload.init(budget=budget, nvme=nvme):
         model = Decoder(shape)
     optimizer = _adamw(model)
-    offload.attach(model, optimizer, commit="manual", config={"step_in_backward": in_backward})
+    offload.attach(model, optimizer, commit="manual", config=config)
     return _looped(model, optimizer)
 
 
@@ -127,7 +134,11 @@ def main() -> None:
     elif way.startswith("deepspeed"):
         step = deepspeed_steps(shape, nvme, pipelined=way.endswith("pipelined"))
     else:
-        step = offload_steps(shape, nvme, options.budget, in_backward=way == "in backward")
+        config = {
+            "step_in_backward": way.startswith("in backward"),
+            "state_precision": "bf16" if way.endswith("bf16 states") else "exact",
+        }
+        step = offload_steps(shape, nvme, options.budget, config)
     losses, steps_s, visible_s, reads, writes = [], [], [], [], []
     for number in range(options.steps):
         seeded = torch.Generator().manual_seed(number)
