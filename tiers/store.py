@@ -253,7 +253,7 @@ class Store:
         Staged chunk by chunk, so that no second copy of a large tensor ever exists.
         """
         target = tensor.target(self.tier)
-        label = Label(tensor.name, _role(tensor), "host", self.tier.spec.name)
+        label = Label(tensor.name, role_of(tensor), "host", self.tier.spec.name)
         flat = _bytes_of(source)
         sums: list[int] = []
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
@@ -274,7 +274,7 @@ class Store:
         """Fill ``target`` (contiguous) with the current version; blocks, checks nothing."""
         assert tensor.current is not None
         assert target.is_contiguous()
-        label = Label(tensor.name, _role(tensor), self.tier.spec.name, "host")
+        label = Label(tensor.name, role_of(tensor), self.tier.spec.name, "host")
         flat = target.detach().reshape(-1).view(torch.uint8)
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
         try:
@@ -294,7 +294,7 @@ class Store:
             StoreCorruptError: naming the first chunk that differs.
         """
         assert tensor.current is not None
-        label = Label(tensor.name, _role(tensor), self.tier.spec.name, "host")
+        label = Label(tensor.name, role_of(tensor), self.tier.spec.name, "host")
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
         try:
             for (at, nbytes), expected in zip(tensor.chunks(), tensor.checksums, strict=True):
@@ -342,7 +342,8 @@ class Store:
             self._home.close()
 
 
-def _role(tensor: StoredTensor) -> str:
+def role_of(tensor: StoredTensor) -> str:
+    """What the tensor is in the record of moves."""
     return "state" if "#" in tensor.name else "weight"
 
 
