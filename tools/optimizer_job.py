@@ -24,7 +24,8 @@ SHAPES = {
     "70M": Shape(layers=12, width=512, heads=8),
     "350M": Shape(layers=24, width=1024, heads=16),
 }
-WAYS = ("plain", "behind", "in backward", "deepspeed", "deepspeed pipelined")
+IN_MEMORY = "in memory"  # Offload with room for everything
+WAYS = ("plain", "behind", "in backward", IN_MEMORY, "deepspeed", "deepspeed pipelined")
 Steps = Callable[[torch.Tensor], tuple[float, float]]  # loss, seconds visible of the optimizer
 
 
