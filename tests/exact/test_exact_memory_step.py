@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import offload
 from offload.engine import Engine
+from offload.swap.plan import MARGIN_NBYTES
 from offload.tiers.events import Move
 
 STEPS = 12
@@ -85,6 +86,17 @@ def moves(engine: Engine) -> list[Move]:
     return [event for event in events if isinstance(event, Move)]
 
 
+def held_names(engine: Engine) -> set[str]:
+    """The weights of which a large state is in memory."""
+    keeper = engine._keeper
+    assert keeper is not None
+    return {
+        keeper.names[parameter]
+        for parameter, states in keeper.states.items()
+        if any(state.held for state in states.values())
+    }
+
+
 def forget_moves(engine: Engine) -> None:
     engine._journal.recorder.events.clear()  # type: ignore[attr-defined]
 
@@ -152,6 +164,30 @@ def test_coming_and_going(compare: Any) -> None:
         return losses
 
     compare(make_model, adamw, changing)
+
+
+@pytest.mark.parametrize("commit", ["step", "manual", "never"])
+def test_a_plan_that_must_shrink(commit: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain: Any = make_model()
+    model = copy.deepcopy(plain)
+    plain_optimizer, optimizer = adamw(plain), adamw(model)
+    expected = train(plain, plain_optimizer, range(STEPS))
+    kept: list[set[str]] = []
+    with offload.attach(model, optimizer, budget="8GiB", nvme=tmp_path, commit=commit) as engine:
+        everything = set(engine.weights.weights)
+        losses = []
+        for step, excess in enumerate([0, 0, 1, 0, 1 << 30, 0]):
+            losses += train(model, optimizer, range(2 * step, 2 * step + 1))
+            if excess:  # as if the coming step took so much more than was planned
+                enough = engine.plan.budget_nbytes - MARGIN_NBYTES // 2
+                engine._runtime.governor.peak_nbytes = enough + excess
+            losses += train(model, optimizer, range(2 * step + 1, 2 * step + 2))
+            kept.append(set(engine.plan.resident_states))
+            assert held_names(engine) <= kept[-1]
+    assert kept == [everything] * 2 + [everything - {"2.weight"}] * 2 + [set()] * 2
+    assert losses == expected
+    assert_same(plain, plain_optimizer, model, optimizer)
 
 
 @pytest.mark.parametrize("commit", ["manual", "never"])
