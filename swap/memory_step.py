@@ -162,13 +162,13 @@ class MemoryStep:
         meanwhile()
         if not parameters:
             return
-        self._fetch(parameters)
+        states = self._fetch(parameters)
         self._is_whole = False
-        stepped = [_Stepped(one, self._optimizer.state.get(one, {})) for one in parameters]
         for one in parameters:
             self._weights.changed(self._by_parameter[one])
-            for state in self._keeper.shown(one) or ():
-                state.dirty = True
+        for state in states:
+            state.dirty = True
+        stepped = [_Stepped(one, self._optimizer.state.get(one, {})) for one in parameters]
         for pieces in self._calls(group, parameters):
             meanwhile()
             parts = [stepped[piece.index].part(piece) for piece in pieces]
@@ -190,9 +190,9 @@ class MemoryStep:
             return [(Piece(index, 0, numel),) for index, numel in enumerate(numels)]
         return cut(numels, self._chunk_numel * (_FUSED_TILES if group.get("fused") else 1))
 
-    def _fetch(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Have weights and states in memory: once, for they stay."""
-        missing: list[State] = []
+    def _fetch(self, parameters: Sequence[nn.Parameter]) -> list[State]:
+        """Have weights and states in memory: once, for they stay; their large states."""
+        found: list[State] = []
         for parameter in parameters:
             weight = self._by_parameter[parameter]
             self._weights.hold(weight)
@@ -200,10 +200,11 @@ class MemoryStep:
             states = self._keeper.shown(parameter)
             if states is None or not all(state.held for state in states):
                 self._keeper.absorb(parameter)  # what is read must be the newest
-                shown = self._keeper.shown(parameter) or ()
-                missing += [state for state in shown if not state.held]
-        if missing:
+                states = self._keeper.shown(parameter)
+            found += states or ()
+        if missing := [state for state in found if not state.held]:
             self._read(missing)
+        return found
 
     def _read(self, states: Sequence[State]) -> None:
         tier, journal = self._weights.store.tier, self._weights.journal
@@ -278,6 +279,8 @@ class _Stepped:
     def _take_whole(self, after: Mapping[str, Any]) -> None:
         """States that were made afresh go where the old ones were, which is where they stay."""
         self.after = dict(after)
+        if all(value is self.before.get(name) for name, value in after.items()):
+            return
         old = {name: value for name, value in self.before.items() if _is_plain(value)}
         addresses = {value.data_ptr() for value in old.values()}
         fresh = {

@@ -99,10 +99,11 @@ class StateKeeper:
 
         None: somebody put ordinary tensors there, which ``absorb`` takes.
         """
+        known = self.states[parameter]
         states = []
         for name, value in self.optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor) and is_large(value):
-                state = self.known(parameter, name)
+                state = known.get(name)
                 if state is None or not _shows(value, state):
                     return None
                 states.append(state)
@@ -231,9 +232,10 @@ class StateKeeper:
 def _shows(value: Any, state: State) -> bool:
     """Whether ``value`` is the mapping of ``state``."""
     mapped = state.mapped
-    return (
-        mapped is not None
-        and isinstance(value, torch.Tensor)
+    if mapped is None:
+        return False
+    return value is mapped.tensor or (
+        isinstance(value, torch.Tensor)
         and value.layout is torch.strided
         and value.data_ptr() == mapped.address
     )
