@@ -75,8 +75,8 @@ class Engine:
         self._journal = runtime.journal
         self._steps = StepLog(self._journal)
         self._attached = False
-        census = take_census(model)
-        self._census = census
+        self._census = census = take_census(model)
+        config = runtime.config
         self.weights = WeightSwapper(
             runtime.store, self._journal, plan.window_nbytes, runtime.governor.room
         )
@@ -97,7 +97,7 @@ class Engine:
             homes,
             self._journal,
             limit_nbytes=plan.activations_nbytes,
-            min_nbytes=runtime.config.min_swap_nbytes,
+            min_nbytes=config.min_swap_nbytes,
             weights=self.weights,
             room=runtime.governor.room,
         )
@@ -108,7 +108,7 @@ class Engine:
                 for name, weight in self.weights.weights.items()
             }
         )
-        self.tokenwise = rebuild_rows(model, self.activations, runtime.config)
+        self.tokenwise = rebuild_rows(model, self.activations, config)
         self._hooks = ModelHooks(
             model, census, self.weights, self.activations, self._before_pass, self.tokenwise
         )
@@ -144,7 +144,9 @@ class Engine:
                 self._journal,
                 chunk_numel=runtime.chunk_numel,
                 staging_nbytes=plan.staging_nbytes,
+                gradients_wait=not config.step_in_backward or config.accumulation_steps > 1,
             )
+            self._replanner.memory = streamed.memory
             self._backward_step = self._step_in_backward(streamed)
             self._step_hooks = StepHooks(
                 optimizer,
@@ -241,7 +243,7 @@ class Engine:
         else:
             self._runtime.lanes.drain()  # errors that nobody waited for
         if self._write_budget is not None:
-            self._write_budget.finish_step()
+            self._write_budget.finish_step(self._owed_nbytes())
         self._steps.finish(
             self.step,
             optimizer_s=optimizer_s,
@@ -250,9 +252,16 @@ class Engine:
             resident_nbytes={
                 "weight": self.weights.resident_nbytes(),
                 "activation": self.activations.kept_nbytes,
+                "state": self._keeper.held_nbytes() if self._keeper is not None else 0,
             },
         )
         self._replanner.finish_step()
+
+    def _owed_nbytes(self) -> int:
+        """What the next commit writes beside what the steps until then do."""
+        if self._runtime.config.commit == "never" or self._keeper is None:
+            return 0
+        return self.weights.dirty_nbytes() + self._keeper.held_nbytes(dirty=True)
 
     # The public surface.
 
@@ -265,12 +274,14 @@ class Engine:
         Raises:
             ConfigError: the engine was attached with ``commit="never"``.
             TierIOError: the disk could not take it; the previous commit stays.
-            StepInterruptedError: the last backward was interrupted in its steps.
+            StepInterruptedError: the last step, or backward in its steps, was interrupted.
         """
         if self._runtime.config.commit == "never":
             raise ConfigError("commit='never' keeps no slot to commit to: attach with 'manual'")
         if self._backward_step is not None:
             self._backward_step.check_whole()
+        if self.optimizer is not None:
+            self._streamed.memory.check_whole()
         self._runtime.lanes.drain()
         self.weights.absorb_all()
         state: dict[str, Any] = {
@@ -304,7 +315,7 @@ class Engine:
         return self._journal.notices
 
     def keep_streaming(self) -> None:
-        """Keep no weight resident from now on, whatever the budget has to spare."""
+        """Keep nothing resident from now on, whatever the budget has to spare."""
         self._replanner.keep_streaming()
 
     def state_dict(self) -> dict[str, Any]:
@@ -368,12 +379,15 @@ class Engine:
             self._runtime.close()
 
     def _materialise(self) -> bool:
-        """Copy what is mapped into ordinary memory, if the budget has room for all of it."""
-        states = self._keeper.materialised_nbytes() if self._keeper is not None else 0
-        nbytes = self._census.weight_nbytes + states
+        """Copy what is filed into ordinary memory, if the budget has room for all of it."""
+        mapped = [weight.mapped for weight in self.weights.weights.values()]
+        nbytes = sum(one.nbytes for one in mapped if not one.held)
+        nbytes += self._keeper.materialised_nbytes() if self._keeper is not None else 0
         if hostmem.resident_nbytes()[0] + nbytes > self.plan.budget_nbytes:
             return False
         for weight in self.weights.weights.values():
+            if weight.mapped.held:
+                continue
             data = weight.mapped.tensor.clone()
             for parameter in weight.parameters:
                 parameter.data = data

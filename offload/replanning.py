@@ -1,5 +1,8 @@
 """The plan of a run, held against the peaks that its steps show."""
 
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
 from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
 from offload.swap.census import Census
@@ -7,12 +10,16 @@ from offload.swap.governor import Governor
 from offload.swap.plan import MARGIN_NBYTES, Plan, grow, shrink
 from offload.swap.weights import WeightSwapper
 
+if TYPE_CHECKING:
+    from offload.swap.memory_step import MemoryStep
+
 
 class Replanner:
     """Keeps resident what the measured peaks leave room for.
 
     Attributes:
         plan: the shares of the budget, as they are now.
+        memory: keeps gradients and states; None where nothing is stepped.
     """
 
     def __init__(
@@ -22,6 +29,8 @@ class Replanner:
         self._census = census
         self._weights = weights
         self._governor = governor
+        self.memory: MemoryStep | None = None
+        self._states_nbytes: Mapping[str, int] = {}  # known when the first step has made them
         self._steps = 0
         self._may_grow = True
 
@@ -52,12 +61,23 @@ class Replanner:
         if not self._may_grow:
             return
         if self._steps == 1:
-            self.plan = grow(self.plan, self._census, peak_nbytes=peak)
+            if self.memory is not None:
+                self._states_nbytes = self.memory.nbytes()
+            self.plan = grow(
+                self.plan, self._census, peak_nbytes=peak, states_nbytes=self._states_nbytes
+            )
         elif (excess := peak - self.plan.budget_nbytes + MARGIN_NBYTES // 2) > 0:
-            self.plan = shrink(self.plan, self._census, excess_nbytes=excess)
-        self._weights.keep(self.plan.resident)
+            self.plan = shrink(
+                self.plan, self._census, excess_nbytes=excess, states_nbytes=self._states_nbytes
+            )
+        self._keep(self.plan.resident, self.plan.resident_states)
 
     def keep_streaming(self) -> None:
-        """Keep no weight resident from now on, whatever the budget has to spare."""
+        """Keep nothing resident from now on, whatever the budget has to spare."""
         self._may_grow = False
-        self._weights.keep(())
+        self._keep((), ())
+
+    def _keep(self, weights: Iterable[str], states: Iterable[str]) -> None:
+        if self.memory is not None:
+            self.memory.keep(states)
+        self._weights.keep(weights)

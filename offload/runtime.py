@@ -9,7 +9,7 @@ from pathlib import Path
 from offload.allocator.errors import ConfigError
 from offload.config import OffloadConfig
 from offload.swap.governor import Governor
-from offload.swap.plan import choose_chunk_numel
+from offload.swap.plan import choose_chunk_numel, soft_limit_nbytes
 from offload.tiers import hostmem
 from offload.tiers.cgroups import memory_limit_nbytes
 from offload.tiers.directories import check_directories
@@ -54,7 +54,7 @@ class Runtime:
             raise
         if self.store.committed is not None:
             self.chunk_numel = self.store.committed.state["chunk_numel"]
-        self.governor = Governor(_soft_limit(self.budget_nbytes))
+        self.governor = Governor(soft_limit_nbytes(self.budget_nbytes))
         self._numbers = itertools.count()
         self._closed = False
 
@@ -115,11 +115,6 @@ def open_lanes(
     if not chosen.expected:
         journal.notice("I/O engine", f"{chosen.name}: {chosen.reason}")
     return Lanes(journal, workers, len(directories), engine=chosen.factory)
-
-
-def _soft_limit(budget_nbytes: int) -> int:
-    """Where shedding begins: the watcher must win against faults that go on meanwhile."""
-    return budget_nbytes - max(budget_nbytes >> 5, 16 << 20)
 
 
 def default_budget() -> int:

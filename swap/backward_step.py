@@ -106,6 +106,11 @@ class BackwardStep:
         return self._groups.get(parameter)
 
     def _step(self, group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
+        if self._streamed.memory.takes(parameter):
+            self._streamed.memory.step(group, [parameter])
+            self._streamed.memory.end_step()
+            parameter.grad = consumed_gradient(parameter, name)
+            return
         if self._streamed.kind is Kind.PER_PARAMETER:
             self._streamed.step_in_memory(group, parameter)
             parameter.grad = consumed_gradient(parameter, name)

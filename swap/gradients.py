@@ -13,6 +13,7 @@ have a checksum taken there, and only those.
 
 import ctypes
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,6 +83,7 @@ class GradientSwapper:
         self._owners: dict[MappedTensor, int] = {}  # storage owners of an unshared home
         self._outlived: list[MappedTensor] = []  # homes of old gradients that the user keeps
         self._leaving: deque[_Leaving] = deque()
+        self._kept: frozenset[nn.Parameter] = frozenset()
         self.stepper: Stepper | None = None  # uses gradients up as they arrive
         self._watched_task = -1  # of autograd; at its end ``_end_backward`` is called
         self._hooks: list[RemovableHandle] = []
@@ -91,6 +93,10 @@ class GradientSwapper:
         if parameter.requires_grad and parameter.nbytes >= MIN_NBYTES:
             self._names[parameter] = name
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+
+    def keep(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leave the gradients of ``parameters`` in memory, and of these alone, from now on."""
+        self._kept = frozenset(parameters)
 
     def _on_gradient(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
@@ -103,10 +109,14 @@ class GradientSwapper:
             return
         home = self.homes.get(parameter)
         if home is not None and gradient.data_ptr() == home.address:
+            if parameter in self._kept:
+                parameter.grad = gradient.clone()
             home.shed()  # accumulated in place, through the mapping
             return
         if any(left.tensor.data_ptr() == gradient.data_ptr() for left in self._leaving):
             return  # accumulated in place while it leaves: ``_finish`` will see its version
+        if parameter in self._kept:
+            return
         while any(left.parameter is parameter for left in self._leaving):
             self._await_oldest("drain")  # a dropped one must not land on top of this one
         self._leave(parameter, gradient)

@@ -1,11 +1,11 @@
-"""The optimizer step, streamed: which parameters go by tiles, which whole, which as they are.
+"""The optimizer step: which parameters go by tiles, which whole, which are stepped in memory.
 
 [Note: a step is all or nothing] New versions go to blocks that the last commit does not name
 (``tiers.store`` [Note: alternating slots]), so an error or an interrupt in the middle of a step
 leaves the last commit whole; the training process itself can't go on from there.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from offload.allocator.errors import UnsupportedError
 from offload.swap.consumed import ConsumedGradient
 from offload.swap.gradients import GradientSwapper
+from offload.swap.memory_step import MemoryStep
 from offload.swap.optim_kinds import Kind, kind_of, state_specs, step_on
 from offload.swap.pipeline import Target, TilePipeline, Version
 from offload.swap.state_precision import check_precision
@@ -31,6 +32,10 @@ class StreamedOptimizer:
         by_parameter: the parameters whose weights Offload moves.
         chunk_numel: elements of one tile.
         staging_nbytes: bytes of tiles in flight.
+        gradients_wait: as in ``MemoryStep``.
+
+    Attributes:
+        memory: steps in memory what the plan keeps there.
 
     Raises:
         UnsupportedError: the optimizer's step can't be cut, or its states not be rounded.
@@ -47,6 +52,7 @@ class StreamedOptimizer:
         *,
         chunk_numel: int,
         staging_nbytes: int,
+        gradients_wait: bool = True,
     ) -> None:
         self.optimizer = optimizer
         self.kind = kind_of(optimizer)
@@ -62,6 +68,16 @@ class StreamedOptimizer:
             optimizer,
             chunk_numel=chunk_numel,
             staging_nbytes=staging_nbytes,
+        )
+        self.memory = MemoryStep(
+            optimizer,
+            self.kind,
+            weights,
+            gradients,
+            keeper,
+            by_parameter,
+            chunk_numel=chunk_numel,
+            gradients_wait=gradients_wait,
         )
         if self.kind is Kind.PER_PARAMETER:
             journal.notice(
@@ -100,7 +116,9 @@ class StreamedOptimizer:
 
         Raises:
             TierIOError: a read or write failed; the last commit stays whole.
+            StepInterruptedError: an earlier step did not end.
         """
+        self.memory.check_whole()
         self.begin()
         for group in self.optimizer.param_groups:
             stepped = [
@@ -108,19 +126,25 @@ class StreamedOptimizer:
                 for parameter in group["params"]
                 if parameter.grad is not None and type(parameter.grad) is not ConsumedGradient
             ]
+            held = [parameter for parameter in stepped if self.memory.takes(parameter)]
+            chosen = set(held)
             streamed = [
                 parameter
                 for parameter in stepped
-                if self.streams(parameter) and parameter.grad.layout is torch.strided
+                if parameter not in chosen
+                and self.streams(parameter)
+                and parameter.grad.layout is torch.strided
             ]
-            chosen = set(streamed)
+            chosen.update(streamed)
             if self.kind is Kind.ELEMENTWISE:
-                self._step_tiled(group, streamed)
+                self._step_tiled(group, streamed, held)
             else:
                 for parameter in streamed:
                     self._step_whole(group, parameter)
+                self.memory.step(group, held)
             self._step_here(group, [other for other in stepped if other not in chosen])
         self._order_first_states()
+        self.memory.end_step()
 
     def _order_first_states(self) -> None:
         """First states stand in the order of the parameters, whatever the order of steps."""
@@ -179,10 +203,17 @@ class StreamedOptimizer:
                 self.weights.store_new(weight)
                 self.keeper.absorb(parameter)
 
-    def _step_tiled(self, group: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
+    def _step_tiled(
+        self,
+        group: dict[str, Any],
+        parameters: Iterable[nn.Parameter],
+        held: Sequence[nn.Parameter],
+    ) -> None:
+        """Tiles of ``parameters``, and those ``held`` in memory while tiles are on their way."""
         try:
             targets = [self.target(group, one, _not_yet) for one in parameters]
             self.pipeline.add(group, targets)
+            self.memory.step(group, held, meanwhile=self.pipeline.advance)
             self.pipeline.finish()
         except BaseException:
             self.pipeline.abandon()

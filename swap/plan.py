@@ -5,7 +5,9 @@ Pure: the same census, budget and facts always give the same plan.
 
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
@@ -18,6 +20,7 @@ OVERHEAD_NBYTES = 24 << 20
 VARIATION_NBYTES = 4 << 20
 # Kept free when spare bytes are handed out: steps differ a little.
 MARGIN_NBYTES = 12 << 20
+_NOTHING: Mapping[str, int] = MappingProxyType({})
 _CHUNK_NUMELS = (2 << 20, 1 << 20, 1 << 18)
 _STAGED_PER_TILE = 4  # parameter, gradient and two states: the Adam family
 _STAGED_ITEMSIZE = 4
@@ -37,6 +40,9 @@ class Plan:
         activations_nbytes: saved activations kept in memory before they are swapped.
         staging_nbytes: tiles of the optimizer step in flight.
         resident: weights that stay in memory; the others stream.
+        resident_states: weights whose gradients and optimizer states stay in memory, too: they are
+            stepped in place.
+        resident_states_nbytes: bytes of these gradients and states.
     """
 
     budget_nbytes: int
@@ -48,6 +54,8 @@ class Plan:
     staging_nbytes: int
     resident: tuple[str, ...] = ()
     resident_nbytes: int = 0
+    resident_states: tuple[str, ...] = ()
+    resident_states_nbytes: int = 0
 
     def to_json(self) -> str:
         """The plan as versioned JSON."""
@@ -116,31 +124,83 @@ def make_plan(
     )
 
 
-def grow(plan: Plan, census: Census, *, peak_nbytes: int) -> Plan:
+def soft_limit_nbytes(budget_nbytes: int) -> int:
+    """Where moves begin to wait for room, and faulted-in pages are given back.
+
+    Below the budget, because the watcher must win against faults that go on meanwhile.
+    """
+    return budget_nbytes - max(budget_nbytes >> 5, 16 << 20)
+
+
+def grow(
+    plan: Plan, census: Census, *, peak_nbytes: int, states_nbytes: Mapping[str, int] = _NOTHING
+) -> Plan:
     """The plan for the steps after the first, whose measured peak was ``peak_nbytes``.
 
     Spare bytes hold weights resident, smallest first: each saves its reads in forward, backward
-    and optimizer step, and a small transfer costs more per byte than a large one.
+    and optimizer step, and a small transfer costs more per byte than a large one. Bytes that all
+    weights leave hold gradients and states, smallest first: they save less per byte.
+
+    Args:
+        states_nbytes: of the gradient and the states of each weight that could be stepped in
+            memory, whether or not they are there yet.
     """
     spare = plan.budget_nbytes - MARGIN_NBYTES - peak_nbytes
-    resident: list[str] = []
+    weights_nbytes = {weight.name: weight.nbytes for weight in census.weights}
+    resident, total = _fitting(weights_nbytes, spare)
+    states: list[str] = []
+    states_total = 0
+    if len(resident) == len(census.weights):
+        # So much stays free that gradients and activations need not wait for each other's room.
+        spare -= total + plan.budget_nbytes - soft_limit_nbytes(plan.budget_nbytes)
+        states, states_total = _fitting(states_nbytes, spare)
+    return dataclasses.replace(
+        plan,
+        resident=tuple(resident),
+        resident_nbytes=total,
+        resident_states=tuple(states),
+        resident_states_nbytes=states_total,
+    )
+
+
+def shrink(
+    plan: Plan, census: Census, *, excess_nbytes: int, states_nbytes: Mapping[str, int] = _NOTHING
+) -> Plan:
+    """The plan with so many bytes fewer resident, in the reverse of the order of ``grow``.
+
+    Gradients and states go before weights, the largest first. ``states_nbytes`` as for ``grow``.
+    """
+    weights_nbytes = {weight.name: weight.nbytes for weight in census.weights}
+    resident = _smallest_first(plan.resident, weights_nbytes)
+    states = _smallest_first(plan.resident_states, states_nbytes)
+    given_up = states_given_up = 0
+    while states and states_given_up < excess_nbytes:
+        states_given_up += states_nbytes[states.pop()]
+    while resident and states_given_up + given_up < excess_nbytes:
+        given_up += weights_nbytes[resident.pop()]
+    return dataclasses.replace(
+        plan,
+        resident=tuple(resident),
+        resident_nbytes=plan.resident_nbytes - given_up,
+        resident_states=tuple(states),
+        resident_states_nbytes=plan.resident_states_nbytes - states_given_up,
+    )
+
+
+def _fitting(sizes: Mapping[str, int], spare_nbytes: int) -> tuple[list[str], int]:
+    """The smallest ones that fit, and their bytes in all."""
+    fitting: list[str] = []
     total = 0
-    for weight in sorted(census.weights, key=lambda weight: (weight.nbytes, weight.name)):
-        if total + weight.nbytes > spare:
+    for name in _smallest_first(sizes, sizes):
+        if total + sizes[name] > spare_nbytes:
             break
-        total += weight.nbytes
-        resident.append(weight.name)
-    return dataclasses.replace(plan, resident=tuple(resident), resident_nbytes=total)
+        total += sizes[name]
+        fitting.append(name)
+    return fitting, total
 
 
-def shrink(plan: Plan, census: Census, *, excess_nbytes: int) -> Plan:
-    """The plan with so many bytes fewer resident, the largest weights given up first."""
-    sizes = {weight.name: weight.nbytes for weight in census.weights}
-    resident = sorted(plan.resident, key=lambda name: (sizes[name], name))
-    total = plan.resident_nbytes
-    while resident and total > plan.resident_nbytes - excess_nbytes:
-        total -= sizes[resident.pop()]
-    return dataclasses.replace(plan, resident=tuple(resident), resident_nbytes=total)
+def _smallest_first(names: Iterable[str], sizes: Mapping[str, int]) -> list[str]:
+    return sorted(names, key=lambda name: (sizes[name], name))
 
 
 def _staging(chunk_numel: int) -> int:

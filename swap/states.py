@@ -3,9 +3,14 @@
 Large states live in the store and appear in ``optimizer.state[p]`` as mapped tensors, so
 ``state_dict`` and the user's own code read right values; small ones (step counters) stay in
 memory and travel in the commit record.
+
+[Note: states in memory] A mapped state that is *held* (``tiers.mapped``) is stepped in place
+(``memory_step``): memory is its newest copy, and no page of it belongs to the file. It is stored
+when the store must be the newest state: at a commit, and when its memory is given back. What a
+step changed is marked dirty; what the user's code wrote to a clean one, its checksums tell.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +21,7 @@ from torch.optim import Optimizer
 from offload.swap.governor import Governor
 from offload.swap.rounding import round_to_bf16
 from offload.swap.state_precision import StatePrecision, is_rounded, rounding_key, stored_dtype
+from offload.swap.writeback import is_changed, write_back
 from offload.tiers.mapped import MappedTensor
 from offload.tiers.store import Store, StoredTensor, pack_tensor, unpack_tensor
 
@@ -28,6 +34,12 @@ class State:
 
     stored: StoredTensor
     mapped: MappedTensor | None = None  # None until its first version is published
+    dirty: bool = False  # a step changed it in memory since it was stored
+
+    @property
+    def held(self) -> bool:
+        """Whether it is in memory ([Note: states in memory])."""
+        return self.mapped is not None and self.mapped.held
 
 
 class StateKeeper:
@@ -110,7 +122,32 @@ class StateKeeper:
             state.mapped = MappedTensor(self.store.tier.file, stored.dtype, stored.shape)
             self.governor.watch(state.mapped)
         state.mapped.file_as(state.stored.current)
+        state.dirty = False
         return state.mapped.tensor
+
+    def shown(self, parameter: nn.Parameter) -> list[State] | None:
+        """The large states of ``parameter`` if ``optimizer.state`` shows each from its mapping.
+
+        None: somebody put ordinary tensors there, which ``absorb`` takes.
+        """
+        known = self.states[parameter]
+        states = []
+        for name, value in self.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor) and is_large(value):
+                state = known.get(name)
+                if state is None or not _shows(value, state):
+                    return None
+                states.append(state)
+        return states
+
+    def held_nbytes(self, *, dirty: bool = False) -> int:
+        """Bytes of the states in memory; ``dirty``: of those that the store has not yet."""
+        return sum(
+            state.stored.nbytes
+            for states in self.states.values()
+            for state in states.values()
+            if state.held and (state.dirty or not dirty)
+        )
 
     def materialised_nbytes(self) -> int:
         """Bytes of memory that ``materialise`` takes."""
@@ -118,15 +155,15 @@ class StateKeeper:
             state.mapped.nbytes * (2 if self.rounds(parameter, state.stored.dtype) else 1)
             for parameter, states in self.states.items()
             for state in states.values()
-            if state.mapped is not None
+            if state.mapped is not None and not state.held
         )
 
     def materialise(self) -> None:
-        """Show ordinary tensors, of the optimizer's types, in its states from now on."""
+        """Show ordinary tensors, of the optimizer's types, from now on; held ones are such."""
         for parameter, states in self.states.items():
             shown = self.optimizer.state.get(parameter, {})
             for name, state in states.items():
-                if state.mapped is None or name not in shown:
+                if state.mapped is None or state.held or name not in shown:
                     continue
                 rounded = self.rounds(parameter, state.stored.dtype)
                 kept = state.mapped.tensor
@@ -138,6 +175,10 @@ class StateKeeper:
         That is: states that an untiled step or ``load_state_dict`` put there, and mapped ones
         that somebody wrote to.
         """
+        self._store_held([parameter])
+        self._store_filed(parameter)
+
+    def _store_filed(self, parameter: nn.Parameter) -> None:
         shown = self.optimizer.state.get(parameter)
         if not shown:
             self._forget(parameter, set())
@@ -173,6 +214,22 @@ class StateKeeper:
 
         self.store.fill(stored, fill)
 
+    def _store_held(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Store held states that are newer in memory ([Note: states in memory])."""
+        newer: list[tuple[State, MappedTensor]] = []
+        for parameter in parameters:
+            shown = self.optimizer.state.get(parameter, {})
+            for name, state in self.states[parameter].items():
+                mapped, value = state.mapped, shown.get(name)
+                if mapped is None or not mapped.held or not _shows(value, state):
+                    continue
+                if state.dirty or is_changed(self.store, state.stored, mapped.address):
+                    state.dirty = True  # until it is stored, whatever happens meanwhile
+                    newer.append((state, mapped))
+        write_back(self.store, [(state.stored, mapped.address) for state, mapped in newer])
+        for state, mapped in newer:
+            mapped.block, state.dirty = state.stored.current, False
+
     def _forget(self, parameter: nn.Parameter, living: set[str]) -> None:
         for name in set(self.states[parameter]) - living:
             stored = self.states[parameter].pop(name).stored
@@ -180,8 +237,9 @@ class StateKeeper:
 
     def absorb_all(self) -> None:
         """``absorb`` for every parameter."""
+        self._store_held(self.states)
         for parameter in self.states:
-            self.absorb(parameter)
+            self._store_filed(parameter)
 
     def record(self) -> dict[str, dict[str, Any]]:
         """The states by parameter name, for the commit record."""
@@ -221,6 +279,18 @@ class StateKeeper:
                 else:
                     shown[key] = entry["value"]
             self.optimizer.state[parameter] = shown
+
+
+def _shows(value: Any, state: State) -> bool:
+    """Whether ``value`` is the mapping of ``state``."""
+    mapped = state.mapped
+    if mapped is None:
+        return False
+    return value is mapped.tensor or (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and value.data_ptr() == mapped.address
+    )
 
 
 def is_large(value: torch.Tensor) -> bool:

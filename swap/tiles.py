@@ -31,16 +31,18 @@ def cut(numels: Sequence[int], chunk_numel: int) -> list[tuple[Piece, ...]]:
         raise ValueError(f"chunk_numel must be a positive multiple of 64, not {chunk_numel}")
     tiles: list[tuple[Piece, ...]] = []
     shared: list[Piece] = []
+    shared_numel = 0
     for index, numel in enumerate(numels):
         for start in range(0, numel, chunk_numel):
             piece = Piece(index, start, min(start + chunk_numel, numel))
             if piece.numel == chunk_numel:
                 tiles.append((piece,))
                 continue
-            if sum(other.numel for other in shared) + piece.numel > chunk_numel:
+            if shared_numel + piece.numel > chunk_numel:
                 tiles.append(tuple(shared))
-                shared = []
+                shared, shared_numel = [], 0
             shared.append(piece)
+            shared_numel += piece.numel
     if shared:
         tiles.append(tuple(shared))
     return tiles

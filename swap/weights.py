@@ -5,7 +5,8 @@ kernel, *held* it is in memory. Fetching and evicting change speed, never values
 user's own code are noticed in either state and become a new version in the store: in a filed
 weight by the kernel's page map (``absorb``), in a held one by comparing the checksums of its
 bytes with the store's (``evict``, ``absorb``). The same comparison catches a damaged disk: if
-the bytes in memory changed but nobody wrote, the block itself fails its checksum.
+the bytes in memory changed but nobody wrote, the block itself fails its checksum. A weight that a
+step changed in memory is dirty: memory alone has it until it is stored.
 """
 
 import sys
@@ -17,11 +18,12 @@ from torch import nn
 
 from offload.swap.residency import Residency
 from offload.swap.trace import Trace
+from offload.swap.writeback import is_changed, write_back
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Transfer
 from offload.tiers.mapped import MappedTensor
 from offload.tiers.pages import PagePool
-from offload.tiers.store import Store, StoredTensor, checksum
+from offload.tiers.store import Store, StoredTensor
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +48,11 @@ class Weight:
     def in_memory(self) -> bool:
         """Whether its bytes are in private memory, ready for use."""
         return self.residency in (Residency.READY, Residency.DIRTY)
+
+    @property
+    def dirty(self) -> bool:
+        """Whether a step in memory has changed it since it was stored."""
+        return self.residency is Residency.DIRTY
 
 
 class WeightSwapper:
@@ -273,6 +280,15 @@ class WeightSwapper:
         self._refile(weight)
         return True
 
+    def changed(self, weight: Weight) -> None:
+        """A step changes ``weight`` in memory: the store has it again after ``absorb``."""
+        if not weight.dirty:
+            self._become(weight, Residency.DIRTY)
+
+    def dirty_nbytes(self) -> int:
+        """Bytes of weights whose newest values only memory has."""
+        return sum(weight.nbytes for weight in self.weights.values() if weight.dirty)
+
     def _refile(self, weight: Weight) -> None:
         """Point the mapping at the current version, which equals what memory has."""
         assert weight.stored.current is not None
@@ -280,24 +296,28 @@ class WeightSwapper:
             weight.mapped.block = weight.stored.current
         else:
             weight.mapped.file_as(weight.stored.current)
+        if weight.dirty:
+            self._become(weight, Residency.READY)
 
     def _written(self, weight: Weight) -> bool:
+        if weight.dirty:
+            return True
         if not weight.in_memory or not weight.mapped.held:
             return weight.mapped.written_while_filed()
-        stored, address = weight.stored, weight.mapped.address
-        same = all(
-            checksum(address + at, nbytes) == expected
-            for (at, nbytes), expected in zip(stored.chunks(), stored.checksums, strict=True)
-        )
-        if not same:
-            self.store.verify(stored)  # raises when it was the disk that changed the bytes
-        return not same
+        return is_changed(self.store, weight.stored, weight.mapped.address)
 
     def absorb_all(self) -> None:
-        """Store every write of the user's code; after this the store is the newest state."""
+        """Store all that is newer in memory; after this the store is the newest state."""
         for weight in self.weights.values():
             self._await(weight, "drain")
-            self.absorb(weight)
+        held = [weight for weight in self.weights.values() if weight.dirty and weight.mapped.held]
+        write_back(self.store, [(weight.stored, weight.mapped.address) for weight in held])
+        for weight in held:
+            self._refile(weight)
+        stored = set(held)
+        for weight in self.weights.values():
+            if weight not in stored:
+                self.absorb(weight)
 
     def replaced(self, weight: Weight) -> None:
         """The optimizer stored a new version; memory holds it too if ``weight`` is in memory."""

@@ -65,10 +65,15 @@ class WriteBudget:
             )
         self.taken_nbytes += nbytes
 
-    def finish_step(self) -> None:
-        """An optimizer step has ended, and all its writes."""
+    def finish_step(self, owed_nbytes: int = 0) -> None:
+        """An optimizer step has ended, and all its writes.
+
+        Args:
+            owed_nbytes: what it changed in memory, which a commit in the next step may write.
+        """
         written = self._journal.totals.written_nbytes
-        self._other_nbytes = max(written - self._written_before - self.taken_nbytes, 0)
+        others = written - self._written_before - self.taken_nbytes
+        self._other_nbytes = max(others, owed_nbytes, 0)
         self._written_before = written
         self.taken_nbytes = 0
 

@@ -97,6 +97,21 @@ class Transfer:
         self._event.set()
 
 
+def wait_for_all(transfers: Sequence[Transfer]) -> None:
+    """Block until all of them are done.
+
+    Raises:
+        BaseException: the first error, when the last one has ended; the others count as told.
+    """
+    for transfer in transfers:
+        transfer.settle()
+    failed = [transfer for transfer in transfers if transfer.error is not None]
+    for transfer in failed:
+        transfer.observed = True
+    if failed:
+        failed[0].wait()
+
+
 class _Queue:
     """The jobs of one path that wait, and the workers' call to them."""
 

@@ -89,10 +89,10 @@ class MappedTensor:
         self.held = False
 
     def fetch_jobs(self, pool: PagePool | None = None) -> list[Job]:
-        """Jobs that make the tensor *held*, in pages of ``pool``; each is complete in itself.
+        """Jobs that bring the tensor into memory, *held* in pages of ``pool``.
 
-        Without ``O_DIRECT`` the page cache is the only path: the jobs then fault the mapping in
-        and the tensor stays *filed*.
+        Each is complete in itself. Without ``O_DIRECT`` the page cache is the only path: the jobs
+        then fault the mapping in and the tensor stays *filed*.
         """
         if not self.file.direct:
             return [
@@ -102,6 +102,10 @@ class MappedTensor:
                 )
                 for piece in self._pieces()
             ]
+        return self.hold_jobs(pool)
+
+    def hold_jobs(self, pool: PagePool | None = None) -> list[Job]:
+        """Jobs that make the tensor *held*, in pages of ``pool``; each is complete in itself."""
         self.held = True  # from now on its pages are not for shedding
         return [
             QueuedJob(

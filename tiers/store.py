@@ -262,7 +262,7 @@ class Store:
             make: fills the 1-D uint8 tensor that it is given with the bytes from ``at`` on.
         """
         target = tensor.target(self.tier)
-        label = Label(tensor.name, _role(tensor), "host", self.tier.spec.name)
+        label = Label(tensor.name, role_of(tensor), "host", self.tier.spec.name)
         sums: list[int] = []
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
         try:
@@ -281,7 +281,7 @@ class Store:
         """Fill ``target`` (contiguous) with the current version; blocks, checks nothing."""
         assert tensor.current is not None
         assert target.is_contiguous()
-        label = Label(tensor.name, _role(tensor), self.tier.spec.name, "host")
+        label = Label(tensor.name, role_of(tensor), self.tier.spec.name, "host")
         flat = target.detach().reshape(-1).view(torch.uint8)
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
         try:
@@ -301,7 +301,7 @@ class Store:
             StoreCorruptError: naming the first chunk that differs.
         """
         assert tensor.current is not None
-        label = Label(tensor.name, _role(tensor), self.tier.spec.name, "host")
+        label = Label(tensor.name, role_of(tensor), self.tier.spec.name, "host")
         staging = HostBuffer(max(1, min(tensor.chunk_nbytes, tensor.nbytes)))
         try:
             for (at, nbytes), expected in zip(tensor.chunks(), tensor.checksums, strict=True):
@@ -349,7 +349,8 @@ class Store:
             self._home.close()
 
 
-def _role(tensor: StoredTensor) -> str:
+def role_of(tensor: StoredTensor) -> str:
+    """What the tensor is in the record of moves."""
     return "state" if "#" in tensor.name else "weight"
 
 

@@ -4,11 +4,13 @@ First the streamed AdamW step alone. A model's weights, gradients and states liv
 step reads {p, g, m, v} and writes {p, m, v}. The limit moves as many bytes, mixed in the same
 proportion, by plain direct I/O.
 
+The same step where the budget has room for all of it: beside plain PyTorch's, step by step in turn.
+
 Then whole training steps of one model in processes of their own: plain PyTorch in memory; Offload
 with everything on a file, the optimizer behind backward and in it, there also with states in
-bfloat16; DeepSpeed's ZeRO-3 with the optimizer on NVMe, where it is installed. What a way costs is
-its step beyond the forward and backward of plain PyTorch; bytes are the kernel's count for the
-process.
+bfloat16, and with everything in memory; DeepSpeed's ZeRO-3 with the optimizer on NVMe, where it is
+installed. What a way costs is its step beyond the forward and backward of plain PyTorch; bytes are
+the kernel's count for the process.
 """
 
 import json
@@ -27,12 +29,14 @@ from torch import nn
 import offload
 from benchlib import Result, arguments, finish, quantiles
 from iolimit import DiskLimit
-from optimizer_job import WAYS
+from optimizer_job import IN_MEMORY, WAYS
 
 REPEATS = 5
 WARM_UPS = 2  # states are made in the first step, pages are warm after the second
 # Shares of plain PyTorch's peak resident set that Offload gets.
 BUDGETS = {"tiny": 1.5, "70M": 0.45, "350M": 0.35}
+AMPLE = 3.0  # the same share where everything is to stay in memory
+MOST_IN_MEMORY = 1.05  # of plain PyTorch's step
 _JOB = Path(__file__).with_name("optimizer_job.py")
 _MIB = 1 << 20
 
@@ -88,11 +92,55 @@ def alone(result: Result, folder: Path, *, quick: bool) -> None:
         result.check("share of the mixed read/write limit", statistics.median(ratios), 0.9)
 
 
+def in_memory(result: Result, folder: Path, *, quick: bool) -> None:
+    """The step with everything in memory against plain PyTorch's, in turn in one process."""
+    count, width, pairs = (4, 512, 6) if quick else (24, 2048, 30)
+    plain, model = Weights(count, width), Weights(count, width)
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    budget = f"host={2 + 10 * 4 * count * width * width // (1 << 30)}GiB"
+    seconds: list[tuple[float, float]] = []
+    with offload.attach(model, optimizer, budget=budget, nvme=folder, commit="manual") as engine:
+        for repeat in range(pairs + WARM_UPS):
+            if repeat % 2:  # neither is always the one behind the other
+                ours_s = _timed_step(model, optimizer)
+                plain_s = _timed_step(plain, plain_optimizer)
+            else:
+                plain_s = _timed_step(plain, plain_optimizer)
+                ours_s = _timed_step(model, optimizer)
+            if repeat >= WARM_UPS:
+                seconds.append((plain_s, ours_s))
+        kept = len(engine.plan.resident_states)
+    ratios = [ours_s / plain_s for plain_s, ours_s in seconds]
+    result.add(
+        model=f"{count * width * width / 1e6:.0f}M of matrices",
+        way=f"{IN_MEMORY}: states of {kept} of {count} matrices",
+        step_s=statistics.median(ours_s for _, ours_s in seconds),
+        plain_step_s=statistics.median(plain_s for plain_s, _ in seconds),
+        ratio_min_median_max=quantiles(ratios),
+    )
+    result.check("states that are in memory", kept, count)
+    if not quick:
+        result.at_most(
+            "step visible part over plain fused AdamW's", statistics.median(ratios), MOST_IN_MEMORY
+        )
+
+
+def _timed_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    model().backward()
+    began_s = time.perf_counter()
+    optimizer.step()
+    step_s = time.perf_counter() - began_s
+    optimizer.zero_grad()
+    return step_s
+
+
 def beside(result: Result, size: str, folder: Path) -> None:
     """Whole steps of one model, every way."""
     runs: dict[str, dict[str, Any]] = {}
     for way in WAYS:
-        most = BUDGETS[size] * runs["plain"]["peak_nbytes"] if runs else 0
+        share = AMPLE if way == IN_MEMORY else BUDGETS[size]
+        most = share * runs["plain"]["peak_nbytes"] if runs else 0
         figures, why = _run(size, way, f"host={int(most) // _MIB}MiB", folder)
         if figures is None:
             result.notes.append(f"{size}, {way}: could not be run: {why}")
@@ -143,6 +191,12 @@ def _check(result: Result, size: str, runs: dict[str, dict[str, Any]]) -> None:
     if rounded is not None:
         apart = abs(rounded["last_loss"] / plain["last_loss"] - 1)
         result.at_most(f"{size}: loss with bf16 states, off plain PyTorch's", apart, 0.01)
+    if in_ram := runs.get(IN_MEMORY):
+        result.at_most(
+            f"{size}: step visible part over plain fused AdamW's",
+            in_ram["visible_s"] / plain["visible_s"],
+            MOST_IN_MEMORY,
+        )
     peers = [figures for way, figures in runs.items() if way.startswith("deepspeed")]
     if not peers:
         return
@@ -170,6 +224,8 @@ def main() -> int:
     result = Result("The optimizer step: the disk's limit, plain PyTorch, DeepSpeed")
     with tempfile.TemporaryDirectory(dir=options.nvme) as folder:
         alone(result, Path(folder), quick=options.quick)
+    with tempfile.TemporaryDirectory(dir=options.nvme) as folder:
+        in_memory(result, Path(folder), quick=options.quick)
     default = ["tiny"] if options.quick else ["70M", "350M"]
     for size in default if options.sizes is None else options.sizes:
         with tempfile.TemporaryDirectory(dir=options.nvme) as folder:

@@ -24,11 +24,13 @@ SHAPES = {
     "70M": Shape(layers=12, width=512, heads=8),
     "350M": Shape(layers=24, width=1024, heads=16),
 }
+IN_MEMORY = "in memory"  # Offload with room for everything
 WAYS = (
     "plain",
     "behind",
     "in backward",
     "in backward, bf16 states",
+    IN_MEMORY,
     "deepspeed",
     "deepspeed pipelined",
 )

@@ -18,6 +18,7 @@ from offload.swap.plan import (
     grow,
     make_plan,
     shrink,
+    soft_limit_nbytes,
 )
 
 MIB = 1 << 20
@@ -179,12 +180,70 @@ def test_shrinking_gives_up_the_largest_first_and_no_more_than_it_must(census, b
         assert sum(given_up[1:]) < excess
 
 
+@st.composite
+def censuses_with_states(draw):
+    """A model, and what the steps of some of its weights keep in memory."""
+    census = draw(censuses())
+    return census, {
+        weight.name: draw(st.integers(0, 3)) * weight.nbytes
+        for weight in census.weights
+        if weight.trainable
+    }
+
+
+@given(model=censuses_with_states(), budget=BUDGETS, peak=BUDGETS)
+def test_states_take_what_all_weights_leave(model, budget, peak):
+    census, states = model
+    plan = grow(planned(census, budget), census, peak_nbytes=peak, states_nbytes=states)
+    without = grow(planned(census, budget), census, peak_nbytes=peak)
+    assert (plan.resident, plan.resident_nbytes) == (without.resident, without.resident_nbytes)
+    assert plan.resident_states_nbytes == sum(states[name] for name in plan.resident_states)
+    if not plan.resident_states:
+        return
+    assert len(plan.resident) == len(census.weights)
+    total = plan.resident_nbytes + plan.resident_states_nbytes
+    spare = soft_limit_nbytes(budget) - peak - MARGIN_NBYTES
+    assert total <= spare
+    kept = set(plan.resident_states)
+    streaming = sorted(nbytes for name, nbytes in states.items() if name not in kept)
+    if streaming:  # the next ones would not have fitted, and are no smaller than those inside
+        assert total + streaming[0] > spare
+        assert all(states[name] <= streaming[0] for name in plan.resident_states)
+
+
+@given(model=censuses_with_states(), budget=BUDGETS, more=BUDGETS, peak=BUDGETS)
+def test_more_budget_keeps_more(model, budget, more, peak):
+    census, states = model
+    small, large = (
+        grow(planned(census, nbytes), census, peak_nbytes=peak, states_nbytes=states)
+        for nbytes in (budget, budget + more)
+    )
+    assert set(small.resident) <= set(large.resident)
+    assert set(small.resident_states) <= set(large.resident_states)
+
+
+@given(model=censuses_with_states(), budget=BUDGETS, excess=st.integers(0, 400 * MIB))
+def test_shrinking_gives_up_states_before_weights(model, budget, excess):
+    census, states = model
+    before = grow(planned(census, budget), census, peak_nbytes=0, states_nbytes=states)
+    after = shrink(before, census, excess_nbytes=excess, states_nbytes=states)
+    sizes = {weight.name: weight.nbytes for weight in census.weights}
+    assert set(after.resident_states) <= set(before.resident_states)
+    assert after.resident_states_nbytes == sum(states[name] for name in after.resident_states)
+    assert after.resident_nbytes == sum(sizes[name] for name in after.resident)
+    held = before.resident_nbytes + before.resident_states_nbytes
+    assert after.resident_nbytes + after.resident_states_nbytes <= max(held - excess, 0)
+    if after.resident_states:
+        assert after.resident == before.resident
+
+
 def test_a_plan_is_json_and_frozen():
     census = Census(weights=(WeightInfo(name="w", nbytes=4, trainable=True),), modules=())
-    plan = grow(planned(census, 1 << 30), census, peak_nbytes=0)
+    plan = grow(planned(census, 1 << 30), census, peak_nbytes=0, states_nbytes={"w": 12})
     fields = json.loads(plan.to_json())
     assert fields["format"] == 1
     assert fields["budget_nbytes"] == 1 << 30
-    assert fields["resident"] == ["w"]
+    assert fields["resident"] == fields["resident_states"] == ["w"]
+    assert fields["resident_states_nbytes"] == 12
     with pytest.raises(AttributeError):
         plan.window_nbytes = 1

@@ -443,3 +443,42 @@ def test_when_stopped_gradients_are_ordinary_again(swapper, parameter):
     backward(parameter, values(2))
     assert not swapper._leaving
     assert torch.equal(parameter.grad, values(2))
+
+
+def test_a_gradient_that_is_kept_does_not_leave(swapper, parameter, journal):
+    swapper.keep([parameter])
+    for seed in (1, 2):
+        backward(parameter, values(seed))
+        swapper.drain()
+    assert swapper.home_of(parameter) is None
+    assert torch.equal(parameter.grad, values(1) + values(2))
+    assert not [event for event in journal.recorder.events if type(event).__name__ == "Move"]
+
+
+def test_a_gradient_that_has_left_comes_back_to_be_kept(swapper, parameter):
+    backward(parameter, values(1))
+    swapper.drain()
+    swapper.keep([parameter])
+    assert torch.equal(parameter.grad, values(1))
+    backward(parameter, values(2))
+    assert swapper.home_of(parameter) is None
+    assert torch.equal(parameter.grad, values(1) + values(2))
+    swapper.keep([])
+    parameter.grad = None
+    backward(parameter, values(3))
+    swapper.drain()
+    assert swapper.home_of(parameter) is not None
+    assert torch.equal(parameter.grad, values(3))
+
+
+def test_a_gradient_on_its_way_when_it_is_to_be_kept(swapper, parameter, gate):
+    backward(parameter, values(1))
+    assert gate.begun.wait(PATIENCE_S)
+    swapper.keep([parameter])
+    backward(parameter, values(2))
+    gate.open()
+    swapper.drain()
+    assert torch.equal(parameter.grad, values(1) + values(2))
+    backward(parameter, values(3))
+    assert swapper.home_of(parameter) is None
+    assert torch.equal(parameter.grad, values(1) + values(2) + values(3))

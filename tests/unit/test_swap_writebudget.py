@@ -92,3 +92,13 @@ def test_the_next_home_takes_what_the_drive_may_not(journal, scratch):
         cache.close()
     for lane in lanes:
         lane.close()
+
+
+def test_what_a_commit_may_write_is_left_to_it(journal):
+    budget = WriteBudget(journal, 1000, 300)
+    journal.totals.written_nbytes += 50
+    budget.finish_step(owed_nbytes=700)
+    assert budget.left_nbytes == 300
+    journal.totals.written_nbytes += 800  # a commit and a step
+    budget.finish_step(owed_nbytes=600)
+    assert budget.left_nbytes == 200
