@@ -107,7 +107,8 @@ def carry_s(nbytes: float, links: Sequence[Link]) -> float:
             return now_s + (nbytes - carried) / rate
         carried, now_s = carried + more, until_s
         rate -= link.bytes_per_s
-    return math.inf
+    # All links are full. Rates and times, rounded, may miss what just fits.
+    return now_s if nbytes <= carried_nbytes(math.inf, links) else math.inf
 
 
 def carried_nbytes(time_s: float, links: Sequence[Link]) -> float:
@@ -117,6 +118,7 @@ def carried_nbytes(time_s: float, links: Sequence[Link]) -> float:
         if math.isinf(link.bytes_per_s)
         else min(link.free_nbytes, link.bytes_per_s * time_s)
         for link in links
+        if link.bytes_per_s > 0
     )
 
 

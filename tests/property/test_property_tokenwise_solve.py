@@ -152,6 +152,14 @@ def _swaps_as_much(cost, links, before, after):
     return after.step_s <= same <= after.step_s * (1 + ROUNDING) or same == after.step_s
 
 
+def test_what_just_fits_is_carried_whatever_the_rates():
+    slow = Link(name="link", bytes_per_s=1e6, free_nbytes=1.0)
+    for factor in (1, 3, 7, 10, 1000):
+        fast = Link(name="link", bytes_per_s=1e6 * factor, free_nbytes=1.0)
+        assert carry_s(2.0, [fast, slow]) == pytest.approx(1e-6)
+        assert carry_s(2.0 + 1e-9, [fast, slow]) == math.inf
+
+
 @given(links=some_links, nbytes=st.floats(1, 1e11))
 def test_carrying_and_its_inverse(links, nbytes):
     time_s = carry_s(nbytes, links)
