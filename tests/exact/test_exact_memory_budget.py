@@ -54,7 +54,7 @@ def run(budget_mib: int, place: Path, *options: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("kernels", ["foreach", "one by one"])
+@pytest.mark.parametrize("kernels", [pytest.param("foreach", marks=pytest.mark.slow), "one by one"])
 def test_more_budget_keeps_more_and_none_is_exceeded(kernels: str, tmp_path: Path) -> None:
     ample = run(4096, tmp_path / "ample", "never", kernels)
     assert (ample["weights"], ample["states"]) == (2 * LAYERS, 2 * LAYERS)
