@@ -93,7 +93,7 @@ def killed_and_resumed(place: Path, steps: int, paths: int, step: str, kills: in
         (3, 30, 1, "streaming"),
         (3, 30, 1, "in backward"),
         pytest.param(3, 20, 1, "in backward, bf16", marks=pytest.mark.slow),
-        pytest.param(20, 200, 1, "behind backward", marks=pytest.mark.slow),
+        pytest.param(8, 80, 1, "behind backward", marks=pytest.mark.slow),
         pytest.param(20, 200, 1, "streaming", marks=pytest.mark.slow),
         pytest.param(20, 200, 3, "behind backward", marks=pytest.mark.slow),
         pytest.param(20, 200, 1, "in backward", marks=pytest.mark.slow),
