@@ -206,8 +206,11 @@ def report(result: Result, case: Case, modes: list[Mode], saved_nbytes: int) -> 
     if case.hides:
         result.at_most(f"{case.name}: {pinned.name}: over no offload", ratio(pinned, plain), 1.05)
     else:
-        share = bound_s(plain, pinned, link) / statistics.median(pinned.step_s)
-        result.check(f"{case.name}: {pinned.name}: the bound over the step", share, 0.9)
+        step_s = statistics.median(pinned.step_s)
+        busy = sum(pinned.out_nbytes / rate for rate in link.values()) / step_s
+        result.check(f"{case.name}: {pinned.name}: share that the link is busy", busy, 0.9)
+        share = bound_s(plain, pinned, link) / step_s
+        result.notes.append(f"{case.name}: {pinned.name}: the bound is {share:.3f} of the step")
     for mode in modes[1:]:
         if mode.swap is None and not mode.recompute:
             name = f"{case.name}: {pinned.name} over {mode.name}"
