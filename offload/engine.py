@@ -119,7 +119,8 @@ class Engine:
         for name, weight in self.weights.weights.items():
             for parameter in weight.parameters:
                 self.gradients.watch(name, parameter)
-            self._hooks.watch_backward(weight)
+            if name not in census.lookups:
+                self._hooks.watch_backward(weight)
         if optimizer is not None:
             names = {
                 parameter: weight.name

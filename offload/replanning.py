@@ -37,7 +37,7 @@ class Replanner:
     def check_fits(self) -> None:
         """The first passes have shown what activations and kernels need: stop if it is too much.
 
-        Nothing has been stepped yet, so nothing is lost.
+        Nothing has been committed yet, so nothing is lost.
 
         Raises:
             BudgetError: naming a budget that fits.

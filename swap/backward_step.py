@@ -13,6 +13,7 @@ that nothing may stand between backward and step: no clipping by a global norm, 
 skipped step. What tries to meets a ``ConsumedGradient``, which says so.
 """
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ class BackwardStep:
     Args:
         accumulation_steps: backward passes that make one step.
         limit_nbytes: bytes of gradients that may wait for their step (back-pressure).
-        room: bytes left until the budget.
+        room: bytes left until the budget, as the resident set shows it.
         before_step: called before the first parameter of a step; may refuse it.
     """
 
@@ -59,6 +60,8 @@ class BackwardStep:
         self._arrived: Counter[nn.Parameter] = Counter()  # parts of the present gradient
         self._stepped: set[nn.Parameter] = set()  # since the last step
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}  # of the present step
+        self._order: list[nn.Parameter] = []  # in which the present step's gradients came
+        self._next: dict[nn.Parameter, nn.Parameter] = {}  # the gradient that came after, last time
         self._pending_nbytes = 0  # gradients whose parameters are being stepped
         self._in_backward = False
         self._spent_s = self._stalled_s = 0.0
@@ -90,8 +93,10 @@ class BackwardStep:
             return False
         self._in_backward = True
         self._stepped.add(parameter)
+        self._order.append(parameter)
         with self._timed():
             self._step(group, parameter, name)
+            self._make_room(self._coming_nbytes(parameter))
         return True
 
     def _group_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
@@ -121,10 +126,31 @@ class BackwardStep:
         self._pipeline.add(group, [target])
         parameter.grad = consumed_gradient(parameter, name)
         self._pipeline.advance()
-        while self._pending_nbytes and (
-            self._pending_nbytes > self._limit_nbytes or self._room() < 0
-        ):
+        while self._pending_nbytes > self._limit_nbytes:
             self._pipeline.advance_one()
+
+    def _coming_nbytes(self, parameter: nn.Parameter) -> int:
+        """Of the gradient that autograd makes next: nobody asks before it takes that memory."""
+        if parameter in self._next:
+            return self._next[parameter].nbytes
+        unseen = self._groups.keys() - self._stepped if not self._next else ()
+        return max((other.nbytes for other in unseen if other.requires_grad), default=0)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Have ``nbytes`` left, by what costs the least time first.
+
+        Raises:
+            TierIOError: a read or write failed.
+        """
+        while (missing := nbytes - self._unclaimed_nbytes()) > 0 and self._pending_nbytes:
+            self._pipeline.advance_one()
+        if missing > 0:
+            self._pipeline.trim()
+            self._weights.give_up(nbytes - self._unclaimed_nbytes())
+
+    def _unclaimed_nbytes(self) -> int:
+        """Bytes left until the budget that no move on its way will take."""
+        return self._room() - self._weights.landing_nbytes - self._pipeline.landing_nbytes
 
     def _written(self, target: Target) -> None:
         self._streamed.publish(target)
@@ -172,6 +198,8 @@ class BackwardStep:
             Seconds in all, and those of it spent waiting for lanes.
         """
         spent = self._spent_s, self._stalled_s
+        self._next = dict(itertools.pairwise(self._order))
+        self._order.clear()
         self._arrived.clear()
         self._stepped.clear()
         self._groups = {}

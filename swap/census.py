@@ -34,10 +34,14 @@ class ModuleInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Census:
-    """Weights and their users, in the model's own order."""
+    """Weights and their users, in the model's own order.
+
+    ``lookups`` are weights of which no module reads more than some rows.
+    """
 
     weights: tuple[WeightInfo, ...]
     modules: tuple[ModuleInfo, ...]
+    lookups: frozenset[str] = frozenset()
 
     @property
     def weight_nbytes(self) -> int:
@@ -115,6 +119,7 @@ def take_census(model: nn.Module) -> Census:
             )
         )
     modules = []
+    looked_up: set[str] = set()
     for module_name, module in model.named_modules():
         used = tuple(
             dict.fromkeys(
@@ -123,6 +128,11 @@ def take_census(model: nn.Module) -> Census:
                 if parameter is not None and parameter.numel()
             )
         )
-        if used and not uses_rows_only(module) and not isinstance(module, _CONTAINERS):
+        if uses_rows_only(module):
+            looked_up.update(used)
+        elif used and not isinstance(module, _CONTAINERS):
             modules.append(ModuleInfo(name=module_name, weights=used))
-    return Census(weights=tuple(weights), modules=tuple(modules))
+    whole = {name for info in modules for name in info.weights}
+    return Census(
+        weights=tuple(weights), modules=tuple(modules), lookups=frozenset(looked_up - whole)
+    )

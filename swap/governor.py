@@ -20,7 +20,8 @@ class Governor:
 
     def __init__(self, limit_nbytes: int) -> None:
         self.limit_nbytes = limit_nbytes
-        self.peak_nbytes = 0  # since the last ``restart_peak``, as often as looked at
+        self.seen_nbytes = 0  # the peak since ``restart_peak``, as often as the thread has looked
+        self._known_nbytes = hostmem.peak_resident_nbytes()  # the kernel's peak at that time
         self._mapped: weakref.WeakSet[MappedTensor] = weakref.WeakSet()
         self._lock = threading.Lock()  # a set must not grow while it is listed
         self._stop = threading.Event()
@@ -38,14 +39,24 @@ class Governor:
 
     def restart_peak(self) -> None:
         """Begin a new measurement of the peak."""
-        self.peak_nbytes = hostmem.resident_nbytes()[0]
+        self.seen_nbytes = hostmem.resident_nbytes()[0]
+        self._known_nbytes = hostmem.peak_resident_nbytes()
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The peak since ``restart_peak``: the kernel's, if it is above all before that.
+
+        Otherwise what the thread has seen, which may have missed a short one.
+        """
+        kernel = hostmem.peak_resident_nbytes()
+        return max(self.seen_nbytes, kernel if kernel > self._known_nbytes else 0)
 
     def _watch(self) -> None:
         # File pages that shedding can't give back: the libraries' own code.
         fixed_nbytes = 0
         while not self._stop.wait(_PERIOD_S):
             resident, from_files = hostmem.resident_nbytes()
-            self.peak_nbytes = max(self.peak_nbytes, resident)
+            self.seen_nbytes = max(self.seen_nbytes, resident)
             if resident > self.limit_nbytes and from_files > fixed_nbytes + _WORTH_NBYTES:
                 self.shed()
                 fixed_nbytes = hostmem.resident_nbytes()[1]

@@ -178,6 +178,11 @@ class TilePipeline:
         self._reading: deque[_Tile] = deque()
         self._writing: deque[_Tile] = deque()
 
+    @property
+    def landing_nbytes(self) -> int:
+        """Bytes of tiles in flight that the resident set may not show yet."""
+        return self._staging.landing_nbytes
+
     def add(self, group: Mapping[str, Any], targets: Sequence[Target]) -> None:
         """Line up the tiles of ``targets``, all of the optimizer's ``group``."""
         tiles = cut([target.gradient.numel() for target in targets], self.chunk_numel)
@@ -214,6 +219,10 @@ class TilePipeline:
         """
         while self._waiting or self._reading or self._writing:
             self.advance_one()
+        self._staging.close()
+
+    def trim(self) -> None:
+        """Give back the staging that no tile is in."""
         self._staging.close()
 
     def abandon(self) -> None:

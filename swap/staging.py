@@ -14,6 +14,12 @@ class Staging:
         self.limit_nbytes = limit_nbytes
         self._free: list[HostBuffer] = []
         self._taken_nbytes = 0
+        self._fresh: set[HostBuffer] = set()
+
+    @property
+    def landing_nbytes(self) -> int:
+        """Bytes that are taken, but that the kernel may not have been asked for yet."""
+        return sum(buffer.nbytes for buffer in self._fresh)
 
     def take(self, nbytes: int) -> HostBuffer | None:
         """A buffer of at least ``nbytes``, or None while others hold the room."""
@@ -28,6 +34,7 @@ class Staging:
             return None
         buffer = HostBuffer(max(nbytes, 1))
         self._taken_nbytes += buffer.nbytes
+        self._fresh.add(buffer)
         return buffer
 
     def _held_nbytes(self) -> int:
@@ -36,6 +43,7 @@ class Staging:
     def give_back(self, buffer: HostBuffer) -> None:
         """The tile is written: its buffer may be taken again."""
         self._taken_nbytes -= buffer.nbytes
+        self._fresh.discard(buffer)
         self._free.append(buffer)
 
     def close(self) -> None:

@@ -36,7 +36,8 @@ class Weight:
     mapped: MappedTensor
     residency: Residency = Residency.ABSENT
     resident: bool = False  # the plan keeps it in memory
-    held: bool = False  # a step is changing it in memory
+    held: bool = False  # a step is changing it: neither fetched nor evicted
+    landing_nbytes: int = 0  # of a fetch in flight, that the resident set may not show yet
     transfer: Transfer | None = field(default=None, repr=False)
 
     @property
@@ -90,10 +91,11 @@ class WeightSwapper:
         """Bytes of streaming weights in memory or on their way."""
         return sum(weight.nbytes for weight in self._streaming.values())
 
-    def _in_flight_nbytes(self) -> int:
+    @property
+    def landing_nbytes(self) -> int:
         """Bytes that fetches in flight may still take from the room."""
         return sum(
-            weight.nbytes
+            weight.landing_nbytes
             for weight in self._streaming.values()
             if weight.residency is Residency.FETCHING
         )
@@ -130,7 +132,7 @@ class WeightSwapper:
         for name in names:
             self.trace.use(name)
             weight = self.weights[name]
-            if weight.residency is Residency.ABSENT:
+            if weight.residency is Residency.ABSENT and not weight.held:
                 self._make_room(weight, force=True)
                 self._fetch(weight, urgent=True)
                 self._await(weight, "cold")
@@ -139,19 +141,20 @@ class WeightSwapper:
         self._prefetch()
 
     def hold(self, weight: Weight) -> None:
-        """Have ``weight`` in memory and keep it there until ``let_go``.
+        """Keep ``weight`` where it is until ``let_go``: in memory, or in its file alone.
+
+        A step changes a held weight: what is in memory is changed there, what is not has its tiles
+        read, and must not be fetched while a new version is written. One that is used meanwhile
+        is read through its mapping.
 
         Raises:
-            TierIOError: a read failed.
+            TierIOError: a read that was on its way failed.
         """
         weight.held = True
-        if weight.residency is Residency.ABSENT:
-            self._make_room(weight, force=True)
-            self._fetch(weight, urgent=True)
         self._await(weight, "late")
 
     def let_go(self, weight: Weight) -> None:
-        """``weight`` may be evicted again."""
+        """``weight`` may be fetched and evicted again."""
         weight.held = False
 
     def settle(self) -> None:
@@ -193,7 +196,7 @@ class WeightSwapper:
             if name in nearer:
                 continue
             weight = self.weights[name]
-            if weight.residency is Residency.ABSENT:
+            if weight.residency is Residency.ABSENT and not weight.held:
                 if not self._make_room(weight, nearer=nearer):
                     return
                 self._fetch(weight)
@@ -209,36 +212,52 @@ class WeightSwapper:
         if weight.resident:
             return True
         beyond_window = self.streaming_nbytes + weight.nbytes - self.window_nbytes
-        coming = weight.nbytes + self._in_flight_nbytes() - self.pool.nbytes
+        coming = weight.nbytes + self.landing_nbytes - self.pool.nbytes
         beyond_budget = coming - self._room()
         excess = max(beyond_window, beyond_budget)
-        if excess <= 0:
-            return True
-        protected = {name for names in self._in_use for name in names}.union(nearer)
-        candidates = [
-            other
-            for other in self._streaming.values()
-            if other.in_memory and not other.held and other.name not in protected
-        ]
-        distance = {other.name: self.trace.distance(other.name) for other in candidates}
-        limit = -1 if force else self.trace.distance(weight.name)
-        victims: list[Weight] = []
-        for other in sorted(candidates, key=lambda other: -distance[other.name]):
-            if excess <= 0 or distance[other.name] <= limit:
-                break
-            victims.append(other)
-            excess -= other.nbytes
-        if excess > 0 and not force:
+        victims = self._farthest(excess, -1 if force else self.trace.distance(weight.name), nearer)
+        if excess > sum(victim.nbytes for victim in victims) and not force:
             return False
         for victim in victims:
             self.evict(victim)
         return True
 
+    def _farthest(self, nbytes: int, limit: int, nearer: Iterable[str] = ()) -> list[Weight]:
+        """The streaming weights used farthest ahead, beyond ``limit`` uses: so many bytes."""
+        if nbytes <= 0:
+            return []
+        protected = {name for names in self._in_use for name in names}.union(nearer)
+        distances = {
+            other: self.trace.distance(other.name)
+            for other in self._streaming.values()
+            if other.in_memory and not other.held and other.name not in protected
+        }
+        found: list[Weight] = []
+        for other in sorted(distances, key=lambda other: -distances[other]):
+            if nbytes <= 0 or distances[other] <= limit:
+                break
+            found.append(other)
+            nbytes -= other.nbytes
+        return found
+
+    def give_up(self, nbytes: int) -> None:
+        """Evict so many bytes of streaming weights, those used last first, as far as they reach.
+
+        Raises:
+            TierIOError: what the user's code wrote could not be stored.
+        """
+        self.pool.trim()
+        for victim in self._farthest(nbytes, -1):
+            self.evict(victim)
+        self.pool.trim()
+
     def _fetch(self, weight: Weight, *, urgent: bool = False) -> None:
         self.absorb(weight)
         label = Label(weight.name, "weight", self.store.tier.spec.name, "host")
         # Resident weights stay: large ranges of their own keep the kernel's list of them short.
+        kept_nbytes = self.pool.nbytes
         jobs = weight.mapped.fetch_jobs(None if weight.resident else self.pool)
+        weight.landing_nbytes = weight.nbytes - (kept_nbytes - self.pool.nbytes)
         weight.transfer = self._lane.submit(jobs, label, weight.nbytes, urgent=urgent)
         if not weight.resident:
             self._streaming[weight.name] = weight

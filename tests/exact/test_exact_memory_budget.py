@@ -39,14 +39,54 @@ print(json.dumps({
     "states": len(plan.resident_states), "baseline_nbytes": plan.baseline_nbytes,
 }))
 """
+BACKWARD_SCRIPT = """
+import json, sys
+import torch, xxhash
+from torch import nn
+import offload
+from offload.tiers import hostmem
+from offload.tiers.engines.registry import wrapping
+from offload.tiers.wrappers import Link, ThrottledEngine
+
+class SlowWrites(ThrottledEngine):
+    def read(self, offset, address, nbytes):
+        return self.inner.read(offset, address, nbytes)
+
+budget, place, in_backward = sys.argv[1:]
+torch.manual_seed(0)
+torch.set_num_threads(1)
+slow = Link(bytes_per_s=150e6)
+with wrapping(lambda engine: SlowWrites(engine, slow)):
+    init = offload.init(budget=f"host={budget}MiB", nvme=place)
+with init:
+    model = nn.Sequential(
+        nn.Embedding(4096, 2048), *(nn.Linear(2048, 2048) for _ in range(4)), nn.Linear(2048, 4096)
+    )
+optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+config = {"step_in_backward": in_backward == "in backward"}
+with offload.attach(model, optimizer, commit="never", config=config) as engine:
+    for step in range(3):
+        x = torch.randint(4096, (16,), generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peak = hostmem.peak_resident_nbytes()
+    digest = xxhash.xxh3_64()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())  # copies of the script's own
+print(json.dumps({
+    "digest": digest.hexdigest(), "peak_nbytes": peak,
+    "baseline_nbytes": engine.plan.baseline_nbytes,
+}))
+"""
 MIB = 1 << 20
 LAYERS = 16
 
 
-def run(budget_mib: int, place: Path, *options: str) -> dict[str, Any]:
+def run(budget_mib: int, place: Path, *options: str, text: str = SCRIPT) -> dict[str, Any]:
     script = place / "train.py"
     place.mkdir(exist_ok=True)
-    script.write_text(SCRIPT)
+    script.write_text(text)
     command = [sys.executable, str(script), str(budget_mib), str(place / "nvme"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -71,3 +111,12 @@ def test_more_budget_keeps_more_and_none_is_exceeded(kernels: str, tmp_path: Pat
     assert kept[0][1] == 0
     assert any(0 < states < 2 * LAYERS for _, states in kept)
     assert kept[-1] == (2 * LAYERS, 2 * LAYERS)
+
+
+def test_a_step_in_backward_waits_where_writes_are_slow(tmp_path: Path) -> None:
+    """Gradients, their held weights and tiles wait in memory, and the largest gradient is last."""
+    ample = run(4096, tmp_path / "ample", "behind", text=BACKWARD_SCRIPT)
+    budget_mib = ample["baseline_nbytes"] // MIB + 130
+    result = run(budget_mib, tmp_path / "tight", "in backward", text=BACKWARD_SCRIPT)
+    assert result["digest"] == ample["digest"]
+    assert result["peak_nbytes"] <= budget_mib * MIB

@@ -181,7 +181,7 @@ def test_a_plan_that_must_shrink(commit: str, tmp_path: Path) -> None:
             losses += train(model, optimizer, range(2 * step, 2 * step + 1))
             if excess:  # as if the coming step took so much more than was planned
                 enough = engine.plan.budget_nbytes - MARGIN_NBYTES // 2
-                engine._runtime.governor.peak_nbytes = enough + excess
+                engine._runtime.governor.seen_nbytes = enough + excess
             losses += train(model, optimizer, range(2 * step + 1, 2 * step + 2))
             kept.append(set(engine.plan.resident_states))
             assert held_names(engine) <= kept[-1]

@@ -91,8 +91,8 @@ def test_a_process_below_its_limit_keeps_its_pages(make_governor):
     watched = Watched(())
     governor.watch(watched)
     for _ in range(3):
-        governor.peak_nbytes = 0
-        while governor.peak_nbytes == 0:  # until the thread has looked
+        governor.seen_nbytes = 0
+        while governor.seen_nbytes == 0:  # until the thread has looked
             os.sched_yield()
     assert not watched.shed_once.is_set()
     assert governor.room() > 0
@@ -106,10 +106,26 @@ def test_room_is_what_is_left_below_the_limit(make_governor):
 
 def test_a_new_measurement_of_the_peak_begins_at_the_present(make_governor):
     governor = make_governor(FAR)
-    governor.peak_nbytes = FAR
+    governor.seen_nbytes = FAR
+    assert governor.peak_nbytes == FAR
     governor.restart_peak()
     resident, _ = hostmem.resident_nbytes()
     assert abs(governor.peak_nbytes - resident) < 32 << 20
+
+
+def test_the_peak_is_the_kernels_where_the_thread_was_too_late(make_governor, monkeypatch):
+    kernel = 1000
+    monkeypatch.setattr(hostmem, "peak_resident_nbytes", lambda: kernel)
+    governor = make_governor(FAR)
+    governor.restart_peak()
+    governor.close()  # nothing is seen from now on
+    governor.seen_nbytes = 900
+    assert governor.peak_nbytes == 900  # 1000 was before
+    kernel = 1001
+    assert governor.peak_nbytes == 1001
+    governor.restart_peak()
+    governor.seen_nbytes = 950
+    assert governor.peak_nbytes == 950
 
 
 def test_tensors_that_are_gone_are_watched_no_more(tier, make_governor):
