@@ -48,8 +48,7 @@ class OffloadConfig(BaseModel):
     """Step each parameter inside backward, as soon as its gradient is complete.
 
     Saves the gradient's trip to the drive and hides the step behind backward. Nothing can use
-    gradients between backward and step then: no clipping, no loss scale. A small budget can be
-    exceeded by some percent (docs/optimizer.md, "Behind backward or in it").
+    gradients between backward and step then: no clipping, no loss scale.
     """
     accumulation_steps: int = Field(default=1, ge=1)
     """Backward passes that make one step, where ``step_in_backward`` can't see their end."""

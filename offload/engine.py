@@ -80,7 +80,9 @@ class Engine:
         self.weights = WeightSwapper(
             runtime.store, self._journal, plan.window_nbytes, runtime.governor.room
         )
-        self._replanner = Replanner(plan, census, self.weights, runtime.governor)
+        self._replanner = Replanner(
+            plan, census, self.weights, runtime.governor, apply=self._set_limits
+        )
         refuse_unmovable(model)
         reserve_room(model, optimizer, runtime)
         self._signature = signature_of(model, optimizer, runtime.config.state_precision)
@@ -176,6 +178,14 @@ class Engine:
             before_step=self._before_step,
         )
         return self.gradients.stepper
+
+    def _set_limits(self, plan: Plan) -> None:
+        self.weights.window_nbytes = plan.window_nbytes
+        self.gradients.limit_nbytes = plan.gradients_nbytes
+        if self.optimizer is not None:
+            self._streamed.pipeline.staging.limit_nbytes = plan.staging_nbytes
+        if self._backward_step is not None:
+            self._backward_step.limit_nbytes = plan.gradients_nbytes
 
     def _restore(self) -> None:
         record = self._runtime.store.committed

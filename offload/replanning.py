@@ -1,13 +1,20 @@
 """The plan of a run, held against the peaks that its steps show."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
 from offload.swap.census import Census
 from offload.swap.governor import Governor
-from offload.swap.plan import MARGIN_NBYTES, Plan, grow, shrink
+from offload.swap.plan import (
+    MARGIN_NBYTES,
+    VARIATION_NBYTES,
+    Plan,
+    enough_nbytes,
+    grow,
+    shrink,
+)
 from offload.swap.weights import WeightSwapper
 
 if TYPE_CHECKING:
@@ -15,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class Replanner:
-    """Keeps resident what the measured peaks leave room for.
+    """Keeps resident, and lets move ahead, what the measured peaks leave room for.
+
+    Args:
+        apply: called with each new plan: sets the limits of what moves.
 
     Attributes:
         plan: the shares of the budget, as they are now.
@@ -23,9 +33,15 @@ class Replanner:
     """
 
     def __init__(
-        self, plan: Plan, census: Census, weights: WeightSwapper, governor: Governor
+        self,
+        plan: Plan,
+        census: Census,
+        weights: WeightSwapper,
+        governor: Governor,
+        apply: Callable[[Plan], None],
     ) -> None:
         self.plan = plan
+        self._apply = apply
         self._census = census
         self._weights = weights
         self._governor = governor
@@ -43,8 +59,8 @@ class Replanner:
             BudgetError: naming a budget that fits.
         """
         peak, budget = self._governor.peak_nbytes, self.plan.budget_nbytes
-        if not self._steps and peak > budget:
-            needed = peak + MARGIN_NBYTES
+        if not self._steps and peak + VARIATION_NBYTES > budget:
+            needed = enough_nbytes(self.plan, peak)
             raise BudgetError(
                 f"the host budget of {format_nbytes(budget)} is too small: with this batch, "
                 f"forward and backward took {format_nbytes(peak)}. Take a smaller batch, or a "
@@ -70,6 +86,7 @@ class Replanner:
             self.plan = shrink(
                 self.plan, self._census, excess_nbytes=excess, states_nbytes=self._states_nbytes
             )
+        self._apply(self.plan)
         self._keep(self.plan.resident, self.plan.resident_states)
 
     def keep_streaming(self) -> None:

@@ -54,7 +54,7 @@ class BackwardStep:
         self._journal = streamed.weights.journal
         self._pipeline = streamed.pipeline
         self._accumulation_steps = accumulation_steps
-        self._limit_nbytes = limit_nbytes
+        self.limit_nbytes = limit_nbytes
         self._room = room
         self._before_step = before_step
         self._arrived: Counter[nn.Parameter] = Counter()  # parts of the present gradient
@@ -126,7 +126,7 @@ class BackwardStep:
         self._pipeline.add(group, [target])
         parameter.grad = consumed_gradient(parameter, name)
         self._pipeline.advance()
-        while self._pending_nbytes > self._limit_nbytes:
+        while self._pending_nbytes > self.limit_nbytes:
             self._pipeline.advance_one()
 
     def _coming_nbytes(self, parameter: nn.Parameter) -> int:

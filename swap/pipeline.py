@@ -173,7 +173,7 @@ class TilePipeline:
         self.journal = journal
         self.optimizer = optimizer
         self.chunk_numel = chunk_numel
-        self._staging = Staging(staging_nbytes)
+        self.staging = Staging(staging_nbytes)
         self._waiting: deque[_Waiting] = deque()
         self._reading: deque[_Tile] = deque()
         self._writing: deque[_Tile] = deque()
@@ -181,7 +181,7 @@ class TilePipeline:
     @property
     def landing_nbytes(self) -> int:
         """Bytes of tiles in flight that the resident set may not show yet."""
-        return self._staging.landing_nbytes
+        return self.staging.landing_nbytes
 
     def add(self, group: Mapping[str, Any], targets: Sequence[Target]) -> None:
         """Line up the tiles of ``targets``, all of the optimizer's ``group``."""
@@ -219,27 +219,27 @@ class TilePipeline:
         """
         while self._waiting or self._reading or self._writing:
             self.advance_one()
-        self._staging.close()
+        self.staging.close()
 
     def trim(self) -> None:
         """Give back the staging that no tile is in."""
-        self._staging.close()
+        self.staging.close()
 
     def abandon(self) -> None:
         """After an error: wait until no lane uses a buffer, and forget all tiles."""
         self._waiting.clear()
         for tile in (*self._reading, *self._writing):
             tile.transfer.settle()
-            self._staging.give_back(tile.buffer)
+            self.staging.give_back(tile.buffer)
         self._reading.clear()
         self._writing.clear()
-        self._staging.close()
+        self.staging.close()
 
     def _move_on(self) -> None:
         """Let written tiles go and begin to read others, as far as staging reaches."""
         while self._writing and self._writing[0].transfer.done():
             self._retire()
-        while self._waiting and (buffer := self._staging.take(self._waiting[0].staging_nbytes())):
+        while self._waiting and (buffer := self.staging.take(self._waiting[0].staging_nbytes())):
             self._reading.append(self._read(self._waiting.popleft(), buffer))
 
     def _step_first(self) -> None:
@@ -253,7 +253,7 @@ class TilePipeline:
         tile = self._writing[0]
         self._await(tile.transfer, "full")
         self._writing.popleft()
-        self._staging.give_back(tile.buffer)
+        self.staging.give_back(tile.buffer)
         for part in tile.parts:
             part.target.unwritten_numel -= part.piece.numel
             if not part.target.unwritten_numel:

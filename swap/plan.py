@@ -43,6 +43,8 @@ class Plan:
         resident_states: weights whose gradients and optimizer states stay in memory, too: they are
             stepped in place.
         resident_states_nbytes: bytes of these gradients and states.
+        step_in_backward: tiles of the step are in flight while backward runs.
+        tile_nbytes: of one tile of the optimizer step.
     """
 
     budget_nbytes: int
@@ -56,6 +58,15 @@ class Plan:
     resident_nbytes: int = 0
     resident_states: tuple[str, ...] = ()
     resident_states_nbytes: int = 0
+    step_in_backward: bool = False
+    tile_nbytes: int = 0
+
+    @property
+    def ahead_nbytes(self) -> int:
+        """Bytes that the plan allows only so that moves overlap with compute and each other."""
+        window = self.window_nbytes - self.working_nbytes // 2
+        staging = self.staging_nbytes - self.tile_nbytes if self.step_in_backward else 0
+        return window + self.gradients_nbytes + staging
 
     def to_json(self) -> str:
         """The plan as versioned JSON."""
@@ -82,9 +93,10 @@ def make_plan(
 ) -> Plan:
     """Share ``budget_nbytes`` out for the first step.
 
-    The first step keeps no weight resident: what its activations and kernels need is not known
-    before it has run. ``grow`` hands out what turned out to be spare. A step in backward needs
-    its tiles beside weights, gradients and activations, a step behind it can have their room.
+    The first step keeps no weight resident and has little room to move ahead of time: what its
+    activations and kernels need is not known before it has run. Its peak tells, and ``grow`` hands
+    out what turned out to be spare. A step in backward needs its tiles beside weights, gradients
+    and activations, a step behind it can have their room.
 
     Raises:
         BudgetError: the largest module does not fit; names the smallest budget that does.
@@ -106,22 +118,37 @@ def make_plan(
             needed_nbytes=needed,
             budget_nbytes=budget_nbytes,
         )
-    spare = budget_nbytes - fixed - working
-    if step_in_backward:  # gradients wait for tiles, weights are needed for one use less
-        spare -= _tile(chunk_numel)
-        staging, window, gradients = _tile(chunk_numel) + spare // 5, spare // 6, spare // 3
-    else:
-        staging, window, gradients = spare + working, spare // 3, spare // 6
-    largest_weight = max((weight.nbytes for weight in census.weights), default=0)
-    return Plan(
+    staging, spare = budget_nbytes - fixed, budget_nbytes - fixed - working
+    if step_in_backward:
+        staging = _tile(chunk_numel)
+        spare -= staging
+    bare = Plan(
         budget_nbytes=budget_nbytes,
         baseline_nbytes=baseline_nbytes,
         working_nbytes=working,
-        window_nbytes=working // 2 + min(window, 2 * largest_weight),
-        gradients_nbytes=min(gradients, 2 * largest_weight),
+        window_nbytes=working // 2,
+        gradients_nbytes=0,
         activations_nbytes=spare // 4,
         staging_nbytes=min(staging, _staging(chunk_numel)),
+        step_in_backward=step_in_backward,
+        tile_nbytes=_tile(chunk_numel),
     )
+    return _move_ahead(bare, census, spare // 4)
+
+
+def enough_nbytes(plan: Plan, peak_nbytes: int) -> int:
+    """A budget that holds the steps of a run whose first took ``peak_nbytes`` with ``plan``.
+
+    Of each byte that a larger budget has more, at most a half is shared out before the first step,
+    and it may choose larger tiles.
+    """
+    missing = max(peak_nbytes + MARGIN_NBYTES - plan.budget_nbytes, 0)
+    enough = plan.budget_nbytes + 2 * missing
+    tile = _tile(choose_chunk_numel(_mib_ceil(enough) << 20))
+    if plan.step_in_backward and tile > plan.tile_nbytes:
+        larger = dataclasses.replace(plan, tile_nbytes=tile)
+        return enough_nbytes(larger, peak_nbytes + tile - plan.tile_nbytes)
+    return enough
 
 
 def soft_limit_nbytes(budget_nbytes: int) -> int:
@@ -137,7 +164,8 @@ def grow(
 ) -> Plan:
     """The plan for the steps after the first, whose measured peak was ``peak_nbytes``.
 
-    Spare bytes hold weights resident, smallest first: each saves its reads in forward, backward
+    Spare bytes first let moves overlap: weights that come ahead of time, gradients and tiles that
+    wait. Others hold weights resident, smallest first: each saves its reads in forward, backward
     and optimizer step, and a small transfer costs more per byte than a large one. Bytes that all
     weights leave hold gradients and states, smallest first: they save less per byte.
 
@@ -146,6 +174,8 @@ def grow(
             memory, whether or not they are there yet.
     """
     spare = plan.budget_nbytes - MARGIN_NBYTES - peak_nbytes
+    before, plan = plan, _move_ahead(plan, census, max(spare, 0))
+    spare -= plan.ahead_nbytes - before.ahead_nbytes
     weights_nbytes = {weight.name: weight.nbytes for weight in census.weights}
     resident, total = _fitting(weights_nbytes, spare)
     states: list[str] = []
@@ -166,9 +196,10 @@ def grow(
 def shrink(
     plan: Plan, census: Census, *, excess_nbytes: int, states_nbytes: Mapping[str, int] = _NOTHING
 ) -> Plan:
-    """The plan with so many bytes fewer resident, in the reverse of the order of ``grow``.
+    """The plan with so many bytes fewer, in the reverse of the order of ``grow``.
 
-    Gradients and states go before weights, the largest first. ``states_nbytes`` as for ``grow``.
+    Gradients and states go before weights, the largest first, and these before what lets moves
+    overlap. ``states_nbytes`` as for ``grow``.
     """
     weights_nbytes = {weight.name: weight.nbytes for weight in census.weights}
     resident = _smallest_first(plan.resident, weights_nbytes)
@@ -178,12 +209,39 @@ def shrink(
         states_given_up += states_nbytes[states.pop()]
     while resident and states_given_up + given_up < excess_nbytes:
         given_up += weights_nbytes[resident.pop()]
+    if (missing := excess_nbytes - states_given_up - given_up) > 0:
+        left = max(plan.ahead_nbytes - missing, 0)
+        plan = _move_ahead(_move_nothing_ahead(plan), census, left)
     return dataclasses.replace(
         plan,
         resident=tuple(resident),
         resident_nbytes=plan.resident_nbytes - given_up,
         resident_states=tuple(states),
         resident_states_nbytes=plan.resident_states_nbytes - states_given_up,
+    )
+
+
+def _move_ahead(plan: Plan, census: Census, spare_nbytes: int) -> Plan:
+    """The plan with at most ``spare_nbytes`` more for weights, gradients and tiles on their way."""
+    most = 2 * max((weight.nbytes for weight in census.weights), default=0)
+    staging = plan.staging_nbytes
+    if plan.step_in_backward:  # gradients wait for tiles, weights are needed for one use less
+        staging = min(staging + spare_nbytes // 5, _TILES_IN_FLIGHT * plan.tile_nbytes)
+        window, gradients = spare_nbytes // 6, spare_nbytes // 3
+    else:
+        window, gradients = spare_nbytes // 3, spare_nbytes // 6
+    return dataclasses.replace(
+        plan,
+        window_nbytes=min(plan.window_nbytes + window, plan.working_nbytes // 2 + most),
+        gradients_nbytes=min(plan.gradients_nbytes + gradients, most),
+        staging_nbytes=staging,
+    )
+
+
+def _move_nothing_ahead(plan: Plan) -> Plan:
+    staging = plan.tile_nbytes if plan.step_in_backward else plan.staging_nbytes
+    return dataclasses.replace(
+        plan, window_nbytes=plan.working_nbytes // 2, gradients_nbytes=0, staging_nbytes=staging
     )
 
 

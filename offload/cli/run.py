@@ -54,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step-in-backward",
         action="store_true",
         default=None,
-        help="step each parameter as soon as its gradient is complete; excludes gradient clipping, "
-        "and a small budget can be exceeded by some percent",
+        help="step each parameter as soon as its gradient is complete; excludes gradient clipping",
     )
     parser.add_argument(
         "--accumulation-steps",

@@ -15,6 +15,7 @@ from offload.swap.plan import (
     VARIATION_NBYTES,
     Plan,
     choose_chunk_numel,
+    enough_nbytes,
     grow,
     make_plan,
     shrink,
@@ -157,7 +158,7 @@ def test_spare_bytes_hold_the_smallest_weights(census, budget, peak):
     plan = grow(planned(census, budget), census, peak_nbytes=peak)
     sizes = {weight.name: weight.nbytes for weight in census.weights}
     assert plan.resident_nbytes == sum(sizes[name] for name in plan.resident)
-    spare = budget - peak - MARGIN_NBYTES
+    spare = budget - peak - MARGIN_NBYTES - plan.ahead_nbytes
     assert plan.resident_nbytes <= max(spare, 0)
     streaming = sorted(nbytes for name, nbytes in sizes.items() if name not in plan.resident)
     if streaming:  # the next one would not have fitted, and is no smaller than those inside
@@ -178,6 +179,77 @@ def test_shrinking_gives_up_the_largest_first_and_no_more_than_it_must(census, b
         assert max((sizes[name] for name in after.resident), default=0) <= given_up[0]
         # Without the last one it would not have been enough.
         assert sum(given_up[1:]) < excess
+
+
+IN_BACKWARD = st.booleans()
+
+
+def made(census, budget, baseline, in_backward):
+    """A plan as the runtime makes it; examples whose budget is too small are left out."""
+    try:
+        return make_plan(
+            census,
+            budget_nbytes=budget,
+            baseline_nbytes=baseline,
+            chunk_numel=choose_chunk_numel(budget),
+            step_in_backward=in_backward,
+        )
+    except BudgetError:
+        assume(False)
+
+
+@given(
+    census=censuses(), budget=BUDGETS, baseline=BASELINES, in_backward=IN_BACKWARD, spare=BUDGETS
+)
+def test_what_moves_ahead_takes_spare_bytes_only(census, budget, baseline, in_backward, spare):
+    first = made(census, budget, baseline, in_backward)
+    unplanned = budget - baseline - first.working_nbytes - OVERHEAD_NBYTES
+    assert 0 <= first.ahead_nbytes <= unplanned // 4
+    plan = grow(first, census, peak_nbytes=budget - MARGIN_NBYTES - spare)
+    assert 0 <= plan.ahead_nbytes - first.ahead_nbytes + plan.resident_nbytes <= spare
+    assert all(getattr(plan, field) >= getattr(first, field) for field in FIELDS)
+    assert plan.activations_nbytes == first.activations_nbytes
+    if not in_backward:  # the step is alone then: it has had its room from the start
+        assert plan.staging_nbytes == first.staging_nbytes
+
+
+@given(
+    census=censuses(),
+    budget=BUDGETS,
+    baseline=BASELINES,
+    in_backward=IN_BACKWARD,
+    excess=st.integers(0, 4096 * MIB),
+)
+def test_what_moves_ahead_shrinks_last(census, budget, baseline, in_backward, excess):
+    before = grow(made(census, budget, baseline, in_backward), census, peak_nbytes=0)
+    after = shrink(before, census, excess_nbytes=excess)
+    taken = before.ahead_nbytes + before.resident_nbytes
+    assert after.ahead_nbytes + after.resident_nbytes <= max(taken - excess, 0)
+    if after.resident:
+        assert after.ahead_nbytes == before.ahead_nbytes
+
+
+@given(
+    census=censuses(),
+    budget=BUDGETS,
+    baseline=BASELINES,
+    in_backward=IN_BACKWARD,
+    unplanned=BUDGETS,
+    used=st.floats(0, 1),
+)
+def test_enough_is_enough(census, budget, baseline, in_backward, unplanned, used):
+    """A first step takes what is fixed, its tile, and a part of what was shared out."""
+
+    def peak(plan):
+        tile = plan.tile_nbytes if in_backward else 0
+        shared_out = plan.activations_nbytes + plan.ahead_nbytes
+        return baseline + unplanned + int(used * shared_out) + tile
+
+    plan = made(census, budget, baseline, in_backward)
+    enough = enough_nbytes(plan, peak(plan))
+    if peak(plan) + MARGIN_NBYTES <= budget:
+        assert enough == budget
+    assert peak(made(census, enough, baseline, in_backward)) + MARGIN_NBYTES <= enough + 8
 
 
 @st.composite
@@ -202,7 +274,7 @@ def test_states_take_what_all_weights_leave(model, budget, peak):
         return
     assert len(plan.resident) == len(census.weights)
     total = plan.resident_nbytes + plan.resident_states_nbytes
-    spare = soft_limit_nbytes(budget) - peak - MARGIN_NBYTES
+    spare = soft_limit_nbytes(budget) - peak - MARGIN_NBYTES - plan.ahead_nbytes
     assert total <= spare
     kept = set(plan.resident_states)
     streaming = sorted(nbytes for name, nbytes in states.items() if name not in kept)
