@@ -6,10 +6,17 @@ are where they go, ``lookahead`` knows what backward needs next.
 Parameters and buffers, and whatever is a view of one, are told by their storage and never moved;
 backward asks for a weight when it needs one. What can't be moved exactly is left alone, and the
 record says why.
+
+[Note: several threads] Backward may run on several threads at once: those of a user who calls it
+on each, those of a TorchScript fork, and the one that autograd itself has for each device, beside
+the caller's for what is on the CPU. So one lock is held while bytes are given in charge, used or
+moved, even while the thread waits for them: the jobs that bring them never take it, and neither
+does the death of a handle, which can happen on any thread (``saved.Graveyard``).
 """
 
+import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -78,7 +85,7 @@ class LeftAlone:
 
 
 class ActivationCache:
-    """The hooks of one model; called by one thread at a time.
+    """The hooks of one model; any thread may call them, see [Note: several threads].
 
     Args:
         homes: where saved bytes go, in this order.
@@ -124,6 +131,8 @@ class ActivationCache:
         self._used_last = -1
         self._kind: Hashable = None
         self._counted_kinds: set[Hashable] = set()
+        # Packing may run what packs again: a dispatch mode, a finalizer.
+        self._lock = threading.RLock()
 
     @property
     def limit_nbytes(self) -> int:
@@ -137,13 +146,15 @@ class ActivationCache:
     @property
     def kept_nbytes(self) -> int:
         """Bytes of saved tensors in memory, arriving or leaving."""
-        return self.spiller.kept_nbytes
+        with self._lock:
+            return self.spiller.kept_nbytes
 
     def begin_pass(self, kind: Hashable) -> None:
         """A forward begins; passes of one ``kind`` are expected to repeat."""
-        self._kind = kind
-        self.lookahead.begin(kind, self.limit_nbytes)
-        self.fixed.look_up()
+        with self._lock:
+            self._kind = kind
+            self.lookahead.begin(kind, self.limit_nbytes)
+            self.fixed.look_up()
 
     # The hooks.
 
@@ -154,8 +165,6 @@ class ActivationCache:
         Raises:
             CapacityError: no home takes what exceeds the limit, and memory has no room.
         """
-        if self.spiller.is_busy:
-            self.spiller.settle()
         if (
             type(tensor) not in PLAIN_TYPES
             or tensor.layout is not _STRIDED
@@ -170,16 +179,19 @@ class ActivationCache:
         name = self._names.get(key)
         if name is not None:
             return View(tensor, None, name)
-        known = self._parts.get(key)
-        part = known() if known is not None else None
-        if part is not None and (view := self._pack_again(part, tensor, memory)) is not None:
-            return view
-        nbytes = memory.nbytes()
-        if nbytes < _LEAST_NBYTES:
-            return View(tensor)
-        if nbytes >= _SLICED_NBYTES and nbytes >= _SLICE_SHARE * tensor.nbytes:
-            return self._leave_alone(tensor, "a small slice of a large storage")
-        return self._pack_new(tensor, memory, key, nbytes)
+        with self._lock:
+            if self.spiller.is_busy:
+                self.spiller.settle()
+            known = self._parts.get(key)
+            part = known() if known is not None else None
+            if part is not None and (view := self._pack_again(part, tensor, memory)) is not None:
+                return view
+            nbytes = memory.nbytes()
+            if nbytes < _LEAST_NBYTES:
+                return View(tensor)
+            if nbytes >= _SLICED_NBYTES and nbytes >= _SLICE_SHARE * tensor.nbytes:
+                return self._leave_alone(tensor, "a small slice of a large storage")
+            return self._pack_new(tensor, memory, key, nbytes)
 
     def _pack_new(
         self, tensor: torch.Tensor, memory: torch.UntypedStorage, key: int, nbytes: int
@@ -247,8 +259,6 @@ class ActivationCache:
         """
         if type(saved) is not View:
             return self._unpack_wrapped(saved)
-        if self.spiller.is_busy:
-            self.spiller.settle()
         if saved.tensor._version != saved.version:
             saved.check()
         part = saved.part
@@ -256,13 +266,22 @@ class ActivationCache:
             if saved.name:
                 self.weights.use([saved.name])
             return saved.tensor
-        if part.unit is None:
+        with self._lock:
+            if self.spiller.is_busy:
+                self.spiller.settle()
+            if part.unit is None:
+                return saved.tensor
+            self._use(part.unit)
+            if saved.layout is not None:
+                assert part.memory is not None
+                saved.come_back(part.memory)
             return saved.tensor
-        self._use(part.unit)
-        if saved.layout is not None:
-            assert part.memory is not None
-            saved.come_back(part.memory)
-        return saved.tensor
+
+    def prefetch(self, handles: Iterable[object]) -> None:
+        """Fetch these, in this order, as far as the limit has room; never blocks."""
+        parts = [each.part for each in handles if isinstance(each, View) and each.part is not None]
+        with self._lock:
+            self.spiller.prefetch(part.unit for part in parts if part.unit is not None)
 
     def _use(self, unit: Unit) -> None:
         """Have the bytes of ``unit`` in memory, and on their way what backward needs next."""
@@ -275,7 +294,7 @@ class ActivationCache:
             self.spiller.spill(sparing=unit)
         if unit.residency is not Residency.READY or unit.arrival is not None:
             self.spiller.bring(unit)
-        if self.spiller.is_away:
+        if self.spiller.absent:
             self.spiller.fetch_ahead(self.lookahead.upcoming(unit))
 
     # What is more than its bytes.
@@ -336,8 +355,9 @@ class ActivationCache:
 
     def close(self) -> None:
         """Wait for writes in flight; saved tensors that still live stay usable."""
-        self.spiller.close()
-        self.fixed.close()
+        with self._lock:
+            self.spiller.close()
+            self.fixed.close()
         for reason, left in self.left_alone.items():
             self.journal.notice(
                 "activations",

@@ -46,6 +46,9 @@ class Spiller:
         in_flight_nbytes: more, while they leave, and to fetch ahead; by default the limit again.
         room: bytes left in the budget, asked when no home takes a unit.
         place: where units live between their uses; by default host memory.
+
+    Attributes:
+        absent: how many units have their bytes in their block only.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class Spiller:
         self.graveyard = Graveyard()
         self._links = Links(home.name for home in homes)
         self._kept_nbytes: int = 0  # of units in memory, arriving or leaving
-        self._absent = 0  # units whose bytes are in their block only
+        self.absent = 0
         self._order: deque[weakref.ref[Unit]] = deque()
         self._staying: deque[weakref.ref[Unit]] = deque()
         self._writing: list[Unit] = []
@@ -94,11 +97,6 @@ class Spiller:
         """Whether more is in memory than may be in backward."""
         # Asked for each use: most often the first half tells.
         return self._kept_nbytes > self.limit_nbytes and self._kept_nbytes > self.ahead_nbytes
-
-    @property
-    def is_away(self) -> bool:
-        """Whether the bytes of any unit are in their block only."""
-        return self._absent > 0
 
     def add(self, unit: Unit) -> None:
         """Take charge of a unit whose bytes are in memory; others may have to leave.
@@ -265,7 +263,7 @@ class Spiller:
     def _bury(self) -> None:
         held_nbytes, absent = self.graveyard.bury()
         self._kept_nbytes -= held_nbytes
-        self._absent -= absent
+        self.absent -= absent
 
     def _await_written(self, unit: Unit, reason: str) -> None:
         assert unit.transfer is not None
@@ -300,7 +298,7 @@ class Spiller:
         for part in unit.living():
             part.let_go()
         self._count(-unit.nbytes)
-        self._absent += 1
+        self.absent += 1
         self._become(unit, Residency.ABSENT)
 
     # Back in.
@@ -311,7 +309,7 @@ class Spiller:
             unit.arriving = unit.transfer = None  # the transfer keeps its memory until it ends
         else:
             self._count(unit.nbytes)
-            self._absent -= 1
+            self.absent -= 1
         part.hold(memory)
         unit.doubtful = True
         self._become(unit, Residency.READY)
@@ -343,7 +341,7 @@ class Spiller:
             return
         unit.arriving, unit.transfer = self.place.fetch(_trip_of(unit))
         self._count(unit.nbytes)
-        self._absent -= 1
+        self.absent -= 1
         self._become(unit, Residency.FETCHING)
         self._enqueue(unit)
 
@@ -386,7 +384,7 @@ class Spiller:
         Args:
             upcoming: units in the order of their use, with the seconds until then (0: unknown).
         """
-        if not self._absent:
+        if not self.absent:
             return
         next_use_s: float | None = None
         queued_nbytes = 0
@@ -427,7 +425,8 @@ class Spiller:
 
     def _count(self, nbytes: int) -> None:
         self._kept_nbytes += nbytes
-        self.peak_nbytes = max(self.peak_nbytes, self._kept_nbytes)
+        if self._kept_nbytes > self.peak_nbytes:  # noqa: PLR1730 (max would be called for each)
+            self.peak_nbytes = self._kept_nbytes
 
     def close(self) -> None:
         """Wait for writes in flight; saved tensors that still live stay usable."""

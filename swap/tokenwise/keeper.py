@@ -12,7 +12,6 @@ from offload.allocator.errors import CapacityError
 from offload.swap.activations import ActivationCache
 from offload.swap.homes import Home
 from offload.swap.places import Place, Trip
-from offload.swap.saved import View
 from offload.swap.tokenwise.solve import Link
 
 _PROBE_NBYTES = 16 << 20
@@ -95,8 +94,7 @@ class CacheKeeper:
         return self._cache.unpack(packed)
 
     def prefetch(self, packed: Sequence[Any]) -> None:
-        parts = [one.part for one in packed if isinstance(one, View) and one.part is not None]
-        self._cache.spiller.prefetch(part.unit for part in parts if part.unit is not None)
+        self._cache.prefetch(packed)
 
     def use_weights(self, weights: Sequence[torch.Tensor]) -> None:
         self._cache.weights.use(self._cache.fixed.weights_among(weights))

@@ -5,6 +5,7 @@ backward from the block's input and attention's output (MEMO, SIGMOD'25), with t
 the forward was seen to execute.
 """
 
+import threading
 import time
 import weakref
 from collections import OrderedDict
@@ -99,6 +100,7 @@ class TokenWise:
         self._outside = OutsideBytes(model)
         self._pass: _Pass | None = None
         self._watched_task = -1  # of autograd
+        self._lock = threading.RLock()  # backward may run on several threads at once
         self._measurements: dict[Program, Measurements] = {}
         self._rebuilder = Rebuilder(keeper, clock, rounding=rounding)
         found = find_blocks(model, settings.blocks)
@@ -155,14 +157,15 @@ class TokenWise:
         Raises:
             RuntimeError: it, or a parameter that it is rebuilt from, was modified in place.
         """
-        self._watch_backward()
-        if isinstance(packed, RowsHandle):
-            return self._rebuilder.unpack(packed)
-        began_s = self._clock()
-        try:
-            return self.keeper.unpack(packed)
-        finally:
-            self._rebuilder.waited(self._clock() - began_s)
+        with self._lock:
+            self._watch_backward()
+            if isinstance(packed, RowsHandle):
+                return self._rebuilder.unpack(packed)
+            began_s = self._clock()
+            try:
+                return self.keeper.unpack(packed)
+            finally:
+                self._rebuilder.waited(self._clock() - began_s)
 
     def _saves(self) -> bool:
         """Whether autograd hands what it saves to this object, outside of backward.

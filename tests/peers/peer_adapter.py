@@ -6,6 +6,7 @@ changed since (a replacement that matches nothing, an unknown name) is an error,
 """
 
 import ast
+import faulthandler
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 HERE = Path(__file__).parent
 TIMEOUT_S = 280
+WHOLE_TIMEOUT_S = 1200
 
 
 def checkout_of(peer):
@@ -68,6 +70,7 @@ def cases_in(text, classname=None):
 class Case:
     """One item that ran; our context wrote ``moved_nbytes`` in it, ``notes`` tell a failure."""
 
+    classname: str
     name: str
     outcome: str
     moved_nbytes: int
@@ -75,25 +78,44 @@ class Case:
 
 
 def run(directory, filename, text, arguments, search=()):
-    """Run ``text`` as ``filename`` in ``directory``; every item that ran."""
+    """Run ``text`` as ``filename`` in ``directory``; every item that ran, and all have passed."""
     (directory / filename).write_text(text)
-    (directory / "pytest.ini").write_text("[pytest]\n")
-    report = directory / "report.xml"
-    paths = [str(HERE), *map(str, search)]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "peer_stand_ins", "-p",
-               "no:cacheprovider", f"--junitxml={report}", *arguments]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTEST_ADDOPTS": ""}
-    done = subprocess.run(
-        command, cwd=directory, env=environment, capture_output=True, text=True,
-        timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
-    assert report.exists(), done.stdout + done.stderr
-    cases = [_case(each) for each in ET.parse(report).iter("testcase")]
+    done, cases = _run_pytest(directory, arguments, search, TIMEOUT_S, {})
     bad = [f"{case.name}: {case.outcome}\n{case.notes}" for case in cases
            if case.outcome != "passed"]  # fmt: skip
     assert not bad, "\n\n".join(bad)
     assert done.returncode == 0, done.stdout + done.stderr
     return cases
+
+
+def run_whole(directory, path, around, search=()):
+    """Run the file ``path`` as it is, ``around`` each test one of ``peer_stand_ins.AROUND``.
+
+    Returns:
+        Every item that ran, whatever became of it, by its class and name.
+    """
+    arguments = ["--noconftest", f"--rootdir={directory}", "-c", "pytest.ini", str(path)]
+    settings = {"OFFLOAD_PEER_AROUND": around, "PYTHONDONTWRITEBYTECODE": "1"}
+    faulthandler.cancel_dump_traceback_later()  # pytest's own limit: shorter than this may take
+    _, cases = _run_pytest(directory, arguments, search, WHOLE_TIMEOUT_S, settings)
+    return {(case.classname, case.name): case for case in cases}
+
+
+def _run_pytest(directory, arguments, search, timeout_s, settings):
+    """Run pytest in ``directory`` with ``peer_stand_ins``; how it ended, and what ran."""
+    (directory / "pytest.ini").write_text("[pytest]\n")
+    report = directory / "report.xml"
+    report.unlink(missing_ok=True)
+    paths = [str(HERE), *map(str, search)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "peer_stand_ins", "-p",
+               "no:cacheprovider", f"--junitxml={report}", *arguments]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTEST_ADDOPTS": ""}
+    done = subprocess.run(
+        command, cwd=directory, env=environment | settings, capture_output=True, text=True,
+        timeout=timeout_s, check=False,
+    )  # fmt: skip
+    assert report.exists(), done.stdout + done.stderr
+    return done, [_case(each) for each in ET.parse(report).iter("testcase")]
 
 
 def _case(element):
@@ -103,7 +125,8 @@ def _case(element):
              if each.get("name") == "moved_nbytes"]  # fmt: skip
     notes = "\n".join(each.text or each.get("message") or "" for each in element
                       if each.tag == outcome)  # fmt: skip
-    return Case(element.get("name"), outcome, sum(map(int, moved)), notes)
+    classname = element.get("classname").rpartition(".")[2]
+    return Case(classname, element.get("name"), outcome, sum(map(int, moved)), notes)
 
 
 def names_of(cases):

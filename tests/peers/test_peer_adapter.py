@@ -1,7 +1,16 @@
 """The adapter itself, on small files of our own in the place of a peer's."""
 
 import pytest
-from peer_adapter import Change, adapted, cases_in, checkout_of, moved_in, names_of, run
+from peer_adapter import (
+    Change,
+    adapted,
+    cases_in,
+    checkout_of,
+    moved_in,
+    names_of,
+    run,
+    run_whole,
+)
 
 GOOD = """
 import pytest
@@ -54,6 +63,29 @@ def broken():
 def test_is_in_error(broken):
     pass
 """
+WHOLE = """
+import unittest
+
+import torch
+
+
+class TestSaved(unittest.TestCase):
+    def test_right(self):
+        x = torch.ones(8, requires_grad=True)
+        x.exp().sum().backward()
+        assert torch.equal(x.grad, x.exp())
+
+    def test_the_object_itself(self):
+        x = torch.ones(8, requires_grad=True)
+        assert (x * x).grad_fn._saved_self is x
+
+    def test_changed_in_place(self):
+        x = torch.ones(8, requires_grad=True).clone()
+        loss = (x * x).sum()
+        x += 1
+        with self.assertRaisesRegex(RuntimeError, "modified by an inplace operation"):
+            loss.backward()
+"""
 
 
 def test_what_ran_and_what_moved_bytes_is_told(tmp_path):
@@ -69,6 +101,24 @@ def test_what_does_not_pass_is_an_error(tmp_path):
     message = str(raised.value)
     for told in ("test_fails: failure", "test_skips: skipped", "test_is_in_error: error"):
         assert told in message
+
+
+@pytest.mark.parametrize(
+    ("around", "failing"),
+    [
+        ("nothing", set()),
+        ("hooks", {"test_the_object_itself", "test_changed_in_place"}),
+        ("swap", {"test_the_object_itself"}),
+    ],
+)
+def test_a_whole_file_runs_as_it_is(tmp_path, around, failing):
+    path = tmp_path / "test_whole.py"
+    path.write_text(WHOLE)
+    cases = run_whole(tmp_path, path, around)
+    assert {(case.classname, case.name) for case in cases.values()} == cases.keys()
+    assert cases.keys() == {("TestSaved", name) for name in cases_in(WHOLE, "TestSaved")}
+    assert {case.name for case in cases.values() if case.outcome == "failure"} == failing
+    assert moved_in(cases.values()) == (names_of(cases.values()) if around == "swap" else set())
 
 
 def test_a_replacement_that_matches_too_rarely_is_an_error():

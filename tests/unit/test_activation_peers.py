@@ -1,6 +1,11 @@
 """What peers' acceptance suites cover; ``tests/peers/README.md`` tells which test covers what."""
 
 import gc
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -311,3 +316,122 @@ def test_errors_come_out_of_forward_and_backward_as_they_are(swap, monkeypatch):
     x.grad = None
     loss.backward()
     assert torch.equal(x.grad, x.exp())
+
+
+THREADS = 3
+
+
+@pytest.fixture
+def at_once():
+    """Runs a function on several threads that take turns as often as can be."""
+
+    def run(function):
+        together = threading.Barrier(THREADS)
+
+        def one(number):
+            together.wait()
+            return function(number)
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return [future.result() for future in [pool.submit(one, n) for n in range(THREADS)]]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield run
+    sys.setswitchinterval(before)
+
+
+def wavy(x):
+    for _ in range(12):
+        x = torch.sin(x) * torch.cos(x) + 0.3
+    return x.sum()
+
+
+def gradients(loss, x, _number):
+    return [torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(3)]
+
+
+@pytest.mark.parametrize("in_flight", [0, "64KiB"])
+def test_several_threads_run_backward_on_one_graph(tmp_path, at_once, in_flight):
+    """As autograd's own threads for two devices do, and a TorchScript fork."""
+    x = torch.randn(ROWS, WIDTH, requires_grad=True)
+    (right,) = torch.autograd.grad(wavy(x), x)
+    swap = ActivationSwap(limit=0, min_nbytes=0, in_flight=in_flight, nvme=tmp_path)
+    with swap:
+        loss = wavy(x)
+    assert written(swap) > 0
+    for found in at_once(partial(gradients, loss, x)):
+        assert all(torch.equal(gradient, right) for gradient in found)
+    del loss
+    assert swap.cache.kept_nbytes == 0
+    swap.close()
+
+
+def test_several_threads_share_a_context(swap, at_once):
+    """Each saves, and runs backward, within the one context that all of them enter."""
+    inputs = torch.randn(THREADS, ROWS, WIDTH)
+
+    def gradient(number):
+        x = inputs[number].clone().requires_grad_()
+        with swap:
+            loss = wavy(x)
+        return torch.autograd.grad(loss, x)[0]
+
+    for number, found in enumerate(at_once(gradient)):
+        x = inputs[number].clone().requires_grad_()
+        assert torch.equal(found, torch.autograd.grad(wavy(x), x)[0])
+    assert written(swap) > 0
+
+
+def test_nested_checkpoints_and_higher_derivatives(swap):
+    def region(function):
+        return lambda x: checkpoint(function, x, use_reentrant=False)
+
+    def slope(function):
+        return lambda x: torch.autograd.grad(function(x).sum(), x, create_graph=True)[0]
+
+    x = ones()
+    right = slope(slope(wavy))(x).detach()
+    with swap:
+        found = slope(region(slope(region(region(wavy)))))(x)
+    assert written(swap) > 0
+    assert torch.equal(found, right)
+
+
+def test_one_pair_of_hooks_for_each_saved_tensor(swap):
+    """PyTorch allows no second one: who sets hooks on a tensor that we took is told."""
+    x = ones()
+    with swap:
+        y = x.exp()
+    with pytest.raises(RuntimeError, match="hooks have already been set"):
+        y.grad_fn._raw_saved_result.register_hooks(lambda one: one, lambda one: one)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+
+
+def test_what_is_cleared_on_access_is_gone_when_backward_lets_go_of_it(swap):
+    if not hasattr(torch.autograd.Function, "clear_saved_tensors_on_access"):
+        pytest.skip("this PyTorch's functions can't clear what they saved")
+    gone = []
+
+    class Clears(torch.autograd.Function):
+        clear_saved_tensors_on_access = True
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x.clone())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (saved,) = ctx.saved_tensors
+            known = weakref.ref(saved)
+            del saved
+            gone.append(known() is None)
+            return gradient
+
+    x = ones()
+    with swap:
+        loss = Clears.apply(x).sum()
+    loss.backward()
+    assert gone == [True]
