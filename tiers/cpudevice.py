@@ -42,7 +42,8 @@ class CpuStream(Stream):
         self.name = name
 
     def record(self) -> Event:
-        return DoneEvent()
+        now_s = time.perf_counter()
+        return DoneEvent(now_s, now_s)
 
     def wait(self, event: Event) -> None:
         event.settle()  # an event of another device: here the host is the stream

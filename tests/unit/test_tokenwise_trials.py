@@ -9,6 +9,7 @@ from torch import nn
 from offload.swap.tokenwise.keeper import MemoryKeeper
 from offload.swap.tokenwise.plans import Settings
 from offload.swap.tokenwise.solve import Link
+from offload.swap.tokenwise.timing import Timer
 from offload.swap.tokenwise.tokenwise import TokenWise
 from offload.swap.tokenwise.trials import Choice, Trials
 
@@ -101,7 +102,7 @@ def test_a_link_that_is_slower_than_it_says_is_found_out():
     clock = _Clock()
     model = nn.Sequential(*(_Block() for _ in range(3)))
     keeper = _LyingKeeper(clock, 1e4)
-    rows = TokenWise(model, keeper, Settings(), clock=clock)
+    rows = TokenWise(model, keeper, Settings(), timer=Timer(clock))
     gradients = []
     for _ in range(20):
         with torch.autograd.graph.saved_tensors_hooks(rows.pack, rows.unpack):
