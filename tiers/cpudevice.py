@@ -79,7 +79,7 @@ class HostMemoryPool:
                 f"{format_nbytes(held)} ({held} bytes) were asked"
             )
         address = hostmem.map_anonymous(held)
-        tensor = tensor_at(address, torch.uint8, (held,), on_release=(address, held))
+        tensor = tensor_at(address, torch.uint8, (max(nbytes, 1),), on_release=(address, held))
         self.used_nbytes += held
         self._held[address] = held
         self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)

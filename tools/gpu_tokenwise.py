@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from offload.swap.activations import ActivationCache
+from offload.swap.places import DevicePlace
 from offload.swap.selective import put_on, take_off
 from offload.swap.tokenwise.keeper import CacheKeeper
 from offload.swap.tokenwise.plans import Settings
+from offload.swap.tokenwise.timing import Timer
 from offload.swap.tokenwise.tokenwise import TokenWise
 
 _WIDTH, _BATCH, _ROWS, _LAYERS, _STEPS = 256, 2, 1024, 3, 4
@@ -66,7 +68,9 @@ def train(
     tokenwise = None
     if cache is not None:
         cache.fixed.know_model(model)
-        tokenwise = TokenWise(model, CacheKeeper(cache), settings, rounding=True)
+        at = cache.spiller.place
+        timer = Timer(accelerator=at.accelerator if isinstance(at, DevicePlace) else None)
+        tokenwise = TokenWise(model, CacheKeeper(cache), settings, timer=timer, rounding=True)
     results = []
     for batch in batches:
         if cache is not None:

@@ -57,6 +57,9 @@ class PlanReport:
         whole: reasons for which saved storages are swapped whole, with their bytes.
         gave_up: why the whole block is swapped whole, if it is.
         worst_error: largest relative difference of rebuilt rows; 0 unless ``relaxed``.
+        cost, solution: what was measured, and what ``alpha`` was solved from it.
+        trial_s: for each choice that was tried, the shortest pass that began with this block.
+        settled: the choice that the trials have found.
     """
 
     block: str
@@ -69,6 +72,8 @@ class PlanReport:
     worst_error: float
     cost: BlockCost | None
     solution: Solution | None
+    trial_s: tuple[tuple[Choice, float], ...] = ()
+    settled: Choice | None = None
 
 
 class BlockPlan:
@@ -176,7 +181,7 @@ class BlockPlan:
             self.program = recorder.program()
             self._chain = find_chain(self.program, min_nbytes=self._settings.min_nbytes)
             alpha = self._settings.alpha
-            self._cut = self._nearest(0.75 if alpha == "auto" else alpha)
+            self._cut = self._measurable(0.75) if alpha == "auto" else self._nearest(alpha)
             self.measurements = self._shared.setdefault(self.program, self.measurements)
             self.measurements.recording(recorder.own_s)
         forward.tell(self.measurements.recorded_forward)
@@ -215,6 +220,8 @@ class BlockPlan:
             worst_error=self._worst_error,
             cost=self._cost(),
             solution=self._solution,
+            trial_s=tuple(self.trials.shortest_s().items()) if self.trials is not None else (),
+            settled=self.trials.settled if self.trials is not None else None,
         )
 
     def _diverged(self, why: str) -> str:
@@ -231,6 +238,10 @@ class BlockPlan:
     def _nearest(self, alpha: float) -> int:
         return min(cuts(self.rows), key=lambda cut: (abs(cut - alpha * self.rows), -cut))
 
+    def _measurable(self, alpha: float) -> int:
+        """The cut nearest to ``alpha`` behind which there is something to rebuild."""
+        return min(cuts(self.rows)[:-1], key=lambda cut: (abs(cut - alpha * self.rows), -cut))
+
     # How much.
 
     def _cost(self) -> BlockCost | None:
@@ -242,7 +253,7 @@ class BlockPlan:
 
     def _solve_first(self, block_pass: BlockPass, links: Callable[[], Sequence[Link]]) -> None:
         """Measure, and solve if all is known: a device may tell before the next forward only."""
-        self._cut = self._nearest(0.25)  # a second measurement
+        self._cut = self._measurable(0.25)  # a second measurement
         self._verify(block_pass)
         for replay in self._verified.values():  # warm by now
             self._rehearse(replay, block_pass)
