@@ -100,7 +100,7 @@ def tell(found: Found, measured: Any, name: str, *, judged: bool) -> None:
              "alpha": one.swapped, "ratio": one.median_s / measured.best.median_s}
         )  # fmt: skip
     solved = report.solution.alpha if report.solution is not None else float("nan")
-    settled = report.settled.name.lower() if report.settled is not None else "open"
+    settled = gpu_alpha.name_of(report.settled)
     found.notes.append(
         f"{name}: alpha solved {solved:.3f}, trials settled on {settled}; best fixed "
         f"{measured.best.alpha}; cost {report.cost}"

@@ -351,6 +351,11 @@ def in_band(value: float) -> bool:
     return BAND[0] <= value <= BAND[1]
 
 
+def name_of(choice: Choice | None) -> str:
+    """A word for what trials have settled on."""
+    return choice.name.lower() if choice is not None else "nothing yet"
+
+
 def trial_times(report: PlanReport) -> dict[str, float]:
     """The shortest pass of each choice, by the name that the table gives it."""
     names = {Choice.REBUILT: "0", Choice.SOLVED: "solved", Choice.SWAPPED: "1"}
@@ -404,8 +409,9 @@ class AlphaChecks:
         steps = {f"{one.alpha}": f"{one.median_s:.4f}" for one in measured.fixed}
         solution = measured.report.solution
         solved = solution.alpha if solution is not None else None
+        settled = measured.report.settled
         told = (
-            f"alpha {solved}, settled on {measured.report.settled!s}, step "
+            f"alpha {solved}, trials settled on {name_of(settled)}, step "
             f"{measured.solved.median_s:.4f} s; fixed {steps}; "
             f"trials {trial_times(measured.report)}"
         )

@@ -156,7 +156,8 @@ class BlockPlan:
         young = self._passes <= _MEASURED_PASSES or self._passes % _MEASURED_PASSES == 0
         trials = self.trials
         if trials is None:
-            return Choice.SOLVED, young or self._settings.alpha == "auto"
+            unsolved = self._settings.alpha == "auto" and self.gave_up is None
+            return Choice.SOLVED, young or unsolved
         return trials.present(), young or trials.settled is None
 
     def begin(self) -> tuple[Replay | None, bool]:
