@@ -13,9 +13,8 @@ import torch
 
 import contract_runner
 from gpu_activations import SWAP_HOMES, Swap, step_gradients
-from gpu_alpha import AlphaChecks
 from gpu_report import Outcome, Report
-from gpu_tokenwise import Rebuilt, train
+from gpu_tokenwise import AlphaChecks, Rebuilt, train
 from gpu_training import HOMES, UnderTest, initial, train_resident, train_swapped
 from offload.allocator.errors import CapacityError
 from offload.swap.tokenwise.plans import Settings

@@ -13,6 +13,7 @@ sys.path.insert(0, str(TOOLS))
 import bench_tokenwise_gpu as bench  # noqa: E402  (tools/ is no package)
 import gpu_alpha  # noqa: E402
 from gpu_checks import Simulated  # noqa: E402
+from gpu_tokenwise import AlphaChecks  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def test_the_device_s_own_events_agree_with_what_was_measured(tmp_path, capsys):
 
 
 def test_the_checks_share_what_was_measured():
-    checks = gpu_alpha.AlphaChecks(Simulated())
+    checks = AlphaChecks(Simulated())
     outcomes = {name: check() for name, check in checks.all().items()}
     solved = outcomes.pop("solved alpha against fixed ones")
     assert all(outcome.holds for outcome in outcomes.values())
@@ -66,7 +67,7 @@ def test_an_error_is_a_check_that_does_not_hold(monkeypatch):
     monkeypatch.setattr(gpu_alpha, "measure", measure)
     assert bench.main(["--simulated"]) == 1
     assert asked == [1, 2]
-    checks = gpu_alpha.AlphaChecks(Simulated())
+    checks = AlphaChecks(Simulated())
     for check in checks.all().values():
         with pytest.raises(RuntimeError, match="out of something"):
             check()
