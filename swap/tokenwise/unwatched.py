@@ -4,7 +4,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 
 def unwatched() -> AbstractContextManager[object]:
@@ -12,10 +16,9 @@ def unwatched() -> AbstractContextManager[object]:
 
     Such a one is ``offload.tiers.simulated.deferred``: without it nothing would be computed.
     """
-    modes = (
-        torch._C._get_dispatch_stack_at(at) for at in range(torch._C._len_torch_dispatch_stack())
-    )
-    devices = [mode for mode in modes if getattr(mode, "is_device", False)]
+    devices = [
+        mode for mode in _get_current_dispatch_mode_stack() if getattr(mode, "is_device", False)
+    ]
     return _only(devices) if devices else torch._C._DisableTorchDispatch()
 
 
