@@ -1,7 +1,5 @@
 """Rebuilding what a block saves, where the settings ask for it."""
 
-import time
-
 from torch import nn
 
 from offload.config import OffloadConfig
@@ -9,7 +7,7 @@ from offload.swap.activations import ActivationCache
 from offload.swap.places import DevicePlace
 from offload.swap.tokenwise.keeper import CacheKeeper
 from offload.swap.tokenwise.plans import Settings
-from offload.swap.tokenwise.timing import PassTimer
+from offload.swap.tokenwise.timing import Timer
 from offload.swap.tokenwise.tokenwise import TokenWise
 
 
@@ -35,6 +33,6 @@ def rebuild_rows(
         model,
         CacheKeeper(activations),
         settings,
-        timer=PassTimer(time.perf_counter, accelerator),
+        timer=Timer(accelerator=accelerator),
         notice=lambda text: activations.journal.notice("recompute", text),
     )

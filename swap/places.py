@@ -59,9 +59,12 @@ class Place(ABC):
     Attributes:
         owns: whether a tensor lives there.
         digest: the checksum of so many bytes at an address; None where there is none.
+        computes_behind: whether what computes there runs behind the host, which does well not to
+            wait for it.
     """
 
     owns: Callable[[torch.Tensor], bool]
+    computes_behind: bool = False
     digest: Callable[[int, int], int] | None = None
 
     @abstractmethod
@@ -136,6 +139,8 @@ class DevicePlace(Place):
             homes that are not pinned have workers.
         pinners: ways to pin the buffers, best first.
     """
+
+    computes_behind = True
 
     def __init__(
         self,

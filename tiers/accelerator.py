@@ -40,6 +40,10 @@ class Event(ABC):
     def span(self) -> tuple[float, float]:
         """When its operation started and ended, in seconds of ``Accelerator.now``; once done."""
 
+    def seconds_since(self, earlier: "Event") -> float:
+        """Seconds from ``earlier``, an event of the same device; once both are done, and well."""
+        return self.span()[1] - earlier.span()[1]
+
 
 class Stream(ABC):
     """A queue of work that runs in order. See [Note: streams and events]."""

@@ -42,7 +42,8 @@ class CpuStream(Stream):
         self.name = name
 
     def record(self) -> Event:
-        return DoneEvent()
+        now_s = time.perf_counter()
+        return DoneEvent(now_s, now_s)
 
     def wait(self, event: Event) -> None:
         event.settle()  # an event of another device: here the host is the stream
@@ -78,7 +79,7 @@ class HostMemoryPool:
                 f"{format_nbytes(held)} ({held} bytes) were asked"
             )
         address = hostmem.map_anonymous(held)
-        tensor = tensor_at(address, torch.uint8, (held,), on_release=(address, held))
+        tensor = tensor_at(address, torch.uint8, (max(nbytes, 1),), on_release=(address, held))
         self.used_nbytes += held
         self._held[address] = held
         self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)

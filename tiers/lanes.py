@@ -66,6 +66,13 @@ class Transfer:
         if jobs == 0:
             self._event.set()
 
+    @property
+    def duration_s(self) -> float | None:
+        """Seconds on its lane, from the start of its first job on; None before it has ended."""
+        if self.started_s is None or self.ended_s is None:
+            return None
+        return self.ended_s - self.started_s
+
     def done(self) -> bool:
         """Whether every job has ended, well or not; never blocks, never raises."""
         return self._event.is_set()

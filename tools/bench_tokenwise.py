@@ -24,6 +24,7 @@ from torch import nn
 from benchlib import Check, Result, arguments, finish
 from offload import ActivationSwap
 from offload.swap.tokenwise.plans import Settings
+from offload.swap.tokenwise.timing import Timer
 from offload.swap.tokenwise.tokenwise import TokenWise
 from offload.tiers import hostmem
 from throttled_keeper import Clock, ThrottledKeeper
@@ -64,7 +65,8 @@ class Contestant:
         self.model: Any = model
         weights = list(model.parameters())
         self.keeper = ThrottledKeeper(bytes_per_s, 32 << 20, LIMIT_NBYTES, weights, clock)
-        self.rows = TokenWise(self.model, self.keeper, Settings(alpha=alpha), clock=clock.now_s)
+        timer = Timer(clock.now_s)
+        self.rows = TokenWise(self.model, self.keeper, Settings(alpha=alpha), timer=timer)
         self.times_s: list[float] = []
 
     def step(self, tokens: torch.Tensor) -> float:

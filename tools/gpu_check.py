@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    _make_importable()
+    make_importable()
     import contract_runner
 
     missing = contract_runner.import_contract()
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     from gpu_report import Report, write
 
     under_test = gpu_checks.Simulated() if options.simulated else gpu_checks.Cuda()
-    report = Report(under_test.name, _machine())
+    report = Report(under_test.name, machine())
     if missing:
         report.notes.append(f"not installed, and not needed: {', '.join(missing)}")
     print(f"gpu_check on {report.device}, torch {torch.__version__}")
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if report.holds else 1
 
 
-def _make_importable() -> None:
+def make_importable() -> None:
     """Import ``offload`` from this checkout, installed or not."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     import typetree
@@ -70,7 +70,8 @@ def _make_importable() -> None:
     sys.path.insert(0, str(typetree.build(ROOT)))
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What this ran on."""
     import torch
 
     facts: dict[str, Any] = {

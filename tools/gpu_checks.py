@@ -14,7 +14,7 @@ import torch
 import contract_runner
 from gpu_activations import SWAP_HOMES, Swap, step_gradients
 from gpu_report import Outcome, Report
-from gpu_tokenwise import Rebuilt, train
+from gpu_tokenwise import AlphaChecks, Rebuilt, train
 from gpu_training import HOMES, UnderTest, initial, train_resident, train_swapped
 from offload.allocator.errors import CapacityError
 from offload.swap.tokenwise.plans import Settings
@@ -105,6 +105,8 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
             name = f"token rows rebuilt, alpha {alpha}"
             report.run("exact", name, partial(rows_are_exact, device, alpha))
         report.run("exact", "token rows rebuilt, relaxed", partial(rows_are_close, device))
+        for name, check in AlphaChecks(device).all().items():
+            report.run("alpha", name, check)
     report.run("pool", "exact size", partial(pool_size_is_exact, device))
     if isinstance(device, Cuda):
         report.run("pool", "registered", pool_is_pinned)

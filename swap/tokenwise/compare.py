@@ -1,4 +1,4 @@
-"""Compares rebuilt rows with saved ones, bit for bit."""
+"""Rows rebuilt before they are needed: to compare them with saved ones, or to learn the time."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,38 @@ import torch
 from offload.swap.tokenwise.replay import Replay, direct, rows_of
 
 
-class Comparison:
+class Rehearsal:
+    """Takes rebuilt rows as backward will, into memory of its own, and lets them go."""
+
+    def __init__(self, replay: Replay, device: torch.device) -> None:
+        self._replay = replay
+        self._device = device
+        self._targets = {target.root: target for target in replay.chain.targets}
+        self._placed: set[int] = set()
+
+    def place(self, value: int) -> torch.Tensor | None:
+        """Memory with the strides of the tail that backward will write to."""
+        told = self._replay.chain.program.values[value]
+        shape_only = torch.empty_strided(told.shape, told.stride, dtype=told.dtype, device="meta")
+        tail = self._tail_of(value, shape_only)
+        if not direct(self._targets[value].axis, tail):
+            return None
+        placed = torch.empty(tail.shape, dtype=told.dtype, device=self._device)
+        self._placed.add(value)
+        return placed
+
+    def take(self, value: int, rows: torch.Tensor) -> torch.Tensor:
+        """Copy them to where they belong, unless a product has written there."""
+        if value not in self._placed:
+            torch.empty_like(rows).copy_(rows)
+        return rows
+
+    def _tail_of(self, value: int, whole: torch.Tensor) -> torch.Tensor:
+        program = self._replay.chain.program
+        return rows_of(whole, self._targets[value].axis, self._replay.cut, program.rows)
+
+
+class Comparison(Rehearsal):
     """Takes rebuilt rows as they come; each saved tensor is fetched for its comparison alone.
 
     Args:
@@ -18,7 +49,6 @@ class Comparison:
     Attributes:
         failed: by storage: why its rows are not accepted.
         worst_error: the largest relative difference that was accepted.
-        comparing_s: seconds that comparing took.
     """
 
     def __init__(
@@ -26,42 +56,23 @@ class Comparison:
         replay: Replay,
         saved: Callable[[int], torch.Tensor],
         device: torch.device,
-        clock: Callable[[], float],
         *,
         relaxed: bool,
     ) -> None:
+        super().__init__(replay, device)
         self.failed: dict[int, str] = {}
         self.worst_error = 0.0
-        self.comparing_s = 0.0
-        self._replay = replay
         self._saved = saved
-        self._device = device
-        self._clock = clock
         self._relaxed = relaxed
-        self._targets = {target.root: target for target in replay.chain.targets}
-
-    def place(self, value: int) -> torch.Tensor | None:
-        """Memory with the strides of the tail that backward will write to."""
-        told = self._replay.chain.program.values[value]
-        shape_only = torch.empty_strided(told.shape, told.stride, dtype=told.dtype, device="meta")
-        tail = self._tail_of(value, shape_only)
-        if not direct(self._targets[value].axis, tail):
-            return None
-        return torch.empty(tail.shape, dtype=told.dtype, device=self._device)
 
     def take(self, value: int, rows: torch.Tensor) -> torch.Tensor:
-        began_s = self._clock()
+        """Compare them with what was saved."""
         storage = self._targets[value].storage
         saved = self._tail_of(value, self._saved(storage))
         reason = self._difference(rows.reshape(saved.shape), saved)
         if reason is not None:
             self.failed[storage] = reason
-        self.comparing_s += self._clock() - began_s
         return rows
-
-    def _tail_of(self, value: int, whole: torch.Tensor) -> torch.Tensor:
-        program = self._replay.chain.program
-        return rows_of(whole, self._targets[value].axis, self._replay.cut, program.rows)
 
     def _difference(self, rebuilt: torch.Tensor, saved: torch.Tensor) -> str | None:
         if identical(rebuilt, saved):

@@ -1,10 +1,9 @@
 """The seam to whatever stores saved tensors: plain tensors go out and come back, no more."""
 
 import math
-import time
 import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Generator, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -13,8 +12,10 @@ from offload.swap.activations import ActivationCache
 from offload.swap.homes import Home
 from offload.swap.places import Place, Trip
 from offload.swap.tokenwise.solve import Link
+from offload.tiers.lanes import Transfer
 
 _PROBE_NBYTES = 16 << 20
+_PROBES = 2  # the first one finds things cold
 
 
 class Keeper(Protocol):
@@ -36,7 +37,10 @@ class Keeper(Protocol):
         """What is rebuilt takes ``nbytes`` more memory (less, if negative) than before."""
 
     def links(self) -> Sequence[Link]:
-        """Where saved bytes go, measured, with the free bytes; empty while that is unknown."""
+        """Where saved bytes go, measured, with the free bytes; empty while that is unknown.
+
+        Asking begins to measure. Never blocks where the model computes on a device.
+        """
 
 
 class MemoryKeeper:
@@ -86,6 +90,8 @@ class CacheKeeper:
     def __init__(self, cache: ActivationCache) -> None:
         self._cache = cache
         self._links: tuple[Link, ...] = ()
+        self._probes: list[_Probe] | None = None
+        self._measured: list[Link] = []
 
     def pack(self, tensor: torch.Tensor) -> Any:
         return self._cache.pack(tensor)
@@ -103,32 +109,63 @@ class CacheKeeper:
         self._cache.limit_nbytes -= nbytes
 
     def links(self) -> Sequence[Link]:
+        spiller = self._cache.spiller
+        if self._probes is None:
+            self._probes = [_probe(home, spiller.place) for home in spiller.homes]
+        while self._probes:  # one link after the other: they may share a path
+            try:
+                next(self._probes[0])
+            except StopIteration as ended:
+                del self._probes[0]
+                self._measured += [ended.value] if ended.value is not None else []
+            else:
+                return ()
         if not self._links:
             kept = Link(
                 name="memory", bytes_per_s=math.inf, free_nbytes=float(self._cache.limit_nbytes)
             )
-            spiller = self._cache.spiller
-            measured = (_measure(home, spiller.place) for home in spiller.homes)
-            self._links = (kept, *(link for link in measured if link is not None))
+            self._links = (kept, *self._measured)
         return self._links
 
 
-def _measure(home: Home, place: Place) -> Link | None:
-    """The link to ``home``, by one write and one read of some MiB; None if it takes nothing."""
+_Probe: TypeAlias = Generator[None, None, Link | None]
+
+
+def _probe(home: Home, place: Place) -> _Probe:
+    """The link to ``home``, by writing and reading some MiB; None if it takes nothing.
+
+    What they took is told by their lanes: on a device, by events of the lane's stream. Yields
+    while they are under way, where the host is not to wait.
+    """
     room_nbytes = home.room_nbytes()
     try:
         block = home.allocate(_PROBE_NBYTES)
     except CapacityError:
         return None
     trip = Trip(home=home, block=block, nbytes=_PROBE_NBYTES, key="link probe")
+    seconds: tuple[list[float], list[float]] = [], []
     try:
-        began_s = time.perf_counter()
-        place.send(trip, place.gather((), _PROBE_NBYTES)).wait()
-        written_s = time.perf_counter()
-        place.fetch(trip)[1].wait()
-        slowest_s = max(written_s - began_s, time.perf_counter() - written_s)
+        for _ in range(_PROBES if place.computes_behind else 1):
+            written = place.send(trip, place.gather((), _PROBE_NBYTES))
+            yield from _ended(written, place, seconds[0])
+            read = place.fetch(trip)[1]
+            yield from _ended(read, place, seconds[1])
+    except CapacityError:  # the device is full
+        return None
     finally:
         block.release()
-    return Link(
-        name=home.name, bytes_per_s=_PROBE_NBYTES / slowest_s, free_nbytes=float(room_nbytes)
-    )
+    rate = _PROBE_NBYTES / max(map(min, seconds))
+    return Link(name=home.name, bytes_per_s=rate, free_nbytes=float(room_nbytes))
+
+
+def _ended(transfer: Transfer, place: Place, seconds: list[float]) -> Generator[None, None, None]:
+    """Note what ``transfer`` has taken.
+
+    Raises:
+        TierIOError: it failed.
+    """
+    while place.computes_behind and not transfer.done():
+        yield
+    transfer.wait()
+    assert transfer.duration_s is not None
+    seconds.append(transfer.duration_s)

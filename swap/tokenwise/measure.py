@@ -1,7 +1,8 @@
 """What blocks of one kind cost: measured in every forward and backward, the shortest time counts.
 
 The first executions are cold and others are disturbed, so each figure is the least that was seen.
-Blocks that execute equal programs share their figures.
+Blocks that execute equal programs share their figures. On a device they come late, and only those
+that are known count: see ``timing`` [Note: time of a device].
 """
 
 import math
@@ -15,12 +16,15 @@ class Measurements:
     """Figures of one program.
 
     Attributes:
+        forward_s: a forward that was not recorded.
+        recorded_s: a forward that was, with ``record_s`` taken off.
         rebuild_s: rebuilding the rows behind a cut, by cut.
         heads_s_per_row: copying one row of every target out of its tensor, and back.
-        record_s: recording one forward.
+        record_s: recording one forward, as far as the times of forwards contain it.
     """
 
     forward_s: float = math.inf
+    recorded_s: float = math.inf
     backward_s: float = math.inf
     rebuild_s: dict[int, float] = field(default_factory=dict)
     heads_s_per_row: float = math.inf
@@ -28,15 +32,19 @@ class Measurements:
     _heads_estimated: bool = True
 
     def forward(self, seconds: float) -> None:
-        """A forward took so long, without packing."""
+        """A forward took so long, without packing; nobody recorded it."""
         self.forward_s = min(self.forward_s, seconds)
+
+    def recorded_forward(self, seconds: float) -> None:
+        """A forward took so long, without packing, while it was recorded."""
+        self.recorded_s = min(self.recorded_s, seconds - self._own_s)
 
     def backward(self, seconds: float) -> None:
         """A backward took so long, without waits and rebuilding."""
         self.backward_s = min(self.backward_s, seconds)
 
     def recording(self, seconds: float) -> None:
-        """Recording a forward took so long."""
+        """Recording a forward took so long of its time."""
         self.record_s = min(self.record_s, seconds)
 
     def rebuild(self, cut: int, seconds: float) -> None:
@@ -61,19 +69,29 @@ class Measurements:
 
         Before backward is measured it is taken to last twice as long as forward.
         """
-        if not self.rebuild_s or math.isinf(self.forward_s):
+        forward_s = min(self.forward_s, self.recorded_s)
+        if not self.rebuild_s or math.isinf(forward_s) or math.isinf(self.heads_s_per_row):
             return None
         overhead_s, all_s = self._rebuilding(rows)
         measured = math.isfinite(self.backward_s)
         return BlockCost(
-            forward_s=self.forward_s,
-            backward_s=self.backward_s if measured else 2 * self.forward_s,
+            forward_s=forward_s,
+            backward_s=self.backward_s if measured else 2 * forward_s,
             rebuild_s=all_s,
             heads_s=self.heads_s_per_row * rows,
-            overhead_s=overhead_s + self.record_s,
+            overhead_s=overhead_s + self._recording_s(forward_s),
             whole_nbytes=whole_nbytes,
             target_nbytes=target_nbytes,
         )
+
+    def _recording_s(self, forward_s: float) -> float:
+        """What recording takes in all: it may also hold up a device, which is idle meanwhile."""
+        held_up_s = self.recorded_s - forward_s if math.isfinite(self.recorded_s) else 0.0
+        return self._own_s + held_up_s
+
+    @property
+    def _own_s(self) -> float:
+        return self.record_s if math.isfinite(self.record_s) else 0.0
 
     def _rebuilding(self, rows: int) -> tuple[float, float]:
         """What rebuilding takes however few the rows, and what all rows take besides."""

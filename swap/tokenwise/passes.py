@@ -26,6 +26,7 @@ from offload.swap.tokenwise.measure import Measurements
 from offload.swap.tokenwise.program import Slot, Value
 from offload.swap.tokenwise.record import Recorder
 from offload.swap.tokenwise.replay import Replay, Sink, rows_of
+from offload.swap.tokenwise.timing import Stopwatch
 
 _MODIFIED = (
     "one of the variables needed for gradient computation has been modified by an inplace "
@@ -56,6 +57,7 @@ class BlockPass:
     Args:
         replay: what backward rebuilds; without it everything is swapped whole.
         on_part: is told of each part that backward may ask for.
+        heads: runs while heads are copied out of their tensors, and back.
         keeps: whether everything is swapped whole, and is fetched once more when the forward
             ends to be compared with what is rebuilt.
     """
@@ -69,7 +71,7 @@ class BlockPass:
         measurements: Measurements,
         *,
         on_part: "Callable[[Part], None]",
-        clock: Callable[[], float],
+        heads: Stopwatch,
         device: torch.device,
         keeps: bool,
         previous: "BlockPass | None",
@@ -86,8 +88,7 @@ class BlockPass:
         self.packed_saved: dict[int, Any] = {}  # by storage, to be compared
         self.packed_sources: dict[int, Any] = {}
         self.packed_heads: dict[int, Any] = {}
-        self.heads_s = 0.0  # copying heads out of their tensors, and back
-        self._clock = clock
+        self.heads = heads
         self._parts: weakref.WeakValueDictionary[int, Part] = weakref.WeakValueDictionary()
         self._pending: list[tuple[int, torch.Tensor]] = []
         self._targets = (
@@ -136,9 +137,9 @@ class BlockPass:
         cut = self.replay.cut
         if cut and slot.storage not in self.packed_heads:
             root = root_of(tensor, self.replay.chain.program.values[target.root])
-            began_s = self._clock()
-            head = rows_of(root, target.axis, 0, cut).clone(memory_format=torch.contiguous_format)
-            self.heads_s += self._clock() - began_s
+            with self.heads:
+                rows = rows_of(root, target.axis, 0, cut)
+                head = rows.clone(memory_format=torch.contiguous_format)
             self.packed_heads[slot.storage] = self.keeper.pack(head)
         part = self._parts.get(target.part)
         if part is None:
@@ -167,11 +168,11 @@ class BlockPass:
         roots: Collection[int],
         sink: Sink,
         heads: Mapping[int, torch.Tensor],
-    ) -> float:
+        computing: Stopwatch,
+    ) -> None:
         """Give ``sink`` the tail rows of ``roots`` while ``heads`` (by storage) are fetched.
 
-        Returns:
-            Seconds of computing.
+        ``computing`` runs while rows are rebuilt.
 
         Raises:
             RuntimeError: a source or a parameter was modified in place.
@@ -183,16 +184,12 @@ class BlockPass:
         self.keeper.prefetch([*packed, *(self.packed_heads[storage] for storage in heads)])
         sources = {value: self.keeper.unpack(self.packed_sources[value]) for value in needed}
         self._prefetch_what_follows()
-        began_s = self._clock()
-        self.run(self.replay, roots, sources, sink)
-        rebuild_s = self._clock() - began_s
+        self.run(self.replay, roots, sources, sink, computing)
         del sources
         for storage, head in heads.items():
             fetched = self.keeper.unpack(self.packed_heads[storage])
-            began_s = self._clock()
-            head.copy_(fetched)
-            self.heads_s += self._clock() - began_s
-        return rebuild_s
+            with self.heads:
+                head.copy_(fetched)
 
     def _prefetch_what_follows(self) -> None:
         """What backward needs next: the rest of this block, then the block before it."""
@@ -207,10 +204,12 @@ class BlockPass:
         roots: Collection[int],
         sources: Mapping[int, torch.Tensor],
         sink: Sink,
+        computing: Stopwatch,
     ) -> None:
-        """Execute ``replay`` with the block's weights as they are now."""
+        """Execute ``replay`` with the block's weights as they are now; ``computing`` runs then."""
         self.keeper.use_weights([self.weights.tensors[name] for name in replay.weights_of(roots)])
-        replay.run(roots, sources, self.weights.tensors, sink)
+        with computing:
+            replay.run(roots, sources, self.weights.tensors, sink)
 
 
 class Piece:

@@ -6,24 +6,26 @@ that what comes after it is rebuilt from its saved rows and gets its own compari
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from offload.swap.tokenwise.analyse import Chain, find_chain
-from offload.swap.tokenwise.compare import Comparison
+from offload.swap.tokenwise.compare import Comparison, Rehearsal
 from offload.swap.tokenwise.measure import Measurements
 from offload.swap.tokenwise.passes import BlockPass
 from offload.swap.tokenwise.program import Program
 from offload.swap.tokenwise.record import Recorder
-from offload.swap.tokenwise.replay import GRID_ROWS, Replay, cuts
+from offload.swap.tokenwise.replay import GRID_ROWS, Replay, Sink, cuts
 from offload.swap.tokenwise.solve import BlockCost, Link, Solution, step_s, thriftiest
+from offload.swap.tokenwise.timing import Stopwatch, Timer
 from offload.swap.tokenwise.trials import ALIKE, Choice, Trials
 
 _MOST_DIVERGENCES = 3
+_MEASURED_PASSES = 16  # all of the first ones, then each so many-th
 _WORTHWHILE = 0.95  # another cut is verified and taken if its step is this much shorter
 
 
@@ -55,6 +57,9 @@ class PlanReport:
         whole: reasons for which saved storages are swapped whole, with their bytes.
         gave_up: why the whole block is swapped whole, if it is.
         worst_error: largest relative difference of rebuilt rows; 0 unless ``relaxed``.
+        cost, solution: what was measured, and what ``alpha`` was solved from it.
+        trial_s: for each choice that was tried, the shortest pass that began with this block.
+        settled: the choice that the trials have found.
     """
 
     block: str
@@ -67,6 +72,8 @@ class PlanReport:
     worst_error: float
     cost: BlockCost | None
     solution: Solution | None
+    trial_s: tuple[tuple[Choice, float], ...] = ()
+    settled: Choice | None = None
 
 
 class BlockPlan:
@@ -76,7 +83,7 @@ class BlockPlan:
         rows: tokens of each sequence.
         share: blocks that the keeper's free bytes are for.
         shared: figures by program; blocks that do the same add to the same ones.
-        clock: seconds.
+        timer: measures what alpha is solved from.
 
     Attributes:
         program: what the block executes, once it is known.
@@ -92,7 +99,7 @@ class BlockPlan:
         settings: Settings,
         share: int,
         shared: dict[Program, Measurements],
-        clock: Callable[[], float] = time.perf_counter,
+        timer: Timer,
     ) -> None:
         self.block = block
         self.rows = rows
@@ -100,15 +107,17 @@ class BlockPlan:
         self.gave_up: str | None = None
         self._settings = settings
         self._share = share
-        self._clock = clock
+        self._timer = timer
         self._chain: Chain | None = None
         self._failed: dict[int, str] = {}
         self._verified: dict[int, Replay] = {}
         self._cut = self._solved_cut = rows
         self.trials: Trials | None = None
+        self._passes = 0  # begun with this block, since alpha was solved last
         self._divergences = 0
         self._worst_error = 0.0
         self._solution: Solution | None = None
+        self._backward_guessed = False  # when it was found
         self._shared = shared
         self.measurements = Measurements()
         if rows < GRID_ROWS:
@@ -138,6 +147,19 @@ class BlockPlan:
         extremes = {Choice.REBUILT: cuts(self.rows)[0], Choice.SWAPPED: self.rows}
         return extremes.get(choice, self._solved_cut)
 
+    def begin_pass(self) -> tuple[Choice, bool]:
+        """A pass begins with this block: where its cuts are, and whether it is measured.
+
+        Once all is settled only some are: each time takes two events of a device.
+        """
+        self._passes += 1
+        young = self._passes <= _MEASURED_PASSES or self._passes % _MEASURED_PASSES == 0
+        trials = self.trials
+        if trials is None:
+            unsolved = self._settings.alpha == "auto" and self.gave_up is None
+            return Choice.SOLVED, young or unsolved
+        return trials.present(), young or trials.settled is None
+
     def begin(self) -> tuple[Replay | None, bool]:
         """A forward begins: what it may leave to be rebuilt, and whether that is to be verified."""
         if self._chain is None:
@@ -149,10 +171,10 @@ class BlockPlan:
         self,
         block_pass: BlockPass,
         recorder: Recorder,
-        forward_s: float,
+        forward: Stopwatch,
         links: Callable[[], Sequence[Link]],
     ) -> str | None:
-        """A forward has ended; what the user should know, if anything."""
+        """A forward has ended, timed by ``forward``; what the user should know, if anything."""
         recorder.finish()
         if recorder.diverged is not None:
             return self._diverged(recorder.diverged)
@@ -160,21 +182,14 @@ class BlockPlan:
             self.program = recorder.program()
             self._chain = find_chain(self.program, min_nbytes=self._settings.min_nbytes)
             alpha = self._settings.alpha
-            self._cut = self._nearest(0.75 if alpha == "auto" else alpha)
+            self._cut = self._measurable(0.75) if alpha == "auto" else self._nearest(alpha)
             self.measurements = self._shared.setdefault(self.program, self.measurements)
             self.measurements.recording(recorder.own_s)
-        self.measurements.forward(forward_s - self.measurements.record_s)
+        forward.tell(self.measurements.recorded_forward)
         if block_pass.keeps:
             self._verify(block_pass)
             if self._settings.alpha == "auto" and self._verified and not self._solution:
-                self._cut = self._nearest(0.25)  # a second measurement
-                self._verify(block_pass)
-                for replay in self._verified.values():  # once more, now that all is warm
-                    self._compare(replay, block_pass)
-                self._solve(links())
-                for choice in (Choice.REBUILT, Choice.SOLVED):
-                    self._cut = self._cut_of(choice)
-                    self._verify(block_pass)
+                self._solve_first(block_pass, links)
         if not self._chain.targets:
             self.gave_up = "none of its saved tensors can be rebuilt row by row: " + "; ".join(
                 reason for reason, _ in self.report().whole
@@ -206,6 +221,8 @@ class BlockPlan:
             worst_error=self._worst_error,
             cost=self._cost(),
             solution=self._solution,
+            trial_s=tuple(self.trials.shortest_s().items()) if self.trials is not None else (),
+            settled=self.trials.settled if self.trials is not None else None,
         )
 
     def _diverged(self, why: str) -> str:
@@ -222,6 +239,10 @@ class BlockPlan:
     def _nearest(self, alpha: float) -> int:
         return min(cuts(self.rows), key=lambda cut: (abs(cut - alpha * self.rows), -cut))
 
+    def _measurable(self, alpha: float) -> int:
+        """The cut nearest to ``alpha`` behind which there is something to rebuild."""
+        return min(cuts(self.rows)[:-1], key=lambda cut: (abs(cut - alpha * self.rows), -cut))
+
     # How much.
 
     def _cost(self) -> BlockCost | None:
@@ -231,7 +252,23 @@ class BlockPlan:
             self.rows, self._chain.whole_nbytes, self._chain.target_nbytes
         )
 
+    def _solve_first(self, block_pass: BlockPass, links: Callable[[], Sequence[Link]]) -> None:
+        """Measure, and solve if all is known: a device may tell before the next forward only."""
+        self._cut = self._measurable(0.25)  # a second measurement
+        self._verify(block_pass)
+        for replay in self._verified.values():  # warm by now
+            self._rehearse(replay, block_pass)
+        self._timer.tell()
+        found = links()
+        if self._verified.keys() <= self.measurements.rebuild_s.keys():
+            self._solve(found)
+        if self._solution is not None:
+            for choice in (Choice.REBUILT, Choice.SOLVED):
+                self._cut = self._cut_of(choice)
+                self._verify(block_pass)
+
     def _solve(self, links: Sequence[Link]) -> None:
+        self._timer.tell()
         cost = self._cost()
         if cost is None or not links:
             return
@@ -245,10 +282,13 @@ class BlockPlan:
         ]
         found = thriftiest(cost, mine, cuts(self.rows), within=ALIKE)
         now_s = step_s(cost, mine, self._solved_cut / self.rows)
-        if self._solution is None or found.step_s < _WORTHWHILE * now_s:
+        guessed = self._backward_guessed and math.isfinite(self.measurements.backward_s)
+        if self._solution is None or guessed or found.step_s < _WORTHWHILE * now_s:
             self._solution = found
+            self._backward_guessed = math.isinf(self.measurements.backward_s)
             if self.trials is None or self._solved_cut != found.cut:
                 self._solved_cut = found.cut
+                self._passes = 0
                 self.trials = self._new_trials(room_for_all=math.isfinite(step_s(cost, mine, 1)))
 
     def _new_trials(self, *, room_for_all: bool) -> Trials:
@@ -288,37 +328,45 @@ class BlockPlan:
             replay,
             block_pass.saved,
             block_pass.device,
-            self._clock,
             relaxed=self._settings.relaxed,
         )
-        began_s = self._clock()
         try:
-            for part in sorted({target.part for target in chain.targets}):
-                roots = [target.root for target in chain.targets if target.part == part]
-                sources = {
-                    value: _kept_source(chain, block_pass, value)
-                    for value in replay.sources_of(roots)
-                }
-                block_pass.run(replay, roots, sources, comparison)
+            self._rebuild_kept(replay, block_pass, comparison, self._timer.stopwatch())
         except RuntimeError as fault:
             reason = f"its operations can't be executed on fewer rows: {fault}"
             return {target.storage: reason for target in chain.targets}
-        rebuild_s = self._clock() - began_s - comparison.comparing_s
-        self.measurements.rebuild(replay.cut, rebuild_s)
-        self.measurements.estimate_heads(self.rows, self._copying(replay, block_pass))
         self._worst_error = max(self._worst_error, comparison.worst_error)
         return comparison.failed
 
-    def _copying(self, replay: Replay, block_pass: BlockPass) -> float:
-        """Seconds to copy all rows of every target twice, from copying the largest target once."""
+    def _rebuild_kept(
+        self, replay: Replay, block_pass: BlockPass, sink: Sink, computing: Stopwatch
+    ) -> None:
+        """Rebuild every target, part by part, from what this forward has kept."""
+        chain = replay.chain
+        for part in sorted({target.part for target in chain.targets}):
+            roots = [target.root for target in chain.targets if target.part == part]
+            sources = {
+                value: _kept_source(chain, block_pass, value) for value in replay.sources_of(roots)
+            }
+            block_pass.run(replay, roots, sources, sink, computing)
+
+    def _rehearse(self, replay: Replay, block_pass: BlockPass) -> None:
+        """Measure the rebuild behind a verified cut, and estimate what copying heads takes.
+
+        All rows of every target are copied twice: the largest one is, once.
+        """
+        rebuilding, copying = self._timer.stopwatch(), self._timer.stopwatch()
+        rehearsal = Rehearsal(replay, block_pass.device)
+        self._rebuild_kept(replay, block_pass, rehearsal, rebuilding)
+        rebuilding.tell(partial(self.measurements.rebuild, replay.cut))
         targets = replay.chain.targets
-        largest = max(targets, key=lambda target: target.nbytes)
-        tensor = block_pass.saved(largest.storage)
-        began_s = self._clock()
-        tensor.clone()
-        copy_s = self._clock() - began_s
-        share = sum(target.nbytes for target in targets) / tensor.nbytes
-        return 2 * copy_s * share
+        tensor = block_pass.saved(max(targets, key=lambda target: target.nbytes).storage)
+        copy = torch.empty_like(tensor)
+        with copying:
+            copy.copy_(tensor)
+        scale = 2 * sum(target.nbytes for target in targets) / tensor.nbytes
+        measurements, rows = self.measurements, self.rows
+        copying.tell(lambda seconds: measurements.estimate_heads(rows, scale * seconds))
 
 
 def _keeps_sources(chain: Chain, block_pass: BlockPass) -> bool:

@@ -1,8 +1,8 @@
 """Backward: rebuilds one part of a block at a time, into one of two buffers."""
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,6 +12,7 @@ from offload.swap.tokenwise.measure import Measurements
 from offload.swap.tokenwise.passes import BlockPass, Part, Piece, RowsHandle
 from offload.swap.tokenwise.program import Program
 from offload.swap.tokenwise.replay import direct, interchangeable, rows_of
+from offload.swap.tokenwise.timing import Stopwatch, Timer
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,20 @@ class _Rebuilt:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """The backward of a block, from its first rebuild on."""
+    """The backward of a block, from its first rebuild on.
+
+    Attributes:
+        own: runs while backward computes, but for what is rebuilt.
+        rebuilding: runs while rows are.
+    """
 
     of: weakref.ref[BlockPass]
     measurements: Measurements
     previous: weakref.ref[BlockPass] | None
     cut: int
-    began_s: float
+    own: Stopwatch
+    rebuilding: Stopwatch
+    heads: Stopwatch
 
 
 class _Tails:
@@ -69,20 +77,15 @@ class Rebuilder:
         rounding: take flat buffers on the host, too.
     """
 
-    def __init__(
-        self, keeper: Keeper, clock: Callable[[], float], *, rounding: bool = False
-    ) -> None:
+    def __init__(self, keeper: Keeper, timer: Timer, *, rounding: bool = False) -> None:
         self._keeper = keeper
-        self._clock = clock
+        self._timer = timer
         self._rounding = rounding
         self._buffers = RoundingBuffers()
         self._rebuilt: list[_Rebuilt | None] = [None, None]
         self._last_turn = 0
         self._living: dict[int, weakref.ref[Part]] = {}
         self._begun: _Begun | None = None
-        self._waited_s = 0.0  # in ``unpack`` since then
-        self._rebuild_s = 0.0  # of its parts so far
-        self._heads_s = 0.0
 
     @property
     def held_nbytes(self) -> int:
@@ -94,9 +97,19 @@ class Rebuilder:
         key = id(part)
         self._living[key] = weakref.ref(part, lambda _ref: self._ended(key))
 
-    def waited(self, seconds: float) -> None:
-        """Time in backward that is not backward's own."""
-        self._waited_s += seconds
+    def pause(self) -> None:
+        """What comes until ``resume`` is not backward's own."""
+        if self._begun is not None:
+            self._begun.own.pause()
+
+    def resume(self) -> None:
+        """Backward goes on."""
+        if self._begun is not None:
+            self._begun.own.resume()
+
+    def end_pass(self) -> None:
+        """Backward has ended; whose end was not seen is not measured."""
+        self._begun = None
 
     def unpack(self, handle: RowsHandle) -> torch.Tensor:
         """The saved tensor.
@@ -107,10 +120,10 @@ class Rebuilder:
         handle.check()
         slot, piece = handle.slot, handle.piece
         if piece.tensor is None:
-            began_s = self._clock()
-            self._measure_backward(handle.part.block_pass, began_s)
-            self._rebuild(handle.part)
-            self._waited_s += self._clock() - began_s
+            begun = self._begin(handle.part.block_pass)
+            begun.own.pause()
+            self._rebuild(handle.part, begun.rebuilding)
+            begun.own.resume()
         root = piece.tensor
         assert root is not None
         begin = root.storage_offset() * root.itemsize
@@ -122,7 +135,7 @@ class Rebuilder:
                 slot.stride,
             )
 
-    def _rebuild(self, part: Part) -> None:
+    def _rebuild(self, part: Part, computing: Stopwatch) -> None:
         block_pass = part.block_pass
         replay = block_pass.replay
         assert replay is not None
@@ -136,8 +149,7 @@ class Rebuilder:
             sink.add(target.root, tail, straight=direct(target.axis, tail))
             if replay.cut:
                 heads[target.storage] = rows_of(tensor, target.axis, 0, replay.cut)
-        self._rebuild_s += block_pass.rebuild(sink.tails.keys(), sink, heads)
-        self._heads_s = block_pass.heads_s
+        block_pass.rebuild(sink.tails.keys(), sink, heads, computing)
         for piece, tensor in zip(pieces, tensors, strict=True):
             piece.tensor = tensor
 
@@ -181,24 +193,26 @@ class Rebuilder:
         if part is not None:
             part.let_go()
 
-    def _measure_backward(self, block_pass: BlockPass, now_s: float) -> None:
-        """Another block's turn: that of the one before has just ended, if it follows on it."""
+    def _begin(self, block_pass: BlockPass) -> _Begun:
+        """Its turn: that of the block before has just ended, if it follows on that one."""
         begun = self._begun
         if begun is not None and begun.of() is block_pass:
-            return
+            return begun
         if begun is not None and begun.previous is not None and begun.previous() is block_pass:
-            begun.measurements.backward(now_s - begun.began_s - self._waited_s)
-            begun.measurements.rebuild(begun.cut, self._rebuild_s)
-            begun.measurements.heads(begun.cut, self._heads_s)
+            begun.own.tell(begun.measurements.backward)
+            begun.rebuilding.tell(partial(begun.measurements.rebuild, begun.cut))
+            begun.heads.tell(partial(begun.measurements.heads, begun.cut))
         assert block_pass.replay is not None
         self._begun = _Begun(
             weakref.ref(block_pass),
             block_pass.measurements,
             block_pass.previous,
             block_pass.replay.cut,
-            now_s,
+            self._timer.stopwatch(running=True),
+            self._timer.stopwatch(),
+            block_pass.heads,
         )
-        self._waited_s = self._rebuild_s = 0.0
+        return self._begun
 
     def _ended(self, key: int) -> None:
         """The graph of one part is gone."""

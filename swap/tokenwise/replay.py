@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from offload.swap.tokenwise.analyse import Chain
 from offload.swap.tokenwise.program import Node, Ref, Value
 from offload.swap.tokenwise.rows import Axis, base_name, resized_args
+from offload.swap.tokenwise.unwatched import unwatched
 
 GRID_ROWS = 64
 """Cuts are multiples of this, with as many rows on each side: where linear layers give the same
@@ -182,7 +182,7 @@ class Replay:
             weights: the block's parameters and buffers by name.
             sink: takes the rows as they are rebuilt.
         """
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), _disable_current_modes():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), unwatched():
             env: dict[int, torch.Tensor] = {}
             steps, needed = self._steps_of(roots)
             for value in needed:

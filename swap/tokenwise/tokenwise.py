@@ -6,7 +6,6 @@ the forward was seen to execute.
 """
 
 import threading
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -27,8 +26,9 @@ from offload.swap.tokenwise.program import Program  # noqa: TC001 (as Keeper)
 from offload.swap.tokenwise.rebuild import Rebuilder
 from offload.swap.tokenwise.record import PLAIN, Recorder
 from offload.swap.tokenwise.solve import Link, less_room
-from offload.swap.tokenwise.timing import Mark, PassTimer
+from offload.swap.tokenwise.timing import Stopwatch, Timer
 from offload.swap.tokenwise.trials import Choice
+from offload.swap.tokenwise.unwatched import unwatched
 from offload.swap.uncompiled import is_compiled_wrapper, uncompiled
 
 _MOST_SHAPES = 64  # plans that one block keeps; the least recently used one goes
@@ -49,7 +49,7 @@ class _Pass:
 
     plan: BlockPlan  # of that block
     choice: Choice
-    began: Mark
+    watch: Stopwatch
     clean: bool = True  # nothing was verified, which takes time
 
 
@@ -60,8 +60,7 @@ class _Running:
     block: _Block
     plan: BlockPlan
     recording: tuple[BlockPass, Recorder] | None  # else it is only timed
-    began_s: float
-    packing_s: float = 0.0
+    watch: Stopwatch  # stands still while something is packed
 
 
 class TokenWise:
@@ -70,8 +69,7 @@ class TokenWise:
     Args:
         keeper: takes what is swapped.
         notice: is told, once each, what can't be rebuilt and why.
-        clock: seconds; measures what alpha is solved from.
-        timer: of whole passes; by default of ``clock``.
+        timer: measures what alpha is solved from, where the model computes.
         rounding: rebuild into flat buffers on the host, too, as on a device.
 
     Raises:
@@ -85,16 +83,14 @@ class TokenWise:
         settings: Settings,
         *,
         notice: Callable[[str], None] | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-        timer: PassTimer | None = None,
+        timer: Timer | None = None,
         rounding: bool = False,
     ) -> None:
         self.keeper = keeper
         self.settings = settings
         self._notice = notice
         self._told: set[str] = set()
-        self._clock = clock
-        self._timer = timer or PassTimer(clock)
+        self._timer = timer or Timer()
         self._running: _Running | None = None
         self._previous: weakref.ref[BlockPass] | None = None
         self._outside = OutsideBytes(model)
@@ -102,7 +98,7 @@ class TokenWise:
         self._watched_task = -1  # of autograd
         self._lock = threading.RLock()  # backward may run on several threads at once
         self._measurements: dict[Program, Measurements] = {}
-        self._rebuilder = Rebuilder(keeper, clock, rounding=rounding)
+        self._rebuilder = Rebuilder(keeper, self._timer, rounding=rounding)
         found = find_blocks(model, settings.blocks)
         self._blocks = [_Block(name, module) for name, module in found.items()]
         self._handles = [
@@ -131,6 +127,7 @@ class TokenWise:
 
     def report(self) -> list[PlanReport]:
         """For each block and shape of input: what is rebuilt, and why the rest is not."""
+        self._timer.tell()
         return [plan.report() for block in self._blocks for plan in block.plans.values()]
 
     @uncompiled
@@ -140,14 +137,14 @@ class TokenWise:
         if running is None:
             self._outside.saved(tensor)
             return self.keeper.pack(tensor)
-        began_s = self._clock()
+        # What packing does is no part of the block's forward.
+        running.watch.pause()
         if running.recording is None or not _plain(tensor):
             packed = self.keeper.pack(tensor)
         else:
-            # What packing does is no part of the block's forward.
-            with torch._C._DisableTorchDispatch():
+            with unwatched():
                 packed = running.recording[0].pack(tensor)
-        running.packing_s += self._clock() - began_s
+        running.watch.resume()
         return packed
 
     @uncompiled
@@ -161,11 +158,11 @@ class TokenWise:
             self._watch_backward()
             if isinstance(packed, RowsHandle):
                 return self._rebuilder.unpack(packed)
-            began_s = self._clock()
+            self._rebuilder.pause()
             try:
                 return self.keeper.unpack(packed)
             finally:
-                self._rebuilder.waited(self._clock() - began_s)
+                self._rebuilder.resume()
 
     def _saves(self) -> bool:
         """Whether autograd hands what it saves to this object, outside of backward.
@@ -199,14 +196,15 @@ class TokenWise:
                 return
             plan = self._plan_of(block, hidden, inputs)
             if self._outside.begin(block.name):
-                choice = plan.trials.present() if plan.trials is not None else Choice.SOLVED
-                self._pass = _Pass(plan, choice, self._timer.mark())
+                choice, self._timer.measures = plan.begin_pass()
+                self._pass = _Pass(plan, choice, self._timer.stopwatch(running=True))
             if plan.gave_up is not None:
                 return
             recording = None
             if plan.wants_a_look(self._links, self._choice()):
                 recording = self._record(block, plan, hidden)
-            self._running = _Running(block, plan, recording, self._clock())
+            watch = self._timer.stopwatch(running=True)
+            self._running = _Running(block, plan, recording, watch)
 
         return before
 
@@ -226,7 +224,7 @@ class TokenWise:
                 self.settings,
                 len(self._blocks),
                 self._measurements,
-                self._clock,
+                self._timer,
             )
             if plan.gave_up is not None:
                 self._tell(f"token-wise recompute: {plan.gave_up}")
@@ -246,7 +244,7 @@ class TokenWise:
         weights = Weights(block.name, block.module)
         wanted = frozenset(replay.chain.sources) if replay is not None else frozenset[int]()
         recorder = (
-            Recorder(plan.rows, weights.by_storage, clock=self._clock)
+            Recorder(plan.rows, weights.by_storage, clock=self._timer.host_clock)
             if plan.program is None
             else Recorder(plan.rows, weights.by_storage, plan.program, wanted)
         )
@@ -258,7 +256,7 @@ class TokenWise:
             replay,
             plan.measurements,
             on_part=self._rebuilder.watch,
-            clock=self._clock,
+            heads=self._timer.stopwatch(),
             device=hidden.device,
             keeps=keeps,
             previous=before,
@@ -275,16 +273,17 @@ class TokenWise:
             if running is None or running.block is not block:
                 return
             self._running = None
-            forward_s = self._clock() - running.began_s - running.packing_s
+            running.watch.pause()
             if running.recording is None:
-                running.plan.measurements.forward(forward_s)
+                if output is not None:
+                    running.watch.tell(running.plan.measurements.forward)
                 return
             block_pass, recorder = running.recording
             recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             block_pass.leave()
             if output is None:  # it raised, or nothing depends on it
                 return
-            text = running.plan.end(block_pass, recorder, forward_s, self._links)
+            text = running.plan.end(block_pass, recorder, running.watch, self._links)
             if text is not None:
                 self._tell(text)
 
@@ -303,8 +302,9 @@ class TokenWise:
     def _end_pass(self) -> None:
         ended, self._pass = self._pass, None
         self._outside.end()
+        self._rebuilder.end_pass()
         if ended is not None and ended.clean and ended.plan.trials is not None:
-            self._timer.since(ended.began, partial(ended.plan.trials.took, ended.choice))
+            ended.watch.tell(partial(ended.plan.trials.took, ended.choice))
 
     def _links(self) -> list[Link]:
         """What is left to the blocks: the rest of the model saves tensors too."""

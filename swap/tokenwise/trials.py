@@ -46,12 +46,16 @@ class Trials:
             self._seconds[choice].append(seconds)
             self.settled = self._settle()
 
+    def shortest_s(self) -> dict[Choice, float]:
+        """The shortest pass of each choice that was tried so far."""
+        return {choice: min(taken) for choice, taken in self._seconds.items() if taken}
+
     def _settle(self) -> Choice | None:
         if len(self._seconds) == 1:
             return next(iter(self._seconds))
         if any(len(seconds) < _ROUNDS for seconds in self._seconds.values()):
             return None
-        shortest = {choice: min(taken) for choice, taken in self._seconds.items()}
+        shortest = self.shortest_s()
         best = min(shortest, key=lambda choice: shortest[choice])
         solved_s = shortest.get(Choice.SOLVED)
         alike = solved_s is not None and solved_s <= ALIKE * shortest[best]

@@ -105,7 +105,8 @@ def test_others_take_the_room_of_the_fastest_links(links, nbytes, asked):
     left = less_room(links, nbytes)
     room = sum(one.free_nbytes for one in links)
     assert sum(one.free_nbytes for one in left) == pytest.approx(max(room - nbytes, 0), abs=1)
-    assert carry_s(asked, left) >= carry_s(asked, links)
+    # Rates are summed in another order, and rounded.
+    assert carry_s(asked, left) >= carry_s(asked, links) * (1 - ROUNDING)
     touched = [one.bytes_per_s for one, now in zip(_fastest_first(links), left, strict=True)
                if now.free_nbytes < one.free_nbytes]  # fmt: skip
     whole = [one.bytes_per_s for one in left if one.free_nbytes and one.bytes_per_s not in touched]

@@ -24,6 +24,10 @@ from offload.swap.activations import ActivationCache
 from offload.swap.homes import MemoryHome
 from offload.swap.places import DevicePlace, Trip
 from offload.swap.selective import put_on, take_off
+from offload.swap.tokenwise.keeper import CacheKeeper
+from offload.swap.tokenwise.plans import Settings
+from offload.swap.tokenwise.timing import Timer
+from offload.swap.tokenwise.tokenwise import TokenWise
 from offload.tiers.accelerator import DeviceMemory
 from offload.tiers.cpudevice import CpuAccelerator, DoneEvent
 from offload.tiers.device import DeviceTransfer
@@ -47,6 +51,7 @@ class World:
 
     def __init__(self, device, limits, journal=None):
         self.device = device
+        self.rows = None  # rebuilds some of what is saved
         timeline = getattr(device, "timeline", None)
         self.time = SeededTime(timeline.random.random() if timeline else 0)
         self.journal = journal or Journal(clock=device.now)
@@ -69,7 +74,7 @@ class World:
     @contextmanager
     def saving(self):
         self.cache.begin_pass("model")
-        put_on(self.cache)
+        put_on(self.cache, self.rows)
         try:
             yield
         finally:
@@ -271,6 +276,47 @@ def modules(world):
     return [loss, x.grad, norm.running_var, *(one.grad for one in model.parameters())]
 
 
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        return x + self.down(F.silu(self.up(self.norm(x))))
+
+
+def token_rows(world, alpha=0.5, passes=2):
+    """What lies behind the cut is rebuilt from what was fetched; heads are copied out and back."""
+    model = nn.Sequential(*(Block() for _ in range(2)))
+    world.cache.fixed.know_model(model)
+    world.rows = TokenWise(
+        model,
+        CacheKeeper(world.cache),
+        Settings(alpha=alpha, min_nbytes=PAGE),
+        timer=Timer(accelerator=world.device),
+        rounding=True,
+    )
+    results = []
+    for _ in range(passes):
+        x = torch.randn(1, 4 * WIDTH, WIDTH).requires_grad_()
+        with world.saving():
+            loss = model(x).square().mean()
+        loss.backward()
+        results += [loss, x.grad]
+    reports = world.rows.report()  # none where hooks are off
+    assert all(report.rebuilt_nbytes > report.whole_nbytes for report in reports)
+    assert alpha == "auto" or all(report.cut == alpha * report.rows for report in reports)
+    world.rows.remove()
+    return [*results, *(one.grad for one in model.parameters())]
+
+
+def token_rows_solved(world):
+    """Which rows, is found out meanwhile: times are told late, in any order of the host's work."""
+    return token_rows(world, alpha="auto", passes=3)
+
+
 def changes_in_place(world):
     """They are errors, wherever the bytes are; a tensor that nobody saved may be changed."""
     x = square()
@@ -298,6 +344,8 @@ BODIES = (
     reentrant_checkpoint_inside,
     selective_checkpoint,
     modules,
+    token_rows,
+    token_rows_solved,
     changes_in_place,
 )
 

@@ -176,6 +176,14 @@ def test_a_fetch_a_kernel_and_an_eviction_are_in_order(fake, tier, pool):
     assert fake.ordered("kernel", "copy 1")
 
 
+def test_what_lies_between_two_events_is_told_by_the_two_alone(device, fake):
+    """After a day the time since the anchor is told to some milliseconds."""
+    fake.clock = itertools.count(int(1e8), 0.25)
+    earlier, later = device.current_stream().record(), device.current_stream().record()
+    assert later.seconds_since(earlier) == 0.25e-3
+    assert later.span()[1] > 9e4
+
+
 def test_a_prefetch_into_fresh_bytes_is_not_held_up(fake, tier, pool):
     fake.work("kernel")
     tier.fetch(tier.allocate(PAGE), pool.allocate(PAGE))

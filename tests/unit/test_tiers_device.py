@@ -64,6 +64,16 @@ def test_a_prefetch_overlaps_with_what_computes(device, tier, buffer):
     assert not device.current_stream().record().done()
 
 
+def test_a_copy_tells_what_it_took_on_its_own_stream(device, tier, buffer):
+    block = tier.allocate(PAGE)
+    first, second = tier.fetch(block, buffer), tier.fetch(block, buffer)
+    assert (first.duration_s, second.duration_s) == (None, None)
+    second.wait()
+    assert first.done()
+    took_s = EXACT.latency_s + PAGE / EXACT.bytes_per_s  # queueing behind the first left out
+    assert (first.duration_s, second.duration_s) == pytest.approx((took_s, took_s))
+
+
 def test_a_copy_waits_for_kernels_up_to_the_last_on_its_block(device, tier, buffer):
     block = tier.allocate(PAGE)
     device.launch(partial(view(tier, block).fill_, 1))

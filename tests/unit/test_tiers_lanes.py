@@ -127,9 +127,11 @@ def test_a_transfer_is_done_when_its_last_job_is(lane):
     assert not transfer.done()
     gates[0].set()
     assert not transfer.done()
+    assert transfer.duration_s is None
     gates[1].set()
     transfer.settle()
     assert transfer.done()
+    assert transfer.duration_s > 0
 
 
 def test_a_transfer_without_jobs_is_done(lane):

@@ -65,6 +65,21 @@ def test_a_copy_has_its_effect_at_its_end_only(host):
     assert device.now() == event.span()[1]
 
 
+def test_a_point_of_an_idle_stream_lies_where_it_was_recorded(host):
+    """As on a real device: not at the end of what the stream did last."""
+    device = SimulatedAccelerator(timing=EXACT)
+    stream = device.current_stream()
+    first = stream.record()
+    copied(device, "compute", device.allocate(PAGE), host)
+    busy = stream.record()
+    device.timeline.pass_time(5.0)
+    idle = stream.record()
+    assert first.span() == (0.0, 0.0)
+    assert busy.seconds_since(first) == pytest.approx(1e-5 + PAGE / 1e9)
+    assert idle.span() == (device.now(), device.now())
+    assert idle.seconds_since(busy) == pytest.approx(5.0, rel=1e-4)
+
+
 def test_a_source_changed_too_early_is_what_arrives(host):
     device = SimulatedAccelerator(timing=EXACT)
     memory = device.allocate(PAGE)

@@ -55,3 +55,38 @@ def test_heads_that_were_really_copied_beat_an_estimate(measured):
     assert cost(measured).heads_s == pytest.approx(0.8)
     measured.heads(512, 0.3)
     assert cost(measured).heads_s == pytest.approx(0.6)
+
+
+def test_recording_is_taken_off_a_forward_that_was_recorded():
+    measured = Measurements()
+    measured.recording(0.1)
+    measured.recorded_forward(1.1)
+    measured.rebuild(512, 0.6)
+    measured.estimate_heads(1024, 0.2)
+    found = cost(measured)
+    assert (found.forward_s, found.overhead_s) == (pytest.approx(1.0), pytest.approx(0.1))
+
+
+def test_recording_that_holds_up_a_device_is_told_by_a_forward_without_it():
+    """A device's time contains nothing of the host's: recording takes what forwards differ by."""
+    measured = Measurements()
+    measured.recording(0.0)
+    measured.recorded_forward(1.5)
+    measured.rebuild(512, 0.6)
+    measured.estimate_heads(1024, 0.2)
+    assert (cost(measured).forward_s, cost(measured).overhead_s) == (1.5, 0.0)
+    measured.forward(1.2)
+    assert (cost(measured).forward_s, cost(measured).overhead_s) == (1.2, pytest.approx(0.3))
+
+
+def test_no_cost_is_told_while_a_figure_is_on_its_way():
+    measured = Measurements()
+    measured.recording(0.0)
+    for tell in (
+        lambda: measured.rebuild(512, 0.6),
+        lambda: measured.recorded_forward(1.0),
+    ):
+        tell()
+        assert cost(measured) is None
+    measured.estimate_heads(1024, 0.2)
+    assert cost(measured) is not None

@@ -9,6 +9,7 @@ from torch import nn
 from offload.swap.tokenwise.keeper import MemoryKeeper
 from offload.swap.tokenwise.plans import Settings
 from offload.swap.tokenwise.solve import Link
+from offload.swap.tokenwise.timing import Timer
 from offload.swap.tokenwise.tokenwise import TokenWise
 from offload.swap.tokenwise.trials import Choice, Trials
 
@@ -101,7 +102,7 @@ def test_a_link_that_is_slower_than_it_says_is_found_out():
     clock = _Clock()
     model = nn.Sequential(*(_Block() for _ in range(3)))
     keeper = _LyingKeeper(clock, 1e4)
-    rows = TokenWise(model, keeper, Settings(), clock=clock)
+    rows = TokenWise(model, keeper, Settings(), timer=Timer(clock))
     gradients = []
     for _ in range(20):
         with torch.autograd.graph.saved_tensors_hooks(rows.pack, rows.unpack):
@@ -112,3 +113,36 @@ def test_a_link_that_is_slower_than_it_says_is_found_out():
     assert {report.solution.alpha for report in rows.report() if report.solution} == {1.0}
     assert {report.cut for report in rows.report()} == {0}
     assert all(torch.equal(one, gradients[0]) for one in gradients)
+
+
+def test_a_short_sequence_has_its_alpha_solved_too():
+    """Of 128 rows, 64 are the only ones that may be left to rebuild beside none and all."""
+    model = nn.Sequential(*(_Block() for _ in range(2)))
+    clock = _Clock()
+    keeper = _LyingKeeper(clock, 1e4)
+    rows = TokenWise(model, keeper, Settings(min_nbytes=1024), timer=Timer(clock))
+    for _ in range(3):
+        with torch.autograd.graph.saved_tensors_hooks(rows.pack, rows.unpack):
+            loss = model(torch.ones(1, 128, 64)).square().mean()
+        loss.backward()
+    for report in rows.report():
+        assert report.solution is not None
+        assert report.cost is not None
+    (first, *_) = rows.report()
+    assert {choice for choice, _ in first.trial_s} <= set(Choice)
+    assert first.trial_s
+
+
+def test_passes_are_measured_while_that_may_change_something():
+    """All of them until the trials have settled, then each sixteenth: marks are not for nothing."""
+    model = nn.Sequential(*(_Block() for _ in range(2)))
+    clock = _Clock()
+    timer = Timer(clock)
+    rows = TokenWise(model, MemoryKeeper(), Settings(alpha=0.5, min_nbytes=1024), timer=timer)
+    measured = []
+    for _ in range(34):
+        with torch.autograd.graph.saved_tensors_hooks(rows.pack, rows.unpack):
+            loss = model(torch.ones(1, 128, 64)).square().mean()
+        measured.append(timer.measures)
+        loss.backward()
+    assert measured == [True] * 16 + ([False] * 15 + [True]) + [False] * 2

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from offload.tiers.accelerator import Accelerator
 
 _METADATA = {"set_", "resize_", "empty", "empty_like", "empty_strided", "new_empty"}
+_ALIASES = {"detach", "_unsafe_view"}  # views that their schemas don't tell of
 _VALUES = {"_local_scalar_dense", "equal", "is_nonzero"}
 _MOST_SHAPES = 1 << 12
 _known_shapes: dict[Any, Any] = {}  # what an operation returns, by it and its arguments
@@ -30,7 +31,12 @@ class Deferred(TorchDispatchMode):
 
     Args:
         on_launch: called before each kernel; the moment for other things to happen.
+
+    Attributes:
+        is_device: without this mode nothing computes, so nobody may leave it out.
     """
+
+    is_device = True
 
     def __init__(self, device: Accelerator, on_launch: Callable[[], None] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -43,8 +49,8 @@ class Deferred(TorchDispatchMode):
         del types
         call = partial(func, *args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        metadata = func.is_view or name == "detach" or (name in _METADATA and name.endswith("_"))
-        if metadata or func.namespace == "profiler":
+        in_place = name in _METADATA and name.endswith("_")
+        if func.is_view or name in _ALIASES or in_place or func.namespace == "profiler":
             return call()
         if self._on_launch is not None:
             self._on_launch()

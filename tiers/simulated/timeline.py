@@ -155,11 +155,19 @@ class Timeline:
 
 
 class VirtualEvent(Event):
-    """An operation's end; None is a point before which there was nothing."""
+    """An operation's end; None is a point before which there was nothing.
 
-    def __init__(self, timeline: Timeline, operation: Operation | None) -> None:
+    Args:
+        recorded_s: when the host recorded it, if it is a point: on a stream that has nothing left
+            to do it lies there, not at the end of what the stream did last.
+    """
+
+    def __init__(
+        self, timeline: Timeline, operation: Operation | None, recorded_s: float | None = None
+    ) -> None:
         self._timeline = timeline
         self.operation = operation
+        self._recorded_s = recorded_s
 
     @property
     def error(self) -> BaseException | None:  # type: ignore[override]
@@ -177,9 +185,13 @@ class VirtualEvent(Event):
             self._timeline.run_until(self.operation)
 
     def span(self) -> tuple[float, float]:
-        if self.operation is None:
-            return 0.0, 0.0
-        return self.operation.started_s, self.operation.ended_s
+        started_s, ended_s = (
+            (self.operation.started_s, self.operation.ended_s) if self.operation else (0.0, 0.0)
+        )
+        if self._recorded_s is None:
+            return started_s, ended_s
+        at_s = max(self._recorded_s, ended_s)
+        return at_s, at_s
 
 
 class VirtualStream(Stream):
@@ -205,7 +217,7 @@ class VirtualStream(Stream):
     def record(self) -> VirtualEvent:
         if self._awaited:  # the point lies behind these waits as well
             return self.enqueue("event", 0.0, None)
-        return VirtualEvent(self._timeline, self._last)
+        return VirtualEvent(self._timeline, self._last, self._timeline.now_s)
 
     def wait(self, event: Event) -> None:
         if not isinstance(event, VirtualEvent):
