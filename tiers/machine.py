@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from offload.allocator.errors import ConfigError
 
@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 # faster than 100 TB/s, no request takes a minute.
 _SLOWEST_BYTES_PER_S, _FASTEST_BYTES_PER_S = 1e4, 1e14
 _LONGEST_S = 60.0
+_SLOWEST_PER_S, _FASTEST_PER_S = 1e2, 1e16  # of any work
 
 # What pydantic is told when a file is read: no guessing, no unknown keys.
 _RULES: "ConfigDict" = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -88,9 +89,50 @@ class Processor:
     features: tuple[str, ...]
 
 
+Work: TypeAlias = Literal[
+    "matmul",  # products of matrices: floating-point operations
+    "thin matmul",  # the same with fewer than 32 rows or columns
+    "attention",  # fused attention, forward: floating-point operations
+    "attention backward",
+    "pointwise",  # a sum: bytes read and written
+    "heavy",  # an exponential for each element: bytes read and written
+    "first touch",  # fresh memory: bytes that the kernel has to zero
+    "optimizer",  # a fused AdamW by all threads: bytes read and written
+    "optimizer thread",  # the same by one thread
+    "checksum",  # bytes
+    "dispatch",  # calls of the smallest kernels
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeRate:
+    """How fast a processor does one kind of work.
+
+    Attributes:
+        processor: ``cpu``, or ``cuda:0``.
+        dtype: of the elements, such as ``float32``.
+        size: of one call, in the unit of the work: operations, bytes or calls.
+        per_s: so much of the work in a second.
+    """
+
+    __pydantic_config__: ClassVar["ConfigDict"] = _RULES
+
+    processor: str
+    work: Work
+    dtype: str
+    size: int
+    per_s: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """Tiers, the measured links between them, and processors.
+
+    A link from a file tier to itself is a copy through memory: as many bytes are read as are
+    written, at once, and each counts once.
+
+    Attributes:
+        compute: rates of the processors; empty where nobody measured them.
 
     Raises:
         ConfigError: figures that contradict each other or stand in a wrong unit.
@@ -102,6 +144,7 @@ class Machine:
     processors: tuple[Processor, ...]
     tiers: tuple[MachineTier, ...]
     links: tuple[Link, ...] = ()
+    compute: tuple[ComputeRate, ...] = ()
     format: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -137,6 +180,24 @@ class Machine:
             size = max((size for size in sizes if size <= block_nbytes), default=min(sizes))
             measured = [link for link in measured if link.block_nbytes == size]
         return max(measured, key=lambda link: link.bytes_per_s)
+
+    def rates(self, work: Work, dtype: str) -> tuple[tuple[int, float], ...]:
+        """(size, rate) of the calls of ``work`` that were measured on the CPU, rising.
+
+        Raises:
+            ConfigError: none was.
+        """
+        found = sorted(
+            (rate.size, rate.per_s)
+            for rate in self.compute
+            if (rate.processor, rate.work, rate.dtype) == ("cpu", work, dtype)
+        )
+        if not found:
+            raise ConfigError(
+                f"no rate of the CPU for {work} in {dtype} was measured; "
+                "measure it with: offload doctor -o machine.json"
+            )
+        return tuple(found)
 
     def missing_links(self) -> tuple[tuple[str, str], ...]:
         """(source, target) of the links that a plan needs and nobody has measured.
@@ -257,7 +318,7 @@ def _decode(text: str) -> Machine:
 def _faults(error: "ValidationError") -> Iterator[str]:
     known = sorted(
         field.name
-        for kind in (Machine, MachineTier, Link, Processor)
+        for kind in (Machine, MachineTier, Link, Processor, ComputeRate)
         for field in dataclasses.fields(kind)
     )
     for fault in error.errors():
@@ -292,6 +353,13 @@ def _problems(machine: Machine) -> Iterator[str]:
             )
     for place, link in _placed("links", machine.links):
         yield from _link_problems(place, link, set(names))
+    yield from _compute_problems(machine)
+
+
+def _compute_problems(machine: Machine) -> Iterator[str]:
+    for place, rate in _placed("compute", machine.compute):
+        if rate.size < 1 or not _SLOWEST_PER_S <= rate.per_s <= _FASTEST_PER_S:
+            yield f"{place}: {rate.per_s:g} a second, by calls of {rate.size}: no {rate.work} does"
 
 
 def _placed(name: str, records: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:

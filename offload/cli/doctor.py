@@ -1,6 +1,7 @@
 """``offload doctor``: facts about this machine, its measured links, and what to mend."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ behind. Exit code 1 if a line fails.
 
   offload doctor --nvme /data/nvme
   offload doctor --nvme /data/a /data/b -o machine.json"""
+
+_COMPUTE_S = 6.0  # torch's import and the processor's rates
 
 
 def add_directories(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +48,23 @@ def run(arguments: argparse.Namespace) -> int:
     from offload.doctor.progress import shown
     from offload.doctor.text import make_console, print_diagnosis, to_json
     from offload.tiers.machine import check_writable, write_machine
+    from offload.tiers.probe.compute import add_compute
     from offload.tiers.probe.pace import Effort
 
     if arguments.machine is not None:
         check_writable(arguments.machine)  # before the work, not after it
     directories = arguments.nvme or [Path()]
     with shown() as progress:
-        diagnosis = diagnose(directories, effort=Effort(), progress=progress)
+        wanted = arguments.json or arguments.machine is not None
+        effort = Effort()
+        if wanted:
+            seconds = max(effort.seconds - _COMPUTE_S, effort.seconds / 2)
+            effort = dataclasses.replace(effort, seconds=seconds)
+        diagnosis = diagnose(directories, effort=effort, progress=progress)
+        if wanted:  # by the planner; it imports torch
+            machine = add_compute(diagnosis.bench.machine, progress=progress)
+            bench = dataclasses.replace(diagnosis.bench, machine=machine)
+            diagnosis = dataclasses.replace(diagnosis, bench=bench)
     if arguments.json:
         print(to_json(diagnosis))
     else:

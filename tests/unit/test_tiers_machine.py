@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from offload.allocator.errors import ConfigError
 from offload.tiers.inventory import take_inventory
 from offload.tiers.machine import (
+    ComputeRate,
     Link,
     Machine,
     MachineTier,
@@ -103,6 +104,18 @@ def test_links_that_nobody_measured_are_named_with_the_command_that_measures_the
         bare.link("device:0", "host")
     with pytest.raises(ConfigError, match="no tier 'numa:3'; it has host, file:/data, device:0"):
         bare.link("host", "numa:3")
+
+
+def test_rates_are_those_of_the_cpu_and_missing_ones_name_the_command() -> None:
+    rate = ComputeRate(processor="cpu", work="matmul", dtype="float32", size=100, per_s=1e9)
+    rates = (rate, replace(rate, size=10), replace(rate, processor="cuda:0", size=1))
+    machine = replace(MEASURED, compute=rates)
+    assert Machine.from_json(machine.to_json()) == machine
+    assert machine.rates("matmul", "float32") == ((10, 1e9), (100, 1e9))
+    with pytest.raises(ConfigError, match=r"attention in float32.*offload doctor -o machine\.json"):
+        machine.rates("attention", "float32")
+    with pytest.raises(ConfigError, match=r"compute\.0: 3 a second, by calls of 100: no matmul"):
+        replace(machine, compute=(replace(rate, per_s=3.0),))
 
 
 def changed(**changes: object) -> str:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +18,9 @@ from offload.allocator.errors import CapacityError, TierIOError
 from offload.tiers import mempolicy
 from offload.tiers.file import TierFile
 from offload.tiers.hostmem import PAGE
+from offload.tiers.machine import Work
 from offload.tiers.probe import cuda, files, memory
+from offload.tiers.probe.compute import measure_compute
 from offload.tiers.probe.links import Measured, Wanted, copy_threads, measure_links
 from offload.tiers.probe.pace import Effort, Pace, Route, measure_route
 
@@ -134,7 +136,8 @@ def test_a_real_directory_is_measured_both_ways_and_nothing_stays(tmp_path: Path
     assert measured.failures == ()
     ends = [(link.source, link.target, link.in_flight) for link in measured.links]
     assert ends[:2] == [("host", "host", 1), ("host", "host", 2)]
-    assert set(ends[2:]) == {("host", "file:x", 2), ("file:x", "host", 2)}
+    ways = (("host", "file:x", 2), ("file:x", "host", 2), ("file:x", "file:x", 2))
+    assert set(ends[2:]) == set(ways)
     assert all(link.bytes_per_s > 0 and link.repeats >= 1 for link in measured.links)
     assert "host → file:x" in steps
     assert list(tmp_path.iterdir()) == []
@@ -147,7 +150,7 @@ def test_the_file_stays_within_its_bound_and_holds_random_bytes(tmp_path: Path) 
     pace = Pace(seconds=5.0, clock=lambda: 0.0)
     pace.cases = files.count_cases(TINY)
     free_before = free_blocks(tmp_path)
-    with files.open_file(tmp_path, "file:x", TINY, pace) as (write, read):
+    with files.open_file(tmp_path, "file:x", TINY, pace) as (write, read, _):
         write.move(256 << 10, 40)  # five times round the file
         probe_file = write.move.__self__._tier.file  # type: ignore[attr-defined]
         read.prepare()
@@ -157,6 +160,20 @@ def test_the_file_stays_within_its_bound_and_holds_random_bytes(tmp_path: Path) 
         head = os.pread(probe_file.fd, 4096, 0)
         assert len(set(head)) > 200
     assert free_before - free_blocks(tmp_path) < 64 << 20
+
+
+def test_reading_and_writing_at_once_counts_each_byte_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("write", "read"):
+        monkeypatch.setattr(TierFile, name, spy(calls, name))
+    pace = Pace(seconds=5.0, clock=lambda: 0.0)
+    with files.open_file(tmp_path, "file:x", TINY, pace) as (_, _, copy):
+        calls.clear()
+        copy.move(64 << 10, 6)
+    assert (copy.source, copy.target) == ("file:x", "file:x")
+    assert sorted(calls) == ["read"] * 6 + ["write"] * 6
 
 
 def free_blocks(directory: Path) -> int:
@@ -181,7 +198,7 @@ def test_without_direct_io_each_write_is_flushed_and_each_read_uncached(
     for name in ("write", "sync", "uncache", "read"):
         monkeypatch.setattr(TierFile, name, spy(calls, name))
     pace = Pace(seconds=5.0, clock=lambda: 0.0)
-    with files.open_file(without_direct_io, "file:x", TINY, pace) as (write, read):
+    with files.open_file(without_direct_io, "file:x", TINY, pace) as (write, read, _):
         calls.clear()
         write.prepare()
         write.move(64 << 10, 1)
@@ -204,11 +221,22 @@ def test_filling_ends_when_its_time_is_over(tmp_path: Path) -> None:
     ticks = iter(range(1000))
     pace = Pace(seconds=10.0, clock=lambda: float(next(ticks)))
     pace.cases = files.count_cases(TINY)
-    with files.open_file(tmp_path, "file:x", TINY, pace) as (write, _):
+    with files.open_file(tmp_path, "file:x", TINY, pace) as (write, _, _):
         # Two pieces of 256 KiB were enough for the larger block as well, at two in flight.
         held = os.fstat(write.move.__self__._tier.file.fd).st_size  # type: ignore[attr-defined]
         assert TINY.in_flight * TINY.blocks[0] <= held < TINY.file_nbytes
         assert write.blocks[0] == TINY.blocks[0]
+
+
+def test_without_time_the_smallest_call_of_each_kind_of_work_is_measured() -> None:
+    rates = measure_compute(0.0)
+    for dtype in ("float32", "bfloat16"):
+        works = [rate.work for rate in rates if rate.dtype == dtype]
+        assert len(works) == len(set(works))
+        expected = set(get_args(Work))
+        once = {"first touch", "checksum", "dispatch"}
+        assert set(works) == (expected if dtype == "float32" else expected - once)
+    assert all(rate.per_s > 0 and rate.processor == "cpu" for rate in rates)
 
 
 @pytest.mark.parametrize("verb", ["read", "write"])

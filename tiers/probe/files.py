@@ -20,6 +20,7 @@ from offload.tiers.filesystem import free_nbytes
 from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.hostmem import PAGE
 from offload.tiers.journal import Journal
+from offload.tiers.lanes import Transfer
 from offload.tiers.memory import HostBuffer
 from offload.tiers.probe.pace import Effort, Pace, Route, timed
 
@@ -28,18 +29,22 @@ if TYPE_CHECKING:
 
 _SHARE_OF_FREE = 4  # a quarter of the free space at most
 _FILL_CASES = 2  # shares of the time that filling takes
+_COPY_CASES = 2  # and both directions at once
+_COPY_NBYTES = 8 << 20  # of one request then, or the next smaller size
 
 
 def count_cases(effort: Effort) -> int:
-    """Shares of the time that a directory takes: filling, and both directions."""
-    return _FILL_CASES + 2 * (len(effort.blocks) + 1)
+    """Shares of the time that a directory takes: filling, both directions, both at once."""
+    return _FILL_CASES + 2 * (len(effort.blocks) + 1) + _COPY_CASES
 
 
 @contextmanager
 def open_file(
     directory: Path, name: str, effort: Effort, pace: Pace
-) -> Iterator[tuple[Route, Route]]:
+) -> Iterator[tuple[Route, Route, Route]]:
     """The links into and out of a file of ``directory``, the tier ``name``; filled already.
+
+    And both at once: from the tier to itself, by way of memory.
 
     Raises:
         CapacityError: less free space than the smallest measurement needs.
@@ -122,8 +127,8 @@ class _FileProbe:
         self._tier.write(block, self._buffer.address).wait()
         self._pieces.append(block)
 
-    def routes(self, name: str) -> tuple[Route, Route]:
-        """The link into the file, and the one out of it."""
+    def routes(self, name: str) -> tuple[Route, Route, Route]:
+        """The link into the file, the one out of it, and both at once."""
         held = len(self._pieces) * self._pieces[0].nbytes
         blocks = tuple(
             block
@@ -145,7 +150,15 @@ class _FileProbe:
             move=self._read,
             prepare=self._uncache,
         )
-        return write, read
+        copy = Route(
+            source=name,
+            target=name,
+            blocks=(max([block for block in blocks if block <= _COPY_NBYTES] or blocks[:1]),),
+            in_flight=self._effort.in_flight,
+            move=self._copy,
+            prepare=self._uncache,
+        )
+        return write, read, copy
 
     def _write(self, block_nbytes: int, count: int) -> None:
         self._move(block_nbytes, count, reading=False)
@@ -155,8 +168,21 @@ class _FileProbe:
     def _read(self, block_nbytes: int, count: int) -> None:
         self._move(block_nbytes, count, reading=True)
 
+    def _copy(self, block_nbytes: int, count: int) -> None:
+        """Read ``count`` requests and write as many others at once; nothing depends on which."""
+        reads = self._begin(block_nbytes, count, reading=True)
+        writes = self._begin(block_nbytes, count, reading=False)
+        for transfer in (*reads, *writes):
+            transfer.wait()
+        if not self._tier.file.direct:
+            self._tier.file.sync()
+
     def _move(self, block_nbytes: int, count: int, *, reading: bool) -> None:
         """Move ``count`` requests one after the other through the file, from where it stands."""
+        for transfer in self._begin(block_nbytes, count, reading=reading):
+            transfer.wait()
+
+    def _begin(self, block_nbytes: int, count: int, *, reading: bool) -> list[Transfer]:
         call = self._tier.read if reading else self._tier.write
         in_piece = self._pieces[0].nbytes // block_nbytes
         in_buffer = self._buffer.nbytes // block_nbytes
@@ -167,8 +193,7 @@ class _FileProbe:
             offset = number % in_piece * block_nbytes
             transfers.append(call(piece, address, offset=offset, nbytes=block_nbytes))
         self._next += count
-        for transfer in transfers:
-            transfer.wait()
+        return transfers
 
     def _uncache(self) -> None:
         file = self._tier.file
