@@ -44,11 +44,16 @@ from offload.swap.unseen import unseen_nbytes
 from offload.tiers.journal import Journal
 
 _STRIDED = torch.strided
-_LEAST_NBYTES = 512  # a handle takes as much
-_BATCH_NBYTES = 1 << 20  # small storages move together when there are so many bytes of them
-_BATCH_ALIGN = 64
+LEAST_NBYTES = 512  # a handle takes as much
+BATCH_NBYTES = 1 << 20  # small storages move together when there are so many bytes of them
+BATCH_ALIGN = 64
 # A part of something that the user holds anyway, such as a data set: moving it all frees nothing.
 _SLICE_SHARE, _SLICED_NBYTES = 64, 16 << 20
+
+
+def is_small_slice(tensor: torch.Tensor, storage_nbytes: int) -> bool:
+    """Whether ``tensor`` is so small a part of its storage that moving that frees nothing."""
+    return storage_nbytes >= max(_SLICED_NBYTES, _SLICE_SHARE * tensor.nbytes)
 
 
 class WeightUser(Protocol):
@@ -187,9 +192,9 @@ class ActivationCache:
             if part is not None and (view := self._pack_again(part, tensor, memory)) is not None:
                 return view
             nbytes = memory.nbytes()
-            if nbytes < _LEAST_NBYTES:
+            if nbytes < LEAST_NBYTES:
                 return View(tensor)
-            if nbytes >= _SLICED_NBYTES and nbytes >= _SLICE_SHARE * tensor.nbytes:
+            if is_small_slice(tensor, nbytes):
                 return self._leave_alone(tensor, "a small slice of a large storage")
             return self._pack_new(tensor, memory, key, nbytes)
 
@@ -207,7 +212,7 @@ class ActivationCache:
         else:
             self._batch.append(weakref.ref(part))
             self._batch_nbytes += nbytes
-            if self._batch_nbytes >= _BATCH_NBYTES:
+            if self._batch_nbytes >= BATCH_NBYTES:
                 self._close_batch()
         return view
 
@@ -240,13 +245,13 @@ class ActivationCache:
         living = [part for known in self._batch if (part := known()) is not None]
         self._batch_nbytes = sum(part.nbytes for part in living)
         self._batch = [weakref.ref(part) for part in living]
-        if self._batch_nbytes < _BATCH_NBYTES // 2:
+        if self._batch_nbytes < BATCH_NBYTES // 2:
             return
         self._batch, self._batch_nbytes = [], 0
         end = 0
         for part in living:
             part.offset = end
-            end += -(-part.nbytes // _BATCH_ALIGN) * _BATCH_ALIGN
+            end += -(-part.nbytes // BATCH_ALIGN) * BATCH_ALIGN
         self._add_unit(living, end)
 
     @uncompiled

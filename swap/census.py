@@ -87,7 +87,7 @@ def _weight_key(parameter: nn.Parameter) -> object:
     """Equal for parameters over the same bytes; parts of one storage are weights of their own."""
     if parameter.numel() == 0:
         return id(parameter)
-    if parameter.is_meta:  # no bytes, so no address
+    if parameter.is_meta or hasattr(parameter, "fake_mode"):  # no bytes, so no address
         return storage_key(parameter), parameter.storage_offset(), parameter.shape
     return parameter.data_ptr(), parameter.shape
 

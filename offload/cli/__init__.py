@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import offload
 from offload.allocator.errors import OffloadError
-from offload.cli import bench, doctor, report, run
+from offload.cli import bench, doctor, plan, report, run
 
-_VERBS = {"run": run, "report": report, "doctor": doctor, "bench": bench}
+_VERBS = {"run": run, "plan": plan, "report": report, "doctor": doctor, "bench": bench}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,296 @@
+"""``offload plan``: does it fit, how slow, bound by what, what to change."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload.allocator.errors import BudgetError, ConfigError
+from offload.allocator.units import format_nbytes, parse_nbytes
+from offload.config import make_config
+
+if TYPE_CHECKING:
+    from offload.planner.sources import Batch
+    from offload.swap.planning.predict import Baseline, Prediction
+    from offload.swap.planning.program import Program
+    from offload.tiers.machine import Machine
+
+HELP = "before the first step: does it fit, how slow, bound by what, what to change"
+DESCRIPTION = """\
+Tell what fine-tuning a model would need and how long a step would take, without
+loading its weights. MODEL is a Hugging Face config.json, or its directory, or a
+training script, which runs until its first backward (its own arguments after --args).
+
+  offload plan checkpoints/llama --seq 2048 --budget host=8GiB --machine machine.json
+  offload plan config.json --solve host
+Exit code 3 if it does not fit, with the smallest change that would."""
+_LEAST_BUDGET_NBYTES = 1 << 20  # smaller ones were meant in another unit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's options."""
+    parser.add_argument("model", metavar="MODEL|script.py", type=Path, nargs="?")
+    parser.add_argument("--seq", metavar="N", type=int, help="tokens of a sequence (default: 1024)")
+    parser.add_argument("--batch", metavar="N", type=int, help="sequences of a step (default: 1)")
+    parser.add_argument("--optim", metavar="O", help="adamw (default), adam, sgd, …")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--method", choices=["full", "lora"])
+    parser.add_argument("--budget", metavar="B", help="for example host=24GiB, or just 24GiB")
+    parser.add_argument("--nvme", metavar="DIR", help="the directory of the store")
+    parser.add_argument("--commit", choices=["step", "never"], default="step")
+    parser.add_argument(
+        "--machine",
+        metavar="FILE|NAME",
+        help="of offload doctor -o, or of the library (--machine list); default: this one",
+    )
+    parser.add_argument(
+        "--baseline", metavar="SIZE", help="resident set without a model; default: measured here"
+    )
+    parser.add_argument("--what-if", metavar="C", help="for example nvme=7GB/s,compute=2x")
+    parser.add_argument(
+        "--solve",
+        choices=["seq", "batch", "host"],
+        help="find the longest sequence, the largest batch, or the least memory",
+    )
+    parser.add_argument("--record", metavar="DIR", type=Path, help="events, for offload report")
+    parser.add_argument("--explain", action="store_true", help="why each class went where")
+    parser.add_argument("--json", action="store_true", help="the same figures as JSON")
+    parser.add_argument(
+        "--args", metavar="…", nargs=argparse.REMAINDER, default=[], help="the script's own"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan, and print on stdout; progress goes to stderr. 3 where it does not fit.
+
+    Raises:
+        ConfigError: wrong settings, no such model or machine, or one that lacks measurements.
+        UnsupportedError: a model that can't be planned.
+    """
+    from offload.planner.text import refusal_to_json
+
+    try:
+        return _run(arguments)
+    except BudgetError as error:
+        if not arguments.json:
+            raise
+        print(refusal_to_json(str(error), error.needed_nbytes, error.budget_nbytes))
+        return error.exit_code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from offload.planner.machines import find_machine, list_machines
+    from offload.planner.text import print_answer, to_json
+
+    if arguments.machine == "list":
+        print(list_machines())
+        return 0
+    budget = _budget_of(arguments.budget)
+    baseline_nbytes = _size("--baseline", arguments.baseline)
+    _check_counts(arguments)
+    source = _source_of(arguments)
+    name, machine, drive = find_machine(arguments.machine, arguments.nvme, _say)
+    machine.check_measured()
+    if arguments.what_if:
+        from offload.swap.planning.whatif import changed, parse_changes
+
+        machine = changed(machine, drive, parse_changes(arguments.what_if))
+        name += f", what if {arguments.what_if}"
+    answer = _Asking(arguments, source, name, machine, drive, budget, baseline_nbytes).answer()
+    if arguments.json:
+        print(to_json(answer))
+    else:
+        print_answer(answer, explain=arguments.explain)
+    return 0
+
+
+class _Asking:
+    """One question: the model is traced when it is needed, for each batch once."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        source: Any,
+        name: str,
+        machine: "Machine",
+        drive: str,
+        budget: int | None,
+        baseline_nbytes: int | None,
+    ) -> None:
+        from offload.swap.planning.predict import Settings
+
+        self.arguments = arguments
+        self.source = source
+        self.name = name
+        self.machine = machine
+        self.baseline = _baseline_of(baseline_nbytes, source)
+        host = machine.tier("host")
+        self.settings = Settings(
+            budget_nbytes=budget or int(min(host.free_nbytes, host.capacity_nbytes) * 0.8),
+            drive=drive,
+            commits=arguments.commit != "never",
+        )
+
+    def answer(self) -> Any:
+        """The answer to the first screen.
+
+        Raises:
+            BudgetError: it does not fit.
+        """
+        from offload.planner.answer import advise, solve_batch, solve_length
+        from offload.planner.sources import Batch
+        from offload.planner.text import Answer, describe_machine
+        from offload.swap.planning.predict import least_budget
+
+        arguments, solve = self.arguments, self.arguments.solve
+        batch = Batch(sequences=arguments.batch or 1, length=self._length())
+        solved = None
+        if solve in {"seq", "batch"}:
+            _say(f"looking for the largest {solve} that fits")
+            if solve == "seq":
+                found = solve_length(
+                    self.source.trace, batch, self._fits, longest=self.source.longest()
+                )
+                batch = dataclasses.replace(batch, length=found or batch.length)
+                solved = f"--seq {found} is the longest that fits, on a grid of 64"
+            else:
+                found = solve_batch(self.source.trace, batch, self._fits)
+                batch = dataclasses.replace(batch, sequences=found or batch.sequences)
+                solved = f"--batch {found} is the largest that fits"
+        program = self.source.trace(batch)
+        if solve == "host":
+            _say("looking for the least memory that fits")
+            least = least_budget(program, self.machine, self.settings, self.baseline)
+            self.settings = least.settings
+            budget = f"host={least.settings.budget_nbytes >> 20}MiB"
+            solved = f"--budget {budget} is the least that fits"
+        prediction = self._predict(program)
+        return Answer(
+            title=self._title(program, batch),
+            machine_name=describe_machine(self.name, self.machine, self.settings.drive),
+            program=program,
+            machine=self.machine,
+            prediction=prediction,
+            solved=solved,
+            advice=advise(program, self.machine, self.settings, self.baseline, prediction),
+            notes=self._notes(prediction),
+        )
+
+    def _fits(self, program: "Program") -> bool:
+        from offload.swap.planning.predict import predict
+
+        try:
+            predict(program, self.machine, self.settings, self.baseline)
+        except BudgetError:
+            return False
+        return True
+
+    def _predict(self, program: "Program") -> "Prediction":
+        from offload.planner.answer import refused
+        from offload.planner.recording import recorded
+        from offload.swap.planning.predict import predict
+
+        with recorded(self.arguments.record, self.settings, self.machine) as recorder:
+            try:
+                return predict(
+                    program, self.machine, self.settings, self.baseline, recorder=recorder
+                )
+            except BudgetError as error:
+                raise refused(error, program, self.machine, self.settings, self.baseline) from error
+
+    def _length(self) -> int:
+        longest, length = self.source.longest(), self.arguments.seq
+        if length is None:
+            return min(longest or 1024, 1024)
+        if longest is not None and length > longest:
+            raise ConfigError(
+                f"--seq {length}: {self.source.name} has positions for {longest} tokens"
+            )
+        return int(length)
+
+    def _title(self, program: "Program", batch: "Batch") -> str:
+        name = program.stepping.name if program.stepping else "no optimizer"
+        return (
+            f"{self.source.name} ({program.parameters / 1e6:,.1f}M parameters)  "
+            f"{self.source.describe(batch)}  {name}"
+        )
+
+    def _notes(self, prediction: "Prediction") -> tuple[str, ...]:
+        notes = []
+        if any(tier.kind == "device" for tier in self.machine.tiers):
+            notes.append("attach computes on the CPU: the GPU of this machine is not used")
+        if prediction.building_nbytes == prediction.peak_nbytes:
+            notes.append("the peak is that of building the model with offload.init")
+        host = self.machine.tier("host").capacity_nbytes
+        if self.settings.budget_nbytes > host:
+            notes.append(f"the machine has {format_nbytes(host)}, less than the budget")
+        return tuple(notes)
+
+
+def _budget_of(text: str | None) -> int | None:
+    if text is None:
+        return None
+    budget = make_config({}, budget=text).budget.get("host")
+    if budget is None:
+        raise ConfigError("--budget: host=SIZE bounds memory, for example host=24GiB")
+    if budget < _LEAST_BUDGET_NBYTES:
+        number = text.partition("=")[2] or text
+        raise ConfigError(
+            f"--budget {text}: {budget} bytes of memory hold nothing; a size has a unit: "
+            f"{number.strip()}GiB?"
+        )
+    return budget
+
+
+def _size(option: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        nbytes = parse_nbytes(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from error
+    if nbytes < _LEAST_BUDGET_NBYTES:
+        raise ConfigError(f"{option} {text}: {nbytes} bytes; a size has a unit: {text}MiB?")
+    return nbytes
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for name, least in (("seq", 2), ("batch", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}: at least {least}")
+
+
+def _source_of(arguments: argparse.Namespace) -> Any:
+    from offload.planner.sources import HuggingFaceModel
+
+    path: Path | None = arguments.model
+    if path is None:
+        raise ConfigError("offload plan needs a model: a config.json, its directory, or a script")
+    if path.suffix == ".py":
+        from offload.planner.scripts import TrainingScript
+
+        return TrainingScript(path, arguments.args, given=arguments)
+    if arguments.args:
+        raise ConfigError(f"--args {' '.join(arguments.args)}: {path} is no script")
+    return HuggingFaceModel(
+        path,
+        dtype=arguments.dtype,
+        method=arguments.method or "full",
+        optimizer=arguments.optim or "adamw",
+    )
+
+
+def _baseline_of(nbytes: int | None, source: Any) -> "Baseline":
+    from offload.planner.baseline import RUNNING_NBYTES, measure_baseline
+    from offload.swap.planning.predict import Baseline
+
+    if nbytes is not None:
+        return Baseline(attach_nbytes=nbytes, running_nbytes=RUNNING_NBYTES)
+    _say("measuring what a process takes without a model")
+    return measure_baseline(source.imports)
+
+
+def _say(text: str) -> None:
+    print(f"offload: {text}", file=sys.stderr)

@@ -1,0 +1,212 @@
+"""The machine of a plan: this one, one that was measured, or one of the library."""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from offload.allocator.errors import ConfigError
+from offload.allocator.units import format_nbytes, format_rate, parse_nbytes
+from offload.tiers.hostmem import PAGE
+from offload.tiers.inventory import file_tier_name
+from offload.tiers.machine import (
+    ComputeRate,
+    Link,
+    Machine,
+    MachineTier,
+    Processor,
+    Work,
+    read_machine,
+)
+
+_BLOCK_NBYTES = 32 << 20
+_FREE = 0.9  # of memory: the rest is the system's
+
+
+def find_machine(
+    given: str | None, nvme: str | None, say: Callable[[str], None]
+) -> tuple[str, Machine, str]:
+    """(name, machine, name of the drive's tier).
+
+    Args:
+        given: a file or a name of the library; None: this machine, measured now.
+        nvme: the directory of the store; by default the machine's fastest drive.
+
+    Raises:
+        ConfigError: no such machine, or one without such a drive.
+    """
+    if given is None:
+        directory = Path(nvme or ".")
+        return "this machine", _measure(directory, say), file_tier_name(directory)
+    if Path(given).exists() or Path(given).suffix == ".json":
+        machine = read_machine(Path(given))
+        return given, machine, _drive_of(machine, nvme)
+    names = list(_library()["machines"])
+    if given not in names:
+        near = difflib.get_close_matches(given, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"--machine {given!r} is no file, and none of the library: {', '.join(names)}{hint}"
+        )
+    machine = library_machine(given)
+    return given, machine, _drive_of(machine, None)
+
+
+def _drive_of(machine: Machine, nvme: str | None) -> str:
+    drives = [tier.name for tier in machine.tiers if tier.kind == "file"]
+    if not drives:
+        raise ConfigError(
+            "this machine has no drive: measure one with: offload doctor --nvme DIR -o machine.json"
+        )
+    if nvme is not None:
+        return machine.tier(file_tier_name(Path(nvme))).name
+    measured = [name for name in drives if not _misses(machine, name)]
+    return max(measured or drives, key=lambda name: _rate(machine, name))
+
+
+def _misses(machine: Machine, drive: str) -> bool:
+    return any(drive in pair for pair in machine.missing_links())
+
+
+def _rate(machine: Machine, drive: str) -> float:
+    return 0.0 if _misses(machine, drive) else machine.link(drive, "host").bytes_per_s
+
+
+def _measure(directory: Path, say: Callable[[str], None]) -> Machine:
+    from offload.doctor.examine import bench_links
+    from offload.tiers.probe.compute import add_compute
+    from offload.tiers.probe.pace import QUICK
+
+    say(
+        f"measuring this machine and {directory.resolve()}; keep the figures with: "
+        "offload doctor -o machine.json"
+    )
+    bench = bench_links([directory], effort=QUICK)
+    if bench.failures:
+        raise ConfigError(*(f"{one.subject}: {one.value}" for one in bench.failures))
+    return add_compute(bench.machine)
+
+
+@cache
+def _library() -> dict[str, Any]:
+    text = files("offload.planner").joinpath("machines.yaml").read_text(encoding="utf-8")
+    library: dict[str, Any] = yaml.safe_load(text)
+    return library
+
+
+def list_machines() -> str:
+    """The machines of the library, one a line, and where their figures come from."""
+    library = _library()
+    lines = []
+    for name, parts in library["machines"].items():
+        drive = library["drives"][parts["drive"]]
+        gpu = f", {library['gpus'][parts['gpu']]['model']}" if "gpu" in parts else ""
+        lines.append(
+            f"{name:14} {library['processors'][parts['processor']]['model']}, "
+            f"{format_nbytes(parse_nbytes(parts['memory']))}, {parts['drive']} "
+            f"({format_rate(drive['read'])} read){gpu}"
+        )
+    kinds = (library["processors"], library["drives"], library["gpus"])
+    sources = [part["source"] for kind in kinds for part in kind.values()]
+    return "\n".join([*lines, "", "Published figures of:", *sources])
+
+
+def library_machine(name: str) -> Machine:
+    """The machine ``name`` of the library, of which nothing is measured."""
+    library = _library()
+    parts = library["machines"][name]
+    cpu = library["processors"][parts["processor"]]
+    drive = library["drives"][parts["drive"]]
+    gpu = library["gpus"][parts["gpu"]] if "gpu" in parts else None
+    file = f"file:{parts['drive']}"
+    processors = [
+        Processor(name="cpu", model=cpu["model"], cores=cpu["cores"], features=()),
+        *([Processor(name="cuda:0", model=gpu["model"], cores=None, features=())] if gpu else []),
+    ]
+    host_nbytes, file_nbytes = parse_nbytes(parts["memory"]), parse_nbytes(drive["capacity"])
+    tiers = [_tier("host", host_nbytes, int(host_nbytes * _FREE), "memory")]
+    tiers.append(_tier(file, file_nbytes, file_nbytes, parts["drive"]))
+    if gpu:
+        memory = parse_nbytes(gpu["memory"])
+        tiers.append(_tier("device:0", memory, memory, gpu["model"]))
+    return Machine(
+        kernel="published specifications",
+        processors=tuple(processors),
+        tiers=tuple(tiers),
+        links=tuple(_links(library, cpu, drive, gpu, file)),
+        compute=tuple(_rates(library, cpu)),
+    )
+
+
+def _tier(name: str, capacity_nbytes: int, free_nbytes: int, medium: str) -> MachineTier:
+    kinds = {"host": "host", "device:0": "device"}
+    return MachineTier(
+        name=name,
+        kind=kinds.get(name, "file"),  # type: ignore[arg-type]
+        capacity_nbytes=capacity_nbytes,
+        free_nbytes=free_nbytes,
+        align_nbytes=PAGE,
+        medium=medium,
+    )
+
+
+def _links(
+    library: Mapping[str, Any],
+    cpu: Mapping[str, Any],
+    drive: Mapping[str, Any],
+    gpu: Mapping[str, Any] | None,
+    file: str,
+) -> Iterator[Link]:
+    share, latency_s = library["sustained"], library["software"]["latency_s"]
+    # A copy reads and writes each byte.
+    yield _link("host", "host", cpu["bytes_per_s"] * share["memory"] / 2, 1e-6)
+    yield _link(file, "host", drive["read"] * share["drive"], latency_s)
+    yield _link("host", file, drive["write"] * share["drive"], latency_s)
+    if gpu is not None:
+        bus = library["buses"][gpu["bus"]] * share["bus"]
+        yield _link("host", "device:0", bus, 1e-5)
+        yield _link("device:0", "host", bus, 1e-5)
+
+
+def _link(source: str, target: str, bytes_per_s: float, latency_s: float) -> Link:
+    return Link(
+        source=source,
+        target=target,
+        block_nbytes=_BLOCK_NBYTES,
+        in_flight=4,
+        bytes_per_s=bytes_per_s,
+        low_bytes_per_s=bytes_per_s,
+        high_bytes_per_s=bytes_per_s,
+        latency_s=latency_s,
+        repeats=1,
+    )
+
+
+def _rates(library: Mapping[str, Any], cpu: Mapping[str, Any]) -> Iterator[ComputeRate]:
+    share, software = library["sustained"], library["software"]
+    flops, memory = cpu["flops"], cpu["bytes_per_s"] * share["memory"]
+    core = min(software["core_bytes_per_s"], memory)
+    rates: dict[Work, float] = {
+        "matmul": flops * share["matmul"],
+        "thin matmul": flops * share["matmul"] / 2,
+        "attention": flops * share["attention"],
+        "attention backward": flops * share["attention"],
+        "pointwise": memory,
+        "heavy": memory * share["heavy"],
+        "optimizer": memory,
+        "optimizer thread": core,
+    }
+    for dtype in ("float32", "bfloat16"):
+        for work, per_s in rates.items():
+            yield ComputeRate(processor="cpu", work=work, dtype=dtype, size=1 << 20, per_s=per_s)
+    others: dict[Work, float] = {
+        "first touch": software["first_touch_bytes_per_s"],
+        "checksum": software["checksum_bytes_per_s"],
+        "dispatch": software["calls_per_s"],
+    }
+    for work, per_s in others.items():
+        yield ComputeRate(processor="cpu", work=work, dtype="float32", size=1, per_s=per_s)

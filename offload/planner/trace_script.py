@@ -1,0 +1,201 @@
+"""A training script runs until its first backward, with a model that has no bytes.
+
+[Note: a model without bytes] Each parameter becomes a fake tensor as its module registers it, so
+that at most one is in memory. The script's optimizer is met when it is made, its model at the first
+forward of a module that owns the optimizer's parameters; from there on everything is fake until
+backward has ended, and the script with it. What Offload itself would do for the script is left out.
+
+Run as ``python -m offload.planner.trace_script OUT script.py args…``; writes OUT, a JSON file.
+"""
+
+import contextlib
+import json
+import runpy
+import sys
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_pre_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.optim import Optimizer
+
+import offload
+from offload.allocator.errors import ConfigError, OffloadError
+from offload.swap.planning.program import Program
+from offload.swap.planning.tracing import Tracer, fake_mode
+from offload.swap.uncompiled import plain_module
+
+
+class _TracedError(BaseException):
+    """Ends the script: backward has been traced."""
+
+
+class _NoEngine:
+    """What a script that calls ``offload.attach`` gets meanwhile."""
+
+    step = 0
+    resumed = False
+
+    def __init__(self) -> None:
+        self.extra: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        pass
+
+
+class Session:
+    """Waits for the script's model and optimizer, and traces their first step."""
+
+    def __init__(self) -> None:
+        self.program: Program | None = None
+        self._mode = fake_mode()
+        self._stack = ExitStack()
+        self._optimizers: list[Optimizer] = []
+        self._tracer: Tracer | None = None
+
+    def __enter__(self) -> Self:
+        session, plain_init = self, Optimizer.__init__
+        plain_backward, plain_function = torch.Tensor.backward, torch.autograd.backward
+
+        def remember(self: Optimizer, *args: Any, **kwargs: Any) -> None:
+            plain_init(self, *args, **kwargs)
+            session._optimizers.append(self)
+
+        def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            run: Any = plain_backward
+            session._backward(lambda: run(self, *args, **kwargs))
+
+        def function(*args: Any, **kwargs: Any) -> None:
+            session._backward(lambda: plain_function(*args, **kwargs))
+
+        self._replace(Optimizer, "__init__", remember)
+        self._replace(torch.Tensor, "backward", backward)
+        self._replace(torch.autograd, "backward", function)
+        self._replace(offload, "attach", lambda *_args, **_kwargs: _NoEngine())
+        self._replace(offload, "init", lambda **_kwargs: nullcontext())
+        self._replace(offload, "load_pretrained", _build)
+        hooks = (
+            register_module_parameter_registration_hook(self._on_register),
+            register_module_forward_pre_hook(self._on_forward),
+        )
+        for hook in hooks:
+            self._stack.callback(hook.remove)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        self._stack.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
+
+    def _on_register(self, _module: nn.Module, _name: str, parameter: Any) -> Any:
+        if parameter is None or hasattr(parameter, "fake_mode") or parameter.is_meta:
+            return None
+        return self._mode.from_tensor(parameter)
+
+    def _on_forward(self, module: nn.Module, arguments: Any) -> None:
+        optimizer = None if self._tracer else self._optimizer_of(module)
+        if optimizer is None or not torch.is_grad_enabled():
+            return
+        model = plain_module(module)
+        for child in model.modules():
+            for name, buffer in child._buffers.items():
+                if buffer is not None and not hasattr(buffer, "fake_mode"):
+                    child._buffers[name] = self._mode.from_tensor(buffer)
+        self._optimizer, self._tokens = optimizer, _tokens_of(arguments)
+        self._stack.enter_context(self._mode)
+        self._tracer = Tracer(model)
+        self._stack.enter_context(self._tracer.running())
+        self._tracer.join_forward()
+
+    def _optimizer_of(self, module: nn.Module) -> Optimizer | None:
+        owned = set(module.parameters())
+        for optimizer in self._optimizers:
+            stepped = {each for group in optimizer.param_groups for each in group["params"]}
+            if stepped and stepped <= owned:
+                return optimizer
+        return None
+
+    def _backward(self, run: Any) -> None:
+        if self._tracer is None:
+            run()
+            return
+        self._tracer.backward(run)
+        self.program = self._tracer.program(self._tokens, self._optimizer)
+        raise _TracedError
+
+
+def _build(path: str | Path, *, dtype: torch.dtype | None = None, **_kwargs: object) -> nn.Module:
+    """The model of ``offload.load_pretrained``, without its weights."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    built: nn.Module = model.eval()
+    return built
+
+
+def _tokens_of(arguments: Any) -> int:
+    tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
+    return max((one.numel() for one in tensors if not one.is_floating_point()), default=1)
+
+
+def trace_script(script: Path) -> Program:
+    """Run ``script`` until its first backward.
+
+    Raises:
+        ConfigError: it ended without one.
+        UnsupportedError: what it computes needs values.
+    """
+    sys.path[0] = str(script.resolve().parent)
+    session = Session()
+    with contextlib.suppress(_TracedError, SystemExit), session:
+        runpy.run_path(str(script), run_name="__main__")
+    if session.program is None:
+        raise ConfigError(
+            f"{script} ended without a backward of a model whose parameters an optimizer steps"
+        )
+    return session.program
+
+
+def main() -> int:
+    """Trace, and write what was found."""
+    out, script, *arguments = sys.argv[1:]
+    sys.argv = [script, *arguments]
+    before = {name.partition(".")[0] for name in sys.modules}
+    output: AbstractContextManager[Any] = contextlib.redirect_stdout(sys.stderr)
+    try:
+        with output:
+            program = trace_script(Path(script))
+    except OffloadError as error:
+        sys.stderr.write(f"\n{error}\n")
+        return error.exit_code
+    names = {name.partition(".")[0] for name in sys.modules} - before
+    local = {path.stem for path in Path(script).resolve().parent.iterdir()}
+    imports = sorted(
+        name
+        for name in names - local - set(sys.stdlib_module_names)
+        if name.isidentifier() and getattr(sys.modules.get(name), "__file__", None)
+    )
+    content = {"program": program.to_json(), "imports": imports}
+    Path(out).write_text(json.dumps(content), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+"""What a run will need and how long it will take, told before its first step.
+
+``program`` is what one training step does, ``tracing`` finds it out without running it, ``cost``
+says how long each part takes on a machine, ``simulate`` runs it on a virtual clock under the plan
+that ``attach`` makes, ``predict`` tells the outcome.
+"""

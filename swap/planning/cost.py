@@ -1,0 +1,151 @@
+"""How long each part of a step takes on a machine, from its measured rates.
+
+An operation takes as long as the slower of its arithmetic and its memory traffic (the roofline
+model: Williams, Waterman, Patterson, CACM 52(4), 2009), each at the rate that was measured for
+calls of that size, and what every call costs. Between two measured sizes the rate is interpolated
+on logarithmic scales; beyond them it stays what it was.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Literal
+
+from offload.allocator.errors import ConfigError
+from offload.swap.planning.program import Operation, Stepping
+from offload.tiers.hostmem import PAGE
+from offload.tiers.machine import Machine, Work
+from offload.tiers.pieces import PIECE_NBYTES
+
+FRESH_NBYTES = 256 << 10  # larger results are fresh memory: ``hostmem.return_freed_memory``
+_THIN_ROWS = 32
+# In calls of the smallest kernel, which is mostly the interpreter's and the dispatcher's work.
+_VIEW_CALLS = 0.5
+_HOOK_CALLS = 6.0
+_FLUSHES = 3  # data, record, directory
+_COMMIT_CALLS = 12.0  # for each weight in the record
+# Which rates stand in for those of a type that nobody measured.
+_ALIKE = {"float16": "bfloat16", "float64": "float32"}
+
+
+class Curve:
+    """A rate by the size of one call.
+
+    Args:
+        points: (size, rate), rising by size.
+    """
+
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+        self._sizes = [math.log(size) for size, _ in points]
+        self._rates = [math.log(rate) for _, rate in points]
+
+    def rate(self, size: int) -> float:
+        """What calls of ``size`` reach."""
+        at = math.log(max(size, 1))
+        after = bisect_left(self._sizes, at)
+        if after == 0:
+            return math.exp(self._rates[0])
+        if after == len(self._sizes):
+            return math.exp(self._rates[-1])
+        low, high = self._sizes[after - 1], self._sizes[after]
+        share = (at - low) / (high - low)
+        before = self._rates[after - 1]
+        return math.exp(before + share * (self._rates[after] - before))
+
+
+class Costs:
+    """Seconds of everything that a run does on one machine.
+
+    Args:
+        drive: the name of the file tier.
+
+    Raises:
+        ConfigError: a rate or a link that a step needs was not measured; names what measures it.
+    """
+
+    def __init__(self, machine: Machine, drive: str) -> None:
+        self._machine = machine
+        self._drive = drive
+        self._curves: dict[tuple[Work, str], Curve] = {}
+        self.call_s = 1 / self._curve("dispatch", "float32").rate(1)
+        self.hook_s = _HOOK_CALLS * self.call_s
+        self.checksum_bytes_per_s = self._curve("checksum", "float32").rate(PIECE_NBYTES)
+        self._fresh_bytes_per_s = self._curve("first touch", "float32").rate(PIECE_NBYTES)
+        read, write = machine.link(drive, "host"), machine.link("host", drive)
+        self.read_latency_s, self.write_latency_s = read.latency_s, write.latency_s
+
+    def _curve(self, work: Work, dtype: str) -> Curve:
+        key = work, dtype
+        if key not in self._curves:
+            try:
+                points = self._machine.rates(work, dtype)
+            except ConfigError:
+                if dtype not in _ALIKE:
+                    raise
+                points = self._machine.rates(work, _ALIKE[dtype])
+            self._curves[key] = Curve(points)
+        return self._curves[key]
+
+    def seconds(self, operation: Operation) -> float:
+        """Of one call."""
+        if operation.kind == "view":
+            return _VIEW_CALLS * self.call_s
+        dtype = operation.dtype if operation.dtype.startswith(("float", "bfloat")) else "float32"
+        moving_s = self._at("pointwise", dtype, operation.nbytes)
+        if operation.kind == "heavy":
+            moving_s = self._at("heavy", dtype, operation.nbytes)
+        elif operation.kind != "pointwise":
+            moving_s = max(moving_s, self._at(_work_of(operation), dtype, operation.flops))
+        return max(moving_s, self.call_s)
+
+    def _at(self, work: Work, dtype: str, size: int) -> float:
+        return size / self._curve(work, dtype).rate(size)
+
+    def fresh_s(self, nbytes: int) -> float:
+        """What the kernel takes to make ``nbytes`` of fresh memory."""
+        return nbytes / self._fresh_bytes_per_s if nbytes >= FRESH_NBYTES else 0.0
+
+    def optimizer_s(
+        self, stepping: Stepping, nbytes: int, *, threads: Literal["one", "all"]
+    ) -> float:
+        """A call of the optimizer's step that moves ``nbytes`` of weights, gradients, states."""
+        work: Work = "optimizer" if threads == "all" else "optimizer thread"
+        passes = 1 if stepping.fused else _UNFUSED_PASSES
+        return passes * self._at(work, "float32", nbytes) + self.hook_s
+
+    def read_s(self, nbytes: int) -> float:
+        """Of the drive, for one request of ``nbytes`` among others."""
+        return self._request_s(self._drive, "host", nbytes)
+
+    def write_s(self, nbytes: int) -> float:
+        """As ``read_s``, to the drive."""
+        return self._request_s("host", self._drive, nbytes)
+
+    def _request_s(self, source: str, target: str, nbytes: int) -> float:
+        nbytes = max(nbytes, PAGE)
+        link = self._machine.link(source, target, block_nbytes=nbytes)
+        return max(nbytes / link.bytes_per_s, link.latency_s / link.in_flight)
+
+    @property
+    def together(self) -> float:
+        """The share of its own rate at which each lane goes on while both are busy."""
+        read = self._machine.link(self._drive, "host").bytes_per_s
+        write = self._machine.link("host", self._drive).bytes_per_s
+        try:
+            both = 2 * self._machine.link(self._drive, self._drive).bytes_per_s
+        except ConfigError:
+            return 0.5  # nobody measured it: as if the drive did one thing at a time
+        return min(max(both / (read + write), 0.5), 1.0)
+
+    def commit_s(self, weights: int) -> float:
+        """What a commit costs beside the bytes that it writes."""
+        return _FLUSHES * self.write_latency_s + weights * _COMMIT_CALLS * self.call_s
+
+
+_UNFUSED_PASSES = 2.5  # over the same bytes
+
+
+def _work_of(operation: Operation) -> Work:
+    if operation.kind == "attention":
+        return "attention backward" if "backward" in operation.name else "attention"
+    return "thin matmul" if operation.rows < _THIN_ROWS else "matmul"

@@ -1,0 +1,247 @@
+"""What a run will need and how long its steps will take: the plan of ``attach``, simulated.
+
+Pure: the same program, machine and settings always give the same prediction.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from offload.allocator.errors import BudgetError
+from offload.allocator.units import format_nbytes
+from offload.swap.gradients import MIN_NBYTES
+from offload.swap.plan import Plan, choose_chunk_numel, make_plan, soft_limit_nbytes
+from offload.swap.planning.cost import Costs
+from offload.swap.planning.program import Program
+from offload.swap.planning.simulate import SimulatedStep, Simulation
+from offload.swap.planning.world import Role
+from offload.tiers.events import Recorder
+from offload.tiers.hostmem import page_ceil
+from offload.tiers.machine import Machine
+
+_STEPS = 4  # the first learns, the second has grown, the third may shrink, the fourth repeats
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """What a process takes without a model.
+
+    Attributes:
+        attach_nbytes: resident set as ``attach`` finds it: interpreter, libraries, data.
+        running_nbytes: more once a step has run: code that the first kernels bring in, the heap.
+    """
+
+    attach_nbytes: int
+    running_nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a user decides.
+
+    Attributes:
+        budget_nbytes: ``host``: bound of the process's resident set.
+        drive: the name of the file tier.
+        commits: whether anything is made durable, which takes two slots of the drive.
+    """
+
+    budget_nbytes: int
+    drive: str
+    commits: bool = True
+    min_swap_nbytes: int = 64 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriveUse:
+    """Bytes that a run takes of the drive."""
+
+    weights_nbytes: int
+    states_nbytes: int
+    gradients_nbytes: int
+    activations_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """All together."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """A run that fits.
+
+    Attributes:
+        steps: as simulated; the last one is what every later step is like.
+        building_nbytes: resident set while the model is built in its store.
+        tokens: of a step.
+    """
+
+    settings: Settings
+    steps: tuple[SimulatedStep, ...]
+    building_nbytes: int
+    drive: DriveUse
+    tokens: int
+
+    @property
+    def last(self) -> SimulatedStep:
+        """What every later step is like."""
+        return self.steps[-1]
+
+    @property
+    def plan(self) -> Plan:
+        """As it is in the end."""
+        return self.last.plan
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step."""
+        return self.last.finished.step_s
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The process's peak resident set."""
+        return max(self.building_nbytes, *(step.finished.peak_nbytes for step in self.steps))
+
+    @property
+    def peak_roles(self) -> Mapping[Role, int]:
+        """What the resident set is made of at the peak of a step."""
+        return self.last.peak_roles
+
+    @property
+    def bound_by(self) -> str:
+        """The part that is busy longest."""
+        return max(self.last.busy_s, key=lambda name: self.last.busy_s[name])
+
+
+def predict(
+    program: Program,
+    machine: Machine,
+    settings: Settings,
+    baseline: Baseline,
+    *,
+    recorder: Recorder | None = None,
+) -> Prediction:
+    """Simulate the first steps of a run.
+
+    Args:
+        recorder: takes the events of the simulated run.
+
+    Raises:
+        BudgetError: it does not fit memory, or the drive; names what would.
+        ConfigError: a rate or a link is needed that the machine does not tell.
+    """
+    costs = Costs(machine, settings.drive)
+    chunk_numel = choose_chunk_numel(settings.budget_nbytes)
+    plan = make_plan(
+        program.census,
+        budget_nbytes=settings.budget_nbytes,
+        baseline_nbytes=baseline.attach_nbytes,
+        chunk_numel=chunk_numel,
+    )
+    simulation = Simulation(
+        program,
+        plan,
+        costs,
+        chunk_numel=chunk_numel,
+        resident_nbytes=baseline.running_nbytes,
+        min_swap_nbytes=settings.min_swap_nbytes,
+        recorder=recorder,
+    )
+    steps = tuple(simulation.step() for _ in range(_STEPS))
+    use = drive_use(program, settings, max(step.spilled_nbytes for step in steps))
+    _check_drive(machine, settings, use)
+    building = baseline.attach_nbytes + program.census.weight_nbytes
+    return Prediction(
+        settings=settings,
+        steps=steps,
+        building_nbytes=min(soft_limit_nbytes(settings.budget_nbytes), building),
+        drive=use,
+        tokens=program.tokens,
+    )
+
+
+def drive_use(program: Program, settings: Settings, activations_nbytes: int) -> DriveUse:
+    """As ``adopting.reserve_room`` reserves it: two slots of what is trained."""
+    slots = 2 if settings.commits else 1
+    weights = gradients = 0
+    for weight in program.census.weights:
+        nbytes = page_ceil(weight.nbytes)
+        weights += nbytes * (slots if weight.trainable else 1)
+        gradients += nbytes if weight.trainable and weight.nbytes >= MIN_NBYTES else 0
+    sizes = program.stepping.states_nbytes.values() if program.stepping else ()
+    return DriveUse(
+        weights_nbytes=weights,
+        states_nbytes=slots * sum(page_ceil(nbytes) for each in sizes for nbytes in each),
+        gradients_nbytes=gradients,
+        activations_nbytes=activations_nbytes,
+    )
+
+
+def _check_drive(machine: Machine, settings: Settings, use: DriveUse) -> None:
+    free = machine.tier(settings.drive).free_nbytes
+    if use.nbytes > free:
+        mend = "" if not settings.commits else ", or --commit never, which takes one slot of two"
+        raise BudgetError(
+            f"{settings.drive} has {format_nbytes(free)} free, the run takes "
+            f"{format_nbytes(use.nbytes)} of it ({use.nbytes} bytes: weights "
+            f"{format_nbytes(use.weights_nbytes)}, optimizer states "
+            f"{format_nbytes(use.states_nbytes)}, gradients {format_nbytes(use.gradients_nbytes)}, "
+            f"activations {format_nbytes(use.activations_nbytes)}): free "
+            f"{format_nbytes(use.nbytes - free)} of it{mend}",
+            needed_nbytes=use.nbytes,
+            budget_nbytes=free,
+        )
+
+
+def least_budget(
+    program: Program, machine: Machine, settings: Settings, baseline: Baseline
+) -> Prediction:
+    """The prediction for the smallest budget, in whole MiB, that is found to fit.
+
+    Found by bisection: a budget that fits by chance below one that does not is not looked for.
+
+    Raises:
+        BudgetError: the drive is too small for any budget.
+        ConfigError: as ``predict``.
+    """
+
+    def attempt(mib: int) -> "Prediction | BudgetError":
+        changed = dataclasses.replace(settings, budget_nbytes=mib * _MIB)
+        try:
+            return predict(program, machine, changed, baseline)
+        except BudgetError as error:
+            return error
+
+    _check_drive(machine, settings, drive_use(program, settings, 0))
+    low = 0
+    high = max(1, baseline.attach_nbytes // _MIB)
+    while isinstance(tried := attempt(high), BudgetError):
+        low, high = high, max(high + 32, -(-(tried.needed_nbytes or 0) // _MIB))
+    best = tried
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = attempt(middle)
+        if isinstance(tried, BudgetError):
+            low = middle
+        else:
+            high, best = middle, tried
+    return best
+
+
+def largest(fits: Callable[[int], bool], *, start: int, grid: int, most: int) -> int | None:
+    """The largest multiple of ``grid`` up to ``most`` that fits; None if ``grid`` itself does not.
+
+    Found by doubling from ``start``, then by bisection.
+    """
+    low, high = 0, max(start // grid, 1) * grid
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most // grid * grid + grid)
+    while high - low > grid:
+        middle = (low + high) // 2 // grid * grid
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
+    return low or None

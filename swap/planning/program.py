@@ -1,0 +1,199 @@
+"""A training step as plain records: what it computes, saves, uses and lets go of, in order.
+
+Written by ``tracing``, read by the simulator. Nothing here knows torch. A step is a list of
+events; each names a row of one of the program's tables by its number.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, NamedTuple, TypeAlias
+
+from offload.swap.census import Census, ModuleInfo, WeightInfo
+
+OperationKind: TypeAlias = Literal[
+    "matmul",  # products of matrices, convolutions
+    "attention",  # fused attention
+    "pointwise",  # a few operations for each byte: limited by memory
+    "heavy",  # exponentials and reductions for each element
+    "view",  # moves no byte
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One kernel call.
+
+    Attributes:
+        name: as torch's dispatcher knows it, such as ``aten.mm``.
+        flops: of its matrix products; 0 for other kinds.
+        nbytes: read and written.
+        rows: the smallest dimension of a matrix product; 0 for other kinds.
+        dtype: of what it writes, such as ``float32``.
+    """
+
+    name: str
+    kind: OperationKind
+    flops: int
+    nbytes: int
+    rows: int
+    dtype: str
+
+
+class What(IntEnum):
+    """What an event tells; ``which`` is the row of the table that it names."""
+
+    COMPUTE = 0  # operations: a kernel runs
+    USE = 1  # uses: a module, or backward, is about to read these weights
+    LOOKUP = 2  # lookups: a few rows of a weight are read where they are
+    ALLOCATE = 3  # storages: memory that is not saved by autograd alone
+    FREE = 4  # storages: nobody but autograd holds it any more
+    SAVE = 5  # storages: autograd saves it, for the first time
+    UNSAVE = 6  # storages: backward reads what was saved
+    FORGET = 7  # storages: autograd needs it no more
+    GRADIENT = 8  # weights: its gradient is complete
+    FORWARD = 9  # a pass begins
+    STEP = 10  # backward has ended, the optimizer steps
+
+
+class Event(NamedTuple):
+    """One moment of a step."""
+
+    what: What
+    which: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lookup:
+    """Rows of a weight that are read through its mapping, without a fetch of the whole."""
+
+    weight: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepping:
+    """What the optimizer keeps and how it steps.
+
+    Attributes:
+        name: of its class.
+        states_nbytes: of each per-element state of each weight that it steps.
+        fused: one kernel, without temporaries.
+    """
+
+    name: str
+    states_nbytes: Mapping[str, tuple[int, ...]]
+    fused: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return sum(sum(sizes) for sizes in self.states_nbytes.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """One training step of a model on one batch.
+
+    Attributes:
+        census: weights and their users.
+        itemsizes: bytes of an element of each weight.
+        buffers_nbytes: of the model's buffers, which stay in memory.
+        tokens: elements of the batch, for rates per token.
+        operations: distinct kernel calls.
+        storages: bytes of each storage.
+        uses: weights that are used at once.
+        stepping: the optimizer's part; None where nothing is stepped.
+    """
+
+    census: Census
+    itemsizes: Mapping[str, int]
+    buffers_nbytes: int
+    tokens: int
+    operations: tuple[Operation, ...]
+    storages: tuple[int, ...]
+    uses: tuple[tuple[str, ...], ...]
+    lookups: tuple[Lookup, ...]
+    events: tuple[Event, ...]
+    stepping: Stepping | None
+
+    @property
+    def flops(self) -> int:
+        """Of all matrix products of forward and backward."""
+        return sum(
+            self.operations[event.which].flops
+            for event in self.events
+            if event.what is What.COMPUTE
+        )
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all weights."""
+        return sum(one.nbytes // self.itemsizes[one.name] for one in self.census.weights)
+
+    @property
+    def trainable_nbytes(self) -> int:
+        """Bytes of the weights that get a gradient."""
+        return sum(weight.nbytes for weight in self.census.weights if weight.trainable)
+
+    @property
+    def saved_nbytes(self) -> int:
+        """The most that autograd holds at once for backward."""
+        return self._most(What.SAVE, What.FORGET)
+
+    @property
+    def transient_nbytes(self) -> int:
+        """The most that is held at once by others than autograd, gradients included."""
+        return self._most(What.ALLOCATE, What.FREE)
+
+    def to_json(self) -> str:
+        """The program as one line of JSON."""
+        fields = dataclasses.asdict(self)
+        fields["events"] = [number for event in self.events for number in event]
+        return json.dumps(fields)
+
+    @staticmethod
+    def from_json(text: str) -> "Program":
+        """The program that ``to_json`` wrote."""
+        fields = json.loads(text)
+        numbers, stepping = iter(fields["events"]), fields["stepping"]
+        census = fields["census"]
+        return Program(
+            census=Census(
+                weights=tuple(WeightInfo(**weight) for weight in census["weights"]),
+                modules=tuple(
+                    ModuleInfo(name=module["name"], weights=tuple(module["weights"]))
+                    for module in census["modules"]
+                ),
+            ),
+            itemsizes=fields["itemsizes"],
+            buffers_nbytes=fields["buffers_nbytes"],
+            tokens=fields["tokens"],
+            operations=tuple(Operation(**operation) for operation in fields["operations"]),
+            storages=tuple(fields["storages"]),
+            uses=tuple(map(tuple, fields["uses"])),
+            lookups=tuple(Lookup(**lookup) for lookup in fields["lookups"]),
+            events=tuple(
+                Event(What(what), which) for what, which in zip(numbers, numbers, strict=True)
+            ),
+            stepping=stepping
+            and Stepping(
+                name=stepping["name"],
+                states_nbytes={
+                    name: tuple(sizes) for name, sizes in stepping["states_nbytes"].items()
+                },
+                fused=stepping["fused"],
+            ),
+        )
+
+    def _most(self, more: What, less: What) -> int:
+        now = most = 0
+        for event in self.events:
+            if event.what is more:
+                now += self.storages[event.which]
+                most = max(most, now)
+            elif event.what is less:
+                now -= self.storages[event.which]
+        return most

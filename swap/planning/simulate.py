@@ -1,0 +1,272 @@
+"""A run on a virtual clock: a program's steps under the plan that ``attach`` makes.
+
+Nothing is measured and nothing is random: the same program, plan and costs always give the same
+run. It emits the events of a real one, so that a report of it is a report like any other.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from offload.allocator.errors import BudgetError
+from offload.allocator.units import format_nbytes
+from offload.swap.gradients import MIN_NBYTES
+from offload.swap.plan import MARGIN_NBYTES, Plan, grow, shrink, soft_limit_nbytes
+from offload.swap.planning.cost import Costs
+from offload.swap.planning.program import Program, What
+from offload.swap.planning.sim_saved import SimSaved
+from offload.swap.planning.sim_step import SimGradients, SimStep
+from offload.swap.planning.sim_weights import SimWeights
+from offload.swap.planning.world import Memory, Role, World, read_lane, write_lane
+from offload.tiers.events import Recorder, StepFinished
+from offload.tiers.hostmem import HUGE_PAGE, page_ceil
+from offload.tiers.journal import Journal
+
+# What one look at a mapped file brings in: the kernel maps the pages around it, too (debugfs
+# fault_around_bytes: 64 KiB). A table that was just built is in the page cache in large folios, of
+# which a look maps a whole one, if it is huge: 45 to 63 MiB of a table of 94 (Linux 6.18).
+_FAULT_AROUND_NBYTES = 64 << 10
+_HUGE_FOLIOS = 0.6  # of a table that was just built
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedStep:
+    """One step: its times and bytes, its peak by role, and the plan that held in it.
+
+    Attributes:
+        busy_s: seconds in which each part worked: compute, optimizer, drive.
+        spilled_nbytes: of saved activations that were on the drive at once, at most.
+    """
+
+    finished: StepFinished
+    busy_s: Mapping[str, float]
+    peak_roles: Mapping[Role, int]
+    plan: Plan
+    spilled_nbytes: int
+
+
+class Simulation:
+    """Runs steps one after the other; the plan grows after the first, as in a run.
+
+    Args:
+        plan: of ``make_plan``.
+        resident_nbytes: of the runtime itself, beside the plan's baseline.
+        min_swap_nbytes: smaller saved storages move in batches.
+        recorder: takes the events.
+
+    Attributes:
+        plan: as it is now.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        costs: Costs,
+        *,
+        chunk_numel: int,
+        resident_nbytes: int = 0,
+        min_swap_nbytes: int = 64 << 10,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.plan = plan
+        self._program = program
+        self._costs = costs
+        self._sizes = {weight.name: weight.nbytes for weight in program.census.weights}
+        memory = Memory(soft_limit_nbytes(plan.budget_nbytes))
+        memory.add("fixed", plan.baseline_nbytes + resident_nbytes + program.buffers_nbytes)
+        self.world = world = World(
+            read_lane(costs.read_s, costs.read_latency_s),
+            write_lane(costs.write_s, costs.write_latency_s),
+            together=costs.together,
+            memory=memory,
+        )
+        if recorder is not None:
+            world.journal = Journal(recorder, clock=lambda: world.now_s)
+        order = [name for info in program.census.modules for name in info.weights]
+        self._weights = SimWeights(
+            world,
+            self._sizes,
+            list(dict.fromkeys(order)),
+            window_nbytes=plan.window_nbytes,
+            hook_s=costs.hook_s,
+            checksum_bytes_per_s=costs.checksum_bytes_per_s,
+        )
+        self._saved = SimSaved(
+            world,
+            program.storages,
+            limit_nbytes=plan.activations_nbytes,
+            min_nbytes=min_swap_nbytes,
+            hook_s=costs.hook_s / 2,
+        )
+        self._gradients = SimGradients(world, limit_nbytes=plan.gradients_nbytes)
+        self._step: SimStep | None = None
+        if program.stepping is not None:
+            self._step = SimStep(
+                world,
+                self._weights,
+                self._gradients,
+                program.stepping,
+                {name: nbytes // program.itemsizes[name] for name, nbytes in self._sizes.items()},
+                costs,
+                chunk_numel=chunk_numel,
+                staging_nbytes=plan.staging_nbytes,
+            )
+        self._seconds = [costs.seconds(operation) for operation in program.operations]
+        self._fresh_s = [costs.fresh_s(nbytes) for nbytes in program.storages]
+        self._names = [weight.name for weight in program.census.weights]
+        self._looked_up: dict[str, int] = {}
+        self._steps = 0
+
+    def step(self) -> SimulatedStep:
+        """One more step.
+
+        Raises:
+            BudgetError: the first one's forward and backward exceed the budget; names one that
+                fits, as a run does.
+        """
+        world = self.world
+        totals = dataclasses.replace(world.journal.totals)
+        began_s = world.now_s
+        drive_s = world.drive_busy_s
+        world.memory.restart_peak()
+        self._pass()
+        if not self._steps:
+            self._check_fits()
+        passed_s, stalled_s = world.now_s, world.journal.totals.stall_s
+        self._optimize()
+        stepped_s, stepped_stall_s = world.now_s, world.journal.totals.stall_s
+        if self._step is not None:
+            self._step.commit()
+        self._steps += 1
+        after, step_s = world.journal.totals, world.now_s - began_s
+        stall_s = stalled_s - totals.stall_s
+        finished = StepFinished(
+            t_s=world.now_s,
+            step=self._steps,
+            step_s=step_s,
+            compute_s=passed_s - began_s - stall_s,
+            stall_s=stall_s,
+            optimizer_s=stepped_s - passed_s,
+            commit_s=world.now_s - stepped_s,
+            read_nbytes=after.read_nbytes - totals.read_nbytes,
+            written_nbytes=after.written_nbytes - totals.written_nbytes,
+            peak_nbytes=world.memory.peak_nbytes,
+            resident_nbytes={
+                "weight": world.memory.now["weights"],
+                "activation": self._saved.kept_nbytes,
+                "state": world.memory.now["states"],
+            },
+        )
+        world.journal.record(finished)
+        optimizer_s = finished.optimizer_s - (stepped_stall_s - stalled_s)
+        done = SimulatedStep(
+            finished=finished,
+            busy_s={
+                "compute": finished.compute_s,
+                "optimizer": optimizer_s,
+                "drive": world.drive_busy_s - drive_s,
+            },
+            peak_roles=dict(world.memory.peak_roles),
+            plan=self.plan,
+            spilled_nbytes=self._saved.spilled_nbytes,
+        )
+        self._replan(world.memory.peak_nbytes)
+        return done
+
+    def _handlers(self) -> tuple[Callable[[int], None], ...]:
+        """What each kind of event does, in the order of ``What``."""
+        saved, weights, uses = self._saved, self._weights, self._program.uses
+        by_kind = {
+            What.COMPUTE: lambda which: self.world.compute(self._seconds[which]),
+            What.USE: lambda which: weights.use(uses[which]),
+            What.LOOKUP: self._look_up,
+            What.ALLOCATE: self._allocate,
+            What.FREE: saved.let_go,
+            What.SAVE: saved.save,
+            What.UNSAVE: saved.unsave,
+            What.FORGET: saved.forget,
+            What.GRADIENT: self._take_gradient,
+            What.FORWARD: self._begin_pass,
+            What.STEP: lambda _which: None,
+        }
+        return tuple(by_kind[what] for what in What)
+
+    def _pass(self) -> None:
+        """Forward and backward."""
+        handlers = self._handlers()
+        for what, which in self._program.events:
+            handlers[what](which)
+
+    def _begin_pass(self, _which: int) -> None:
+        self._gradients.poll()
+        self._weights.trace.begin()
+        self._saved.begin()
+
+    def _allocate(self, storage: int) -> None:
+        self.world.compute(self._fresh_s[storage])
+        self._saved.hold(storage)
+
+    def _take_gradient(self, which: int) -> None:
+        name = self._names[which]
+        self._gradients.take(name, self._sizes[name])
+        self._weights.trace.use(name)
+
+    def _look_up(self, which: int) -> None:
+        lookup = self._program.lookups[which]
+        if self._weights.weights[lookup.weight].in_memory:
+            return
+        known, table = self._looked_up.get(lookup.weight, 0), self._sizes[lookup.weight]
+        folio = _FAULT_AROUND_NBYTES if self._steps else HUGE_PAGE
+        share = 1.0 if self._steps else _HUGE_FOLIOS
+        # Rows are as good as random: how many of the folios are looked at.
+        seen = -math.expm1(-lookup.rows * folio / table) * table * share
+        nbytes = max(known, int(seen))
+        self.world.memory.add("pages", nbytes - known)
+        self.world.compute(lookup.rows * self._costs.read_latency_s)
+        self._looked_up[lookup.weight] = nbytes
+
+    def _optimize(self) -> None:
+        self._weights.trace.end()
+        self._gradients.poll()
+        self._weights.evict_streaming()
+        if self._step is not None:
+            self._step.step()
+        for name in list(self._looked_up):  # a new version is mapped afresh
+            self.world.memory.add("pages", -self._looked_up.pop(name))
+
+    def _check_fits(self) -> None:
+        peak, budget = self.world.memory.peak_nbytes, self.plan.budget_nbytes
+        if peak > budget:
+            needed = peak + MARGIN_NBYTES
+            raise BudgetError(
+                f"the host budget of {format_nbytes(budget)} is too small: with this batch, "
+                f"forward and backward take {format_nbytes(peak)}. Take a smaller batch, or a "
+                f"budget of host={-(-needed // (1 << 20))}MiB",
+                needed_nbytes=needed,
+                budget_nbytes=budget,
+            )
+
+    def _replan(self, peak_nbytes: int) -> None:
+        """As ``Replanner.finish_step``."""
+        states = self._states_nbytes()
+        census = self._program.census
+        if self._steps == 1:
+            self.plan = grow(self.plan, census, peak_nbytes=peak_nbytes, states_nbytes=states)
+        elif (excess := peak_nbytes - self.plan.budget_nbytes + MARGIN_NBYTES // 2) > 0:
+            self.plan = shrink(self.plan, census, excess_nbytes=excess, states_nbytes=states)
+        if self._step is not None:
+            self._step.keep(frozenset(self.plan.resident_states))
+        self._weights.keep(frozenset(self.plan.resident))
+
+    def _states_nbytes(self) -> dict[str, int]:
+        """As ``MemoryStep.nbytes``."""
+        stepping = self._program.stepping
+        if stepping is None:
+            return {}
+        return {
+            name: sum(map(page_ceil, sizes))
+            + (page_ceil(self._sizes[name]) if self._sizes[name] >= MIN_NBYTES else 0)
+            for name, sizes in stepping.states_nbytes.items()
+        }

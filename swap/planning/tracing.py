@@ -1,0 +1,338 @@
+"""What a training step does, found out without running it.
+
+[Note: fake run] The step runs on fake tensors: torch's own rules for shapes, types and storages,
+no bytes, no arithmetic. A dispatch mode below autograd sees each kernel call, weak references tell
+when a storage dies, and saved-tensor hooks tell what autograd saves. The hooks give nothing but a
+handle to autograd, so that a storage which only autograd would hold dies at once: the program tells
+apart what must be in memory and what swapping may move. What backward reads comes back as a
+stand-in, which is not counted: its bytes are those of the saved storage.
+
+The rules by which saved tensors are moved or left alone are those of ``activations``.
+"""
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from offload.allocator.errors import UnsupportedError
+from offload.swap.activations import LEAST_NBYTES, is_small_slice
+from offload.swap.census import named_weights, storage_key, take_census, uses_rows_only
+from offload.swap.optim_kinds import Kind, kind_of, state_specs
+from offload.swap.planning.kernels import describe, tensors_of
+from offload.swap.planning.program import Event, Lookup, Operation, Program, Stepping, What
+
+_ON_VALUES = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+)
+
+
+def _drop(_record: logging.LogRecord) -> bool:
+    """Torch logs what it then raises."""
+    return False
+
+
+def fake_mode() -> FakeTensorMode:
+    """The mode in which a model is built and its step traced; real tensors may be mixed in."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def trace_step(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module], torch.Tensor],
+    *,
+    tokens: int,
+    optimizer: Optimizer | None,
+) -> Program:
+    """The program of one step of ``model``, which was built under ``fake_mode``.
+
+    Call it under that mode.
+
+    Args:
+        loss_of: a forward, up to the loss.
+        tokens: elements of the batch.
+
+    Raises:
+        UnsupportedError: what the model does depends on values, which a fake run has not.
+    """
+    tracer = Tracer(model)
+    with tracer.running():
+        loss = loss_of(model)
+        tracer.backward(loss.backward)
+    return tracer.program(tokens, optimizer)
+
+
+class Tracer(TorchDispatchMode):
+    """Writes down what a step does while it runs on fake tensors; see [Note: fake run]."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._model = model
+        self.census = take_census(model)
+        self._events: list[Event] = []
+        self._operations: dict[Operation, int] = {}
+        self._uses: dict[tuple[str, ...], int] = {}
+        self._lookups: dict[Lookup, int] = {}
+        self._storages: list[int] = []
+        self._known: dict[int, int | None] = {}  # by key; None: not counted
+        self._numbers = {weight.name: at for at, weight in enumerate(self.census.weights)}
+        self._names = {
+            storage_key(parameter): name
+            for name, parameters in named_weights(model)
+            for parameter in parameters
+        }
+        self._saved: Counter[int] = Counter()  # handles that live, by storage
+        self._muted = False
+        fixed = [*model.parameters(), *model.buffers()]
+        for tensor in fixed:
+            self._known[storage_key(tensor)] = None
+
+    # While the step runs.
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch the model, what autograd saves, and every kernel.
+
+        Raises:
+            UnsupportedError: as ``trace_step``.
+        """
+        with ExitStack() as stack:
+            for handle in self._hooks():
+                stack.callback(handle.remove)
+            stack.enter_context(self)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
+            logging.getLogger(fake_tensor.__name__).addFilter(_drop)
+            stack.callback(logging.getLogger(fake_tensor.__name__).removeFilter, _drop)
+            try:
+                yield
+            except _ON_VALUES as error:
+                raise UnsupportedError(
+                    f"what {type(self._model).__name__} computes depends on the values of its "
+                    f"tensors ({error}), which planning does not have: run it with a first budget "
+                    "and read its report"
+                ) from error
+            except (RuntimeError, NotImplementedError) as error:
+                raise UnsupportedError(
+                    f"{type(self._model).__name__} can't be planned: torch refuses a step of it "
+                    f"({error}). If a real run of it does not fail, give --dtype bfloat16, or run "
+                    "it with a first budget and read its report"
+                ) from error
+
+    def backward(self, run: Callable[[], None]) -> None:
+        """Let backward ``run``; the step ends with it."""
+        run()
+        self._note(What.STEP, 0)
+
+    def join_forward(self) -> None:
+        """The model's own forward has begun before its hooks stood: make up for them."""
+        self._on_forward(self._model, ())
+        for info in self.census.modules:
+            if not info.name:
+                self._use(info.weights)
+
+    def _hooks(self) -> Iterator[Any]:
+        users = {info.name: info.weights for info in self.census.modules}
+        for name, module in self._model.named_modules():
+            if module is self._model:
+                yield module.register_forward_pre_hook(self._on_forward, prepend=True)
+            if weights := users.get(name):
+                yield module.register_forward_pre_hook(self._on_use(weights), prepend=True)
+            elif uses_rows_only(module):
+                yield module.register_forward_pre_hook(self._on_lookup(module), prepend=True)
+        for name, parameters in named_weights(self._model):
+            for parameter in parameters:
+                if parameter.requires_grad:
+                    yield parameter.register_post_accumulate_grad_hook(self._on_gradient(name))
+
+    def _on_forward(self, _module: nn.Module, _arguments: Any) -> None:
+        self._note(What.FORWARD, 0)
+
+    def _on_use(self, weights: tuple[str, ...]) -> Callable[[nn.Module, Any], None]:
+        def use(_module: nn.Module, _arguments: Any) -> None:
+            self._use(weights)
+
+        return use
+
+    def _use(self, weights: tuple[str, ...]) -> None:
+        self._note(What.USE, self._uses.setdefault(weights, len(self._uses)))
+
+    def _on_lookup(self, module: nn.Module) -> Callable[[nn.Module, Any], None]:
+        weight = next(iter(module._parameters.values()))
+        assert weight is not None
+
+        def look_up(_module: nn.Module, arguments: Sequence[Any]) -> None:
+            indices = tensors_of(arguments)
+            rows = indices[0].numel() if indices else 0
+            lookup = Lookup(weight=self._names[storage_key(weight)], rows=rows)
+            self._note(What.LOOKUP, self._lookups.setdefault(lookup, len(self._lookups)))
+
+        return look_up
+
+    def _on_gradient(self, name: str) -> Callable[[torch.Tensor], None]:
+        def take(parameter: torch.Tensor) -> None:
+            parameter.grad = None  # its memory is counted as the gradient's from now on
+            self._note(What.GRADIENT, self._numbers[name])
+
+        return take
+
+    def _note(self, what: What, which: int) -> None:
+        self._events.append(Event(what, which))
+
+    # Kernels and storages.
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run ``func`` and write it down."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if self._muted or func.namespace == "prim":
+            return output
+        for tensor in tensors_of([output]):
+            self._meet(tensor)
+        operation = describe(func, args, kwargs, output)
+        self._note(What.COMPUTE, self._operations.setdefault(operation, len(self._operations)))
+        return output
+
+    def _meet(self, tensor: torch.Tensor) -> None:
+        """Count the storage of ``tensor`` for as long as it lives."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        number = self._known[key] = len(self._storages)
+        self._storages.append(storage.nbytes())
+        self._note(What.ALLOCATE, number)
+        weakref.finalize(storage, self._on_death, key, number).atexit = False
+
+    def _on_death(self, key: int, number: int) -> None:
+        self._known.pop(key, None)
+        self._note(What.FREE, number)
+
+    # What autograd saves.
+
+    def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Handle":
+        storage = tensor.untyped_storage()
+        name = self._names.get(storage._cdata)
+        if name is not None:
+            return _Handle(tensor, weight=name)
+        number = self._known.get(storage._cdata)
+        if (
+            number is None
+            or storage.nbytes() < LEAST_NBYTES
+            or is_small_slice(tensor, storage.nbytes())
+        ):
+            return tensor
+        if not self._saved[number]:
+            self._note(What.SAVE, number)
+        self._saved[number] += 1
+        handle = _Handle(tensor, number=number)
+        weakref.finalize(handle, self._forget, number).atexit = False
+        return handle
+
+    def _forget(self, number: int) -> None:
+        self._saved[number] -= 1
+        if not self._saved[number]:
+            self._note(What.FORGET, number)
+
+    def _unpack(self, saved: "torch.Tensor | _Handle") -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        if saved.weight is not None:
+            self._use((saved.weight,))
+            assert saved.tensor is not None
+            return saved.tensor
+        self._note(What.UNSAVE, saved.number)
+        return self._stand_in(saved)
+
+    def _stand_in(self, saved: "_Handle") -> torch.Tensor:
+        self._muted = True
+        try:
+            tensor = torch.empty_strided(
+                saved.size, saved.stride, dtype=saved.dtype, device=saved.device
+            )
+        finally:
+            self._muted = False
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        self._known[key] = None
+        weakref.finalize(storage, self._known.pop, key, None).atexit = False
+        return tensor
+
+    # What it was.
+
+    def program(self, tokens: int, optimizer: Optimizer | None) -> Program:
+        """All that was seen; what the user's code still holds, it lets go of behind the step."""
+        living = [number for number in self._known.values() if number is not None]
+        return Program(
+            census=self.census,
+            itemsizes={
+                name: parameters[0].itemsize for name, parameters in named_weights(self._model)
+            },
+            buffers_nbytes=sum(buffer.nbytes for buffer in self._model.buffers()),
+            tokens=tokens,
+            operations=tuple(self._operations),
+            storages=tuple(self._storages),
+            uses=tuple(self._uses),
+            lookups=tuple(self._lookups),
+            events=(*self._events, *(Event(What.FREE, number) for number in living)),
+            stepping=None if optimizer is None else stepping_of(self._model, optimizer),
+        )
+
+
+class _Handle:
+    """What autograd keeps of a saved tensor: its layout; of a weight, the tensor itself."""
+
+    __slots__ = ("__weakref__", "device", "dtype", "number", "size", "stride", "tensor", "weight")
+
+    def __init__(
+        self, tensor: torch.Tensor, *, number: int = -1, weight: str | None = None
+    ) -> None:
+        self.tensor = None if weight is None else tensor.detach()
+        self.number = number
+        self.weight = weight
+        self.size, self.stride = tensor.size(), tensor.stride()
+        self.dtype, self.device = tensor.dtype, tensor.device
+
+
+def stepping_of(model: nn.Module, optimizer: Optimizer) -> Stepping:
+    """What ``optimizer`` keeps for the weights of ``model``, which may be fake.
+
+    Raises:
+        UnsupportedError: its step can't be cut into tiles, so that nothing is known of its states
+            before the first step.
+    """
+    if kind_of(optimizer) is not Kind.ELEMENTWISE:
+        raise UnsupportedError(
+            f"{type(optimizer).__name__} is not known to be elementwise: what its states take is "
+            "not known before its first step. Plan with --optim adamw, or run it and read the "
+            "report"
+        )
+    groups = {
+        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
+    }
+    sizes: dict[str, tuple[int, ...]] = {}
+    probed: dict[tuple[int, torch.dtype], tuple[int, ...]] = {}
+    for name, (parameter, *_) in named_weights(model):
+        group = groups.get(id(parameter))
+        if group is None or not parameter.requires_grad:
+            continue
+        kind = id(group), parameter.dtype
+        if kind not in probed:
+            specs = state_specs(optimizer, group, parameter)
+            probed[kind] = tuple(spec.dtype.itemsize for spec in specs)
+        sizes[name] = tuple(parameter.numel() * itemsize for itemsize in probed[kind])
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return Stepping(name=type(optimizer).__name__, states_nbytes=sizes, fused=fused)

@@ -1,0 +1,288 @@
+"""``offload plan``, as a user meets it."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offload.cli import main
+from offload.planner.machines import library_machine, list_machines
+from offload.tiers.machine import write_machine
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2000,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+LAPTOP = ["--machine", "laptop-16gb", "--baseline", "300MiB"]
+SCRIPT = """
+import sys, torch
+import offload
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(300, 500)
+        self.b = nn.Linear(500, 300)
+        self.register_buffer("scale", torch.ones(300))
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x * self.scale)))
+with offload.init(budget="host=1GiB"):
+    model = Net()
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+engine = offload.attach(model, optimizer, budget="host=1GiB")
+print("on stdout", engine.step)
+for step in range(3):
+    x = torch.randn(64, 300)
+    loss = ((model(x) - x) ** 2).mean()
+    if "--log" in sys.argv:
+        print(loss.item())
+    if "--early" in sys.argv:
+        sys.exit()
+    loss.backward()
+    raise AssertionError("backward has been seen")
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "tiny-llama"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return directory
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    file = tmp_path / "train.py"
+    file.write_text(SCRIPT)
+    return file
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    assert main(["plan", *map(str, words), "--json"]) in {0, 3}
+    document = json.loads(capsys.readouterr().out)
+    assert document["format"] == 1
+    return document
+
+
+def refusal(capsys: pytest.CaptureFixture[str], code: int, *words: object) -> str:
+    assert main(["plan", *map(str, words)]) == code
+    output = capsys.readouterr()
+    assert output.out == ""
+    return output.err
+
+
+def test_the_first_screen_answers_the_four_questions(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(model), *LAPTOP, "--budget", "380MiB", "--seq", "128"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "tiny-llama (0.8M parameters)", "full fine-tune", "seq 128 x batch 1", "Core i7-13700H",
+        "weights", "gradients", "optimizer states", "activations", "workspace", "process",
+        "FITS", "step", "tokens/s", "bound by", "try",
+    ):  # fmt: skip
+        assert words in out
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+    assert "why" not in out
+
+
+def test_explain_says_why(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(model), *LAPTOP, "--budget", "380MiB", "--seq", "128", "--explain"]
+    assert main(["plan", *words]) == 0
+    out = capsys.readouterr().out
+    for subject in ("weights:", "states:", "activations:", "compute:"):
+        assert re.search(rf"^why +{subject}", out, re.MULTILINE)
+
+
+def test_json_tells_the_same(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, model, *LAPTOP, "--budget", "380MiB", "--seq", 128)
+    assert found["fits"]
+    assert found["peak_nbytes"] <= found["budget_nbytes"] == 380 << 20
+    assert found["step_s"] > 0
+    assert found["tokens_per_s"] == pytest.approx(128 / found["step_s"])
+    assert found["bound_by"] in found["busy_s"]
+    memory = {row["name"]: row["memory_nbytes"] for row in found["rows"]}
+    total = memory.pop("in all")
+    assert sum(memory.values()) == total
+
+
+def test_what_does_not_fit_is_3_with_a_budget_that_does(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (model, *LAPTOP, "--seq", 512)
+    error = refusal(capsys, 3, *words, "--budget", "305MiB")
+    found = re.search(r"--budget host=(\d+)MiB fits", error)
+    assert found is not None
+    mib = int(found[1])
+    assert answer(capsys, *words, "--budget", f"host={mib}MiB")["fits"]
+    refused = answer(capsys, *words, "--budget", f"host={mib - 1}MiB")
+    assert not refused["fits"]
+    assert refused["needed_nbytes"] == mib << 20
+
+
+def test_solve_finds_the_bounds(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (model, *LAPTOP)
+    least = answer(capsys, *words, "--solve", "host", "--seq", 128)
+    assert re.fullmatch(r"--budget host=\d+MiB is the least that fits", least["solved"])
+    budget = ("--budget", least["budget_nbytes"])
+    for name, step, others in (("batch", 1, ("--seq", 128)), ("seq", 64, ())):
+        found = answer(capsys, *words, *budget, *others, "--solve", name)
+        most = int(re.findall(rf"^--{name} (\d+) is", found["solved"])[0])
+        assert found["fits"]
+        assert not answer(capsys, *words, *budget, *others, f"--{name}", most + step)["fits"]
+    longest = answer(capsys, *words, "--budget", "8GiB", "--solve", "seq")
+    assert longest["solved"].startswith("--seq 4096 is")  # all the positions that it has
+
+
+def test_adapters_take_fewer_states(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (model, *LAPTOP, "--budget", "400MiB", "--seq", 128)
+    full, lora = (answer(capsys, *words, "--method", method) for method in ("full", "lora"))
+    states = [
+        next(row["drive_nbytes"] for row in found["rows"] if row["name"] == "optimizer states")
+        for found in (full, lora)
+    ]
+    assert 0 < states[1] < states[0] / 4
+    assert lora["parameters"] > full["parameters"]
+
+
+def test_what_if_the_drive_were_slow(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (model, *LAPTOP, "--budget", "370MiB", "--seq", 128)
+    slow = answer(capsys, *words, "--what-if", "nvme=10MB/s")
+    assert slow["step_s"] > answer(capsys, *words)["step_s"]
+    assert slow["bound_by"] == "drive"
+    assert "what if nvme=10MB/s" in slow["machine"]
+
+
+def test_a_simulated_run_is_reported(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "run"
+    answer(capsys, model, *LAPTOP, "--budget", "370MiB", "--seq", 128, "--record", record)
+    assert main(["report", str(record)]) == 0
+    out = capsys.readouterr().out
+    assert "simulated by offload plan" in out
+    assert "4 steps; simulated" in out
+
+
+def test_a_gpu_that_is_not_used_is_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (model, "--machine", "desktop-4090", "--baseline", "300MiB", "--seq", 128)
+    (note,) = answer(capsys, *words)["notes"]
+    assert note == "attach computes on the CPU: the GPU of this machine is not used"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--budget", "24"], "24 bytes of memory hold nothing; a size has a unit: 24GiB?"),
+        (["--budget", "host=24"], "a size has a unit: 24GiB?"),
+        (["--budget", "24Gb/s"], "is not a size"),
+        (["--budget", "device=8GiB"], "host=SIZE bounds memory"),
+        (["--baseline", "300"], "300 bytes; a size has a unit: 300MiB?"),
+        (["--seq", "0"], "--seq 0: at least 2"),
+        (["--batch", "0"], "--batch 0: at least 1"),
+        (["--seq", "4097"], "tiny-llama has positions for 4096 tokens"),
+        (["--machine", "laptop-16g"], "did you mean 'laptop-16gb'?"),
+        (["--machine", "none.json"], "can't read the machine none.json"),
+        (["--optim", "adamv"], "did you mean 'adam"),
+        (["--what-if", "nvme=7"], "write 7GB/s"),
+        (["--args", "--epochs", "3"], "is no script"),
+    ],
+)
+def test_wrong_usage_is_2_and_says_what_to_write(
+    words: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal(capsys, 2, model, *LAPTOP, *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": "lama"}', "knows no model type 'lama'; did you mean 'llama'?"),
+        ('{"hidden_size": 4}', "it has no 'model_type'"),
+        ("{", "is not JSON"),
+        ('{"model_type": "vit"}', "is no causal language model"),
+    ],
+)
+def test_what_is_no_model_is_refused(
+    content: str, message: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "config.json").write_text(content)
+    assert message in refusal(capsys, 2, model, *LAPTOP)
+
+
+def test_no_model_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs a model" in refusal(capsys, 2, *LAPTOP)
+    assert "can't read the model" in refusal(capsys, 2, tmp_path / "none", *LAPTOP)
+    assert "can't read the script" in refusal(capsys, 2, tmp_path / "none.py", *LAPTOP)
+
+
+def test_a_machine_that_lacks_measurements_names_them(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, machine = tmp_path / "machine.json", library_machine("laptop-16gb")
+    words = (model, "--baseline", "300MiB", "--machine", file)
+    write_machine(dataclasses.replace(machine, links=machine.links[:2]), file)
+    error = refusal(capsys, 2, *words)
+    assert "the link host → file:samsung-970-evo-plus-2tb was not measured" in error
+    write_machine(dataclasses.replace(machine, compute=()), file)
+    assert "offload doctor -o machine.json" in refusal(capsys, 2, *words)
+    memory_only = dataclasses.replace(machine, tiers=machine.tiers[:1], links=machine.links[:1])
+    write_machine(memory_only, file)
+    assert "this machine has no drive" in refusal(capsys, 2, *words)
+
+
+def test_a_script_is_planned_as_far_as_its_first_backward(
+    script: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = answer(capsys, script, *LAPTOP, "--budget", "400MiB")
+    weights = 300 * 500 + 500 + 500 * 300 + 300
+    assert found["parameters"] == weights
+    assert found["title"].startswith("train.py (0.3M parameters)")
+    assert "SGD" in found["title"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--args", "--log"], 1, "depends on the values of its tensors"),
+        (["--args", "--early"], 1, "ended without a backward"),
+        (["--seq", "128"], 2, "train.py decides --seq by itself"),
+        (["--solve", "batch"], 2, "needs a config.json"),
+    ],
+)
+def test_scripts_that_cannot_be_planned(
+    words: list[str],
+    code: int,
+    message: str,
+    script: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in refusal(capsys, code, script, *LAPTOP, *words)
+
+
+def test_the_library_is_whole_and_names_its_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--machine", "list"]) == 0
+    out = capsys.readouterr().out.rstrip("\n")
+    assert out == list_machines()
+    names = [line.split()[0] for line in out.partition("\n\n")[0].splitlines()]
+    assert len(names) >= 6
+    for name in names:
+        library_machine(name).check_measured()
+    sources = out.partition("Published figures of:\n")[2].splitlines()
+    assert len(sources) >= 10
+    assert all(source.startswith("https://") for source in sources)
+
+
+@pytest.mark.slow
+def test_this_machine_is_measured_where_none_is_given(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = answer(capsys, model, "--nvme", tmp_path, "--seq", 128)
+    assert found["machine"].startswith("this machine: ")
+    process = next(row for row in found["rows"] if row["name"] == "process")
+    assert 100 << 20 < process["memory_nbytes"] < 2 << 30
