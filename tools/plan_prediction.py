@@ -1,0 +1,192 @@
+"""Predictions of the planner against real runs: peak resident set and step time.
+
+Each configuration is predicted from this machine's measured rates, then trained for some steps in a
+child process (``plan_job``). Its budget is the least that is predicted to fit, times a factor, so
+that small factors are hard on both. Peaks are the kernel's, building the model included. A step is
+the median of those after the second. The machine must be quiet: rates are measured at the start.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchlib import Result, arguments, finish
+from fit_job import Decoder, Shape, loss_of
+from offload.allocator.errors import OffloadError
+from offload.doctor.examine import bench_links
+from offload.planner.baseline import measure_baseline
+from offload.swap.planning.predict import Baseline, Settings, least_budget, predict
+from offload.swap.planning.program import Program
+from offload.swap.planning.tracing import fake_mode, trace_step
+from offload.tiers.inventory import file_tier_name
+from offload.tiers.machine import Link, Machine
+from offload.tiers.probe.compute import add_compute
+from offload.tiers.probe.pace import Effort
+
+_JOB = Path(__file__).with_name("plan_job.py")
+_MIB = 1 << 20
+_WARM = 2  # steps: the first learns, the second has grown
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a batch, a budget by its factor over the least one, a drive."""
+
+    layers: int
+    width: int
+    heads: int
+    sequence: int
+    factor: float
+    batch: int = 1
+    bytes_per_s: float | None = None  # throttled to that
+
+
+_M10, _M20, _M70 = (2, 128, 4), (4, 256, 4), (12, 512, 8)
+_M134, _M350 = (12, 768, 12), (24, 1024, 16)
+QUICK = (
+    Case(*_M10, sequence=64, factor=1.3),
+    Case(*_M20, sequence=128, factor=1.1),
+    Case(*_M20, sequence=128, factor=1.5, bytes_per_s=500e6),
+)
+FULL = (
+    *(Case(*_M10, sequence=64, factor=factor) for factor in (1.1, 1.5)),
+    Case(*_M10, sequence=512, factor=1.2, batch=2),
+    *(Case(*_M20, sequence=128, factor=factor) for factor in (1.1, 1.5, 2.0)),
+    *(Case(*_M20, sequence=length, factor=1.2) for length in (512, 1024, 4096)),
+    *(Case(*_M70, sequence=128, factor=factor) for factor in (1.1, 1.5, 3.0)),
+    *(Case(*_M70, sequence=length, factor=1.2) for length in (512, 1024, 2048)),
+    Case(*_M70, sequence=256, factor=1.2, batch=4),
+    *(Case(*_M70, sequence=128, factor=1.2, bytes_per_s=rate) for rate in (250e6, 500e6, 1e9)),
+    *(Case(*_M134, sequence=128, factor=factor) for factor in (1.1, 1.5, 3.0)),
+    Case(*_M134, sequence=1024, factor=1.3),
+    Case(*_M134, sequence=128, factor=1.2, bytes_per_s=500e6),
+    *(Case(*_M350, sequence=128, factor=factor) for factor in (1.1, 2.0)),
+    Case(*_M350, sequence=64, factor=1.2, bytes_per_s=1e9),
+)
+
+
+def main() -> int:
+    """Run and print."""
+    options = arguments(__doc__ or "").parse_args()
+    return finish(measure(options), options.json)
+
+
+def measure(options: argparse.Namespace) -> Result:
+    """Predict and train every configuration; ``options`` as of ``benchlib.arguments``."""
+    result = Result("Predictions of the planner against real runs")
+    directory: Path = options.nvme
+    directory.mkdir(parents=True, exist_ok=True)
+    machine = add_compute(bench_links([directory], effort=Effort()).machine, seconds=8.0)
+    drive, baseline = file_tier_name(directory), measure_baseline()
+    errors: dict[str, list[float]] = {"peak": [], "step": []}
+    for case in QUICK if options.quick else FULL:
+        row = _row(case, machine, drive, baseline, directory, steps=4 if options.quick else 7)
+        result.add(**row)
+        for name, found in errors.items():
+            if f"{name}_error" in row:
+                found.append(abs(row[f"{name}_error"]))
+            elif name == "peak":
+                result.notes.append(f"{case}: {row['failed']}")
+    for name, found, median, worst in (
+        ("peak", errors["peak"], 0.03, 0.08),
+        ("step time", errors["step"], 0.10, 0.25),
+    ):
+        result.at_most(f"{name}: median error", statistics.median(found or [1.0]), median)
+        result.at_most(f"{name}: worst error", max(found or [1.0]), worst)
+    result.check("configurations that ran", len(errors["peak"]), 3 if options.quick else 24)
+    return result
+
+
+def _row(
+    case: Case, machine: Machine, drive: str, baseline: Baseline, directory: Path, steps: int
+) -> dict[str, Any]:
+    program = program_of(case)
+    machine = throttled(machine, drive, case.bytes_per_s)
+    least = least_budget(program, machine, Settings(budget_nbytes=0, drive=drive), baseline)
+    mib = int(least.settings.budget_nbytes * case.factor) // _MIB
+    settings = Settings(budget_nbytes=mib * _MIB, drive=drive)
+    row: dict[str, Any] = {
+        "parameters": f"{program.parameters / 1e6:.0f}M",
+        "sequence": case.sequence,
+        "batch": case.batch,
+        "drive_bytes_per_s": case.bytes_per_s,
+        "budget_nbytes": settings.budget_nbytes,
+    }
+    try:
+        found = predict(program, machine, settings, baseline)
+        real = _train(case, mib, directory, steps)
+    except (OffloadError, RuntimeError) as error:
+        return row | {"failed": str(error)}
+    peak, step_s = max(real["peaks_nbytes"]), statistics.median(real["steps_s"][_WARM:])
+    return row | {
+        "predicted_nbytes": found.peak_nbytes,
+        "peak_nbytes": peak,
+        "peak_error": found.peak_nbytes / peak - 1,
+        "predicted_s": found.step_s,
+        "step_s": step_s,
+        "step_error": found.step_s / step_s - 1,
+        "bound_by": found.bound_by,
+    }
+
+
+def program_of(case: Case) -> Program:
+    """The program of one of its steps."""
+    with fake_mode():
+        model = Decoder(Shape(case.layers, case.width, case.heads))
+        tokens = torch.zeros(case.batch, case.sequence + 1, dtype=torch.int64)
+        return trace_step(
+            model,
+            lambda model: loss_of(model, tokens),
+            tokens=case.batch * case.sequence,
+            optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
+        )
+
+
+def throttled(machine: Machine, drive: str, bytes_per_s: float | None) -> Machine:
+    """``machine`` with a drive whose reads and writes share ``bytes_per_s``."""
+    if bytes_per_s is None:
+        return machine
+    return replace(machine, links=tuple(_slower(machine.links, drive, bytes_per_s)))
+
+
+def _slower(links: tuple[Link, ...], drive: str, bytes_per_s: float) -> Iterator[Link]:
+    for link in links:
+        if drive not in {link.source, link.target}:
+            yield link
+            continue
+        most = bytes_per_s / 2 if link.source == link.target else bytes_per_s
+        rates = (link.low_bytes_per_s, link.bytes_per_s, link.high_bytes_per_s)
+        low, median, high = (min(rate, most) for rate in rates)
+        yield replace(link, low_bytes_per_s=low, bytes_per_s=median, high_bytes_per_s=high)
+
+
+def _train(case: Case, mib: int, directory: Path, steps: int) -> dict[str, Any]:
+    store = directory / "plan"
+    shutil.rmtree(store, ignore_errors=True)
+    command = [sys.executable, str(_JOB), "--shape", f"{case.layers},{case.width},{case.heads}"]
+    command += ["--sequence", str(case.sequence), "--batch", str(case.batch)]
+    command += ["--budget", f"host={mib}MiB", "--nvme", str(store), "--steps", str(steps)]
+    if case.bytes_per_s is not None:
+        command += ["--bytes-per-s", str(case.bytes_per_s)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"exit code {done.returncode}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
