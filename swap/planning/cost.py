@@ -67,6 +67,7 @@ class Costs:
         self._machine = machine
         self._drive = drive
         self._curves: dict[tuple[Work, str], Curve] = {}
+        self._requests_s: dict[tuple[str, int], float] = {}
         self.call_s = 1 / self._curve("dispatch", "float32").rate(1)
         self.hook_s = _HOOK_CALLS * self.call_s
         self.checksum_bytes_per_s = self._curve("checksum", "float32").rate(PIECE_NBYTES)
@@ -122,9 +123,12 @@ class Costs:
         return self._request_s("host", self._drive, nbytes)
 
     def _request_s(self, source: str, target: str, nbytes: int) -> float:
-        nbytes = max(nbytes, PAGE)
-        link = self._machine.link(source, target, block_nbytes=nbytes)
-        return max(nbytes / link.bytes_per_s, link.latency_s / link.in_flight)
+        key = source, nbytes
+        if key not in self._requests_s:
+            moved = max(nbytes, PAGE)
+            link = self._machine.link(source, target, block_nbytes=moved)
+            self._requests_s[key] = max(moved / link.bytes_per_s, link.latency_s / link.in_flight)
+        return self._requests_s[key]
 
     @property
     def together(self) -> float:

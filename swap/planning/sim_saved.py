@@ -6,6 +6,7 @@ others than autograd hold it.
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from offload.swap.activations import BATCH_ALIGN, BATCH_NBYTES
@@ -60,6 +61,7 @@ class SimSaved:
         self._staying: deque[_Unit] = deque()
         self._writing: list[_Unit] = []
         self._batch: list[int] = []
+        self._batch_nbytes = 0
         self._batched: set[int] = set()
         self.kept_nbytes = 0
         self.spilled_nbytes = 0  # the most that units took of the drive at once
@@ -123,19 +125,23 @@ class SimSaved:
         self._settle()
         nbytes = self._storages[storage]
         if nbytes >= self._min_nbytes:
+            self._come(storage)
             self._add([storage], nbytes)
         else:
             self._batch.append(storage)
             self._batched.add(storage)
-            waiting = [one for one in self._batch if one in self._batched]
-            if sum(self._storages[one] for one in waiting) >= BATCH_NBYTES:
-                self._close_batch(waiting)
             self._come(storage)
-            if storage not in self._batched:  # it is part of a unit already
-                self._go(storage)
+            self._batch_nbytes += nbytes
+            if self._batch_nbytes >= BATCH_NBYTES:
+                self._close_batch()
 
-    def _close_batch(self, waiting: list[int]) -> None:
-        self._batch.clear()
+    def _close_batch(self) -> None:
+        waiting = [one for one in self._batch if one in self._batched]
+        self._batch_nbytes = sum(self._storages[one] for one in waiting)
+        self._batch = waiting
+        if self._batch_nbytes < BATCH_NBYTES // 2:
+            return
+        self._batch, self._batch_nbytes = [], 0
         for storage in waiting:
             self._batched.discard(storage)
         sizes = (-(-self._storages[one] // BATCH_ALIGN) * BATCH_ALIGN for one in waiting)
@@ -147,8 +153,6 @@ class SimSaved:
         self._units.append(unit)
         for storage in members:
             self._unit_of[storage] = unit
-            if len(members) == 1:
-                self._come(storage)
         self.kept_nbytes += nbytes
         (self._staying if unit.stays else self._order).append(unit)
         if self.kept_nbytes > self._limit_nbytes:
@@ -253,16 +257,17 @@ class SimSaved:
                 return
             self._fetch(unit)
 
-    def _upcoming(self, present: _Unit) -> "list[tuple[_Unit, float]]":
+    def _upcoming(self, present: _Unit) -> Iterator[tuple[_Unit, float]]:
         rank = self._ranks.get(present.position)
         if rank is None:
-            return [(unit, 0.0) for unit in reversed(self._units[: present.position])]
+            for place in range(present.position - 1, -1, -1):
+                yield self._units[place], 0.0
+            return
         began_s = self._expected[rank][1]
-        return [
-            (self._units[position], used_s - began_s)
-            for position, used_s in self._expected[rank + 1 :]
-            if position < len(self._units)
-        ]
+        for later in range(rank + 1, len(self._expected)):
+            position, used_s = self._expected[later]
+            if position < len(self._units):
+                yield self._units[position], used_s - began_s
 
     def forget(self, storage: int) -> None:
         """Autograd needs it no more."""

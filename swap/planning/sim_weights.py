@@ -4,9 +4,10 @@ Every decision is that of ``WeightSwapper``: what is fetched ahead, in which ord
 window and the budget reach, and what is given up for it (Belady's rule).
 """
 
+import sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from offload.swap.planning.world import Flight, World
@@ -21,6 +22,7 @@ class SimTrace:
         self._now: list[str] = []
         self._position = 0
         self._expected: list[str] = []
+        self._settled = 0  # uses before it need no fetch
         self._places: dict[str, list[int]] = {}
         self._learned = [*order, *reversed(order)]
 
@@ -38,6 +40,7 @@ class SimTrace:
 
     def _expect(self, expected: list[str]) -> None:
         self._expected, self._position, self._places = expected, 0, {}
+        self._settled = 0
         for place, key in enumerate(expected):
             self._places.setdefault(key, []).append(place)
 
@@ -54,9 +57,19 @@ class SimTrace:
         at = bisect_left(places, self._position)
         return places[at] if at < len(places) else None
 
-    def upcoming(self) -> Iterable[str]:
-        """The keys expected next, nearest first."""
-        return (self._expected[place] for place in range(self._position, len(self._expected)))
+    def upcoming(self) -> Iterator[tuple[int, str]]:
+        """The keys expected next, nearest first, from where nothing is known to be in memory."""
+        for place in range(max(self._position, self._settled), len(self._expected)):
+            yield place, self._expected[place]
+
+    def settle(self, place: int) -> None:
+        """What is used before ``place`` is in memory."""
+        self._settled = place
+
+    def unsettle(self, key: str) -> None:
+        """``key`` has left memory."""
+        if (place := self._next(key)) is not None:
+            self._settled = min(self._settled, place)
 
     def distance(self, key: str) -> int:
         """Uses until ``key`` is expected; one past the end of the pass when it is not."""
@@ -154,20 +167,18 @@ class SimWeights:
             weight.flight, weight.ready = None, True
 
     def _prefetch(self) -> None:
-        nearer = {name for names in self._in_use for name in names}
-        for name in self.trace.upcoming():
-            if name in nearer:
-                continue
+        # What is nearer than a weight is never given up for it: its distance says so.
+        for place, name in self.trace.upcoming():
             weight = self.weights[name]
-            if not weight.in_memory:
-                if not self._make_room(weight, nearer=nearer):
-                    return
-                self._fetch(weight)
-            nearer.add(name)
+            if weight.in_memory:
+                continue
+            if not self._make_room(weight):
+                self.trace.settle(place)
+                return
+            self._fetch(weight)
+        self.trace.settle(sys.maxsize)
 
-    def _make_room(
-        self, weight: SimWeight, *, force: bool = False, nearer: Collection[str] = ()
-    ) -> bool:
+    def _make_room(self, weight: SimWeight, *, force: bool = False) -> bool:
         if weight.resident:
             return True
         beyond_window = self._streaming_nbytes + weight.nbytes - self._window_nbytes
@@ -175,7 +186,7 @@ class SimWeights:
         excess = max(beyond_window, beyond_budget)
         if excess <= 0:
             return True
-        protected = {name for names in self._in_use for name in names}.union(nearer)
+        protected = {name for names in self._in_use for name in names}
         distances = [
             (self.trace.distance(other.name), other)
             for other in self._streaming.values()
@@ -214,6 +225,7 @@ class SimWeights:
             return
         self._world.compute(weight.nbytes / self._checksum_bytes_per_s)
         weight.ready = False
+        self.trace.unsettle(weight.name)
         self._leave_streaming(weight)
         padded = page_ceil(weight.nbytes)
         if weight.resident:
