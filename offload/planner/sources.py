@@ -1,6 +1,7 @@
 """The model of a plan: from a Hugging Face ``config.json``, without its weights."""
 
 import difflib
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,12 @@ class HuggingFaceModel:
         path: the file, or the directory that holds it.
         dtype: of weights; None: what the configuration says.
 
+    Attributes:
+        imports: what a process that trains it has imported.
+
     Raises:
         ConfigError: no such file, not a configuration, or of an unknown model type.
     """
-
-    imports = ("transformers",)
 
     def __init__(self, path: Path, *, dtype: str | None, method: Method, optimizer: str) -> None:
         file = path / "config.json" if path.is_dir() else path
@@ -67,6 +69,7 @@ class HuggingFaceModel:
             self.config = transformers.AutoConfig.for_model(kind, **fields)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{file}: {error}") from error
+        self.imports = ("transformers.modeling_utils", _modeling(type(self.config).__module__))
         self.name = path.name if path.is_dir() else path.stem
         self.dtype = dtype or _dtype_of(content)
         self.method = method
@@ -154,6 +157,12 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "model_type" not in content:
         raise ConfigError(f"{file} is no Hugging Face configuration: it has no 'model_type'")
     return content
+
+
+def _modeling(configuration: str) -> str:
+    """The module of a model's classes, by that of its configuration."""
+    name = configuration.replace("configuration_", "modeling_")
+    return name if importlib.util.find_spec(name) else configuration
 
 
 def _dtype_of(content: dict[str, Any]) -> str:
