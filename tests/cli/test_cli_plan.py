@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from offload.allocator.errors import OffloadError
 from offload.cli import main
+from offload.planner.baseline import measure_baseline
 from offload.planner.machines import library_machine, list_machines
 from offload.tiers.machine import write_machine
 
@@ -276,6 +278,11 @@ def test_the_library_is_whole_and_names_its_sources(capsys: pytest.CaptureFixtur
     sources = out.partition("Published figures of:\n")[2].splitlines()
     assert len(sources) >= 10
     assert all(source.startswith("https://") for source in sources)
+
+
+def test_a_baseline_that_cannot_be_measured_says_what_to_give() -> None:
+    with pytest.raises(OffloadError, match=r"No module named 'no_such_module'.*--baseline"):
+        measure_baseline(("no_such_module",))
 
 
 @pytest.mark.slow

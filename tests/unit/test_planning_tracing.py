@@ -6,6 +6,7 @@ import pytest
 import torch
 from planning_models import Model, loss_of, tokens_of, trace
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from offload.allocator.errors import UnsupportedError
@@ -142,6 +143,23 @@ def test_a_tied_weight_is_one_weight() -> None:
     assert plain.parameters - tied.parameters == 1000 * 256
     assert tied.lookups[0].weight == "embedding.weight"
     assert ("embedding.weight",) in tied.uses  # the head reads all of it
+
+
+class Checkpointed(Model):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.head(x)
+
+
+def test_checkpointing_saves_less_and_computes_more() -> None:
+    plain, checkpointed = trace(length=256), trace(Checkpointed, length=256)
+    assert checkpointed.saved_nbytes < plain.saved_nbytes
+    assert checkpointed.flops > plain.flops
+    used = Counter(name for n in numbers(checkpointed, What.USE) for name in checkpointed.uses[n])
+    # In forward and again in backward; what checkpoint saves then, no outer hook sees.
+    assert used["blocks.0.up.weight"] == 2
 
 
 def test_frozen_weights_have_no_gradients_and_no_states() -> None:
