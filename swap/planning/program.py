@@ -151,6 +151,7 @@ class Program:
     def to_json(self) -> str:
         """The program as one line of JSON."""
         fields = dataclasses.asdict(self)
+        fields["census"]["lookups"] = sorted(self.census.lookups)
         fields["events"] = [number for event in self.events for number in event]
         return json.dumps(fields)
 
@@ -167,6 +168,7 @@ class Program:
                     ModuleInfo(name=module["name"], weights=tuple(module["weights"]))
                     for module in census["modules"]
                 ),
+                lookups=frozenset(census["lookups"]),
             ),
             itemsizes=fields["itemsizes"],
             buffers_nbytes=fields["buffers_nbytes"],

@@ -39,7 +39,7 @@ class SimGradients:
 
     def __init__(self, world: World, *, limit_nbytes: int) -> None:
         self._world = world
-        self._limit_nbytes = limit_nbytes
+        self.limit_nbytes = limit_nbytes
         self._leaving: deque[_Leaving] = deque()
         self._leaving_nbytes = 0
         self.kept: Collection[str] = ()
@@ -58,7 +58,7 @@ class SimGradients:
         self._leaving.append(_Leaving(name, nbytes, world.submit(world.writes, label, nbytes)))
         self._leaving_nbytes += nbytes
         while self._leaving and (
-            self._leaving_nbytes > self._limit_nbytes or world.memory.room() < 0
+            self._leaving_nbytes > self.limit_nbytes or world.memory.room() < 0
         ):
             world.wait(world.writes, self._leaving[0].flight, "full")
             self.poll()
@@ -125,7 +125,7 @@ class SimStep:
         self._numels = numels
         self._costs = costs
         self._chunk_numel = chunk_numel
-        self._staging_nbytes = staging_nbytes
+        self.staging_nbytes = staging_nbytes
         self._taken_nbytes = 0
         self._buffers: list[int] = []  # free ones, by their size
         self._held: set[str] = set()  # whose states are in memory
@@ -220,9 +220,9 @@ class SimStep:
                 self._buffers.remove(buffer)
                 self._taken_nbytes += buffer
                 return buffer
-        while self._buffers and self._staged() + nbytes > self._staging_nbytes:
+        while self._buffers and self._staged() + nbytes > self.staging_nbytes:
             self._world.memory.add("staging", -self._buffers.pop())
-        if self._taken_nbytes and self._staged() + nbytes > self._staging_nbytes:
+        if self._taken_nbytes and self._staged() + nbytes > self.staging_nbytes:
             return 0
         self._taken_nbytes += nbytes
         self._world.memory.add("staging", nbytes)

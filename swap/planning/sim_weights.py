@@ -116,7 +116,7 @@ class SimWeights:
         self.weights = {name: SimWeight(name, nbytes) for name, nbytes in sizes.items()}
         self.trace = SimTrace(order)
         self._world = world
-        self._window_nbytes = window_nbytes
+        self.window_nbytes = window_nbytes
         self._hook_s = hook_s
         self._checksum_bytes_per_s = checksum_bytes_per_s
         self._streaming: dict[str, SimWeight] = {}
@@ -181,7 +181,7 @@ class SimWeights:
     def _make_room(self, weight: SimWeight, *, force: bool = False) -> bool:
         if weight.resident:
             return True
-        beyond_window = self._streaming_nbytes + weight.nbytes - self._window_nbytes
+        beyond_window = self._streaming_nbytes + weight.nbytes - self.window_nbytes
         beyond_budget = weight.nbytes - self._pool_nbytes - self._world.memory.room()
         excess = max(beyond_window, beyond_budget)
         if excess <= 0:
@@ -216,7 +216,7 @@ class SimWeights:
         weight.flight = world.submit(world.reads, label, weight.nbytes, urgent=urgent)
         if not weight.resident:
             self._join_streaming(weight)
-        self._trim(min(self._window_nbytes - self._streaming_nbytes, world.memory.room()))
+        self._trim(min(self.window_nbytes - self._streaming_nbytes, world.memory.room()))
 
     def evict(self, weight: SimWeight) -> None:
         """Give the memory of ``weight`` back."""

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
 from offload.swap.gradients import MIN_NBYTES
-from offload.swap.plan import MARGIN_NBYTES, Plan, grow, shrink, soft_limit_nbytes
+from offload.swap.plan import (
+    MARGIN_NBYTES,
+    VARIATION_NBYTES,
+    Plan,
+    enough_nbytes,
+    grow,
+    shrink,
+    soft_limit_nbytes,
+)
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Program, What
 from offload.swap.planning.sim_saved import SimSaved
@@ -211,7 +219,8 @@ class Simulation:
     def _take_gradient(self, which: int) -> None:
         name = self._names[which]
         self._gradients.take(name, self._sizes[name])
-        self._weights.trace.use(name)
+        if name not in self._program.census.lookups:
+            self._weights.trace.use(name)
 
     def _look_up(self, which: int) -> None:
         lookup = self._program.lookups[which]
@@ -238,8 +247,8 @@ class Simulation:
 
     def _check_fits(self) -> None:
         peak, budget = self.world.memory.peak_nbytes, self.plan.budget_nbytes
-        if peak > budget:
-            needed = peak + MARGIN_NBYTES
+        if peak + VARIATION_NBYTES > budget:
+            needed = enough_nbytes(self.plan, peak)
             raise BudgetError(
                 f"the host budget of {format_nbytes(budget)} is too small: with this batch, "
                 f"forward and backward take {format_nbytes(peak)}. Take a smaller batch, or a "
@@ -257,7 +266,10 @@ class Simulation:
         elif (excess := peak_nbytes - self.plan.budget_nbytes + MARGIN_NBYTES // 2) > 0:
             self.plan = shrink(self.plan, census, excess_nbytes=excess, states_nbytes=states)
         if self._step is not None:
+            self._step.staging_nbytes = self.plan.staging_nbytes
             self._step.keep(frozenset(self.plan.resident_states))
+        self._weights.window_nbytes = self.plan.window_nbytes
+        self._gradients.limit_nbytes = self.plan.gradients_nbytes
         self._weights.keep(frozenset(self.plan.resident))
 
     def _states_nbytes(self) -> dict[str, int]:
