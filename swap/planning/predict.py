@@ -145,6 +145,7 @@ def predict(
         costs,
         chunk_numel=chunk_numel,
         resident_nbytes=baseline.running_nbytes,
+        commits=settings.commits,
         min_swap_nbytes=settings.min_swap_nbytes,
         recorder=recorder,
     )

@@ -60,6 +60,7 @@ class Simulation:
     Args:
         plan: of ``make_plan``.
         resident_nbytes: of the runtime itself, beside the plan's baseline.
+        commits: each step is made durable.
         min_swap_nbytes: smaller saved storages move in batches.
         recorder: takes the events.
 
@@ -75,11 +76,13 @@ class Simulation:
         *,
         chunk_numel: int,
         resident_nbytes: int = 0,
+        commits: bool = True,
         min_swap_nbytes: int = 64 << 10,
         recorder: Recorder | None = None,
     ) -> None:
         self.plan = plan
         self._program = program
+        self._commits = commits
         self._costs = costs
         self._sizes = {weight.name: weight.nbytes for weight in program.census.weights}
         memory = Memory(soft_limit_nbytes(plan.budget_nbytes))
@@ -145,8 +148,9 @@ class Simulation:
         passed_s, stalled_s = world.now_s, world.journal.totals.stall_s
         self._optimize()
         stepped_s, stepped_stall_s = world.now_s, world.journal.totals.stall_s
-        if self._step is not None:
+        if self._step is not None and self._commits:
             self._step.commit()
+        world.drain()
         self._steps += 1
         after, step_s = world.journal.totals, world.now_s - began_s
         stall_s = stalled_s - totals.stall_s

@@ -155,6 +155,16 @@ def test_more_memory_saves_reads_until_nothing_streams() -> None:
     assert len(rich.plan.resident_states) > 0
 
 
+def test_what_is_never_committed_is_written_only_as_it_leaves() -> None:
+    rich = settings(LEAST + 256)
+    durable = predict(PROGRAM, machine(), rich, BASELINE).last.finished
+    volatile = dataclasses.replace(rich, commits=False)
+    never = predict(PROGRAM, machine(), volatile, BASELINE).last.finished
+    assert durable.written_nbytes > 3 * PROGRAM.trainable_nbytes * 0.9
+    assert never.written_nbytes < durable.written_nbytes / 10
+    assert never.commit_s < durable.commit_s
+
+
 def test_a_faster_machine_is_never_slower() -> None:
     one = settings(LEAST + 8)
     before = predict(PROGRAM, machine(), one, BASELINE).step_s
