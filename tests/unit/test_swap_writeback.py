@@ -60,9 +60,9 @@ def test_what_is_written_is_what_is_read(store, held, journal):
         store.read_into(stored, read)
         assert torch.equal(read, tensor)
     moves = [e for e in journal.recorder.events if isinstance(e, Move) and e.src == "host"]
-    assert [(move.key, move.nbytes, move.role) for move in moves] == [
+    assert sorted((move.key, move.nbytes, move.role) for move in moves) == sorted(
         (stored.name, stored.nbytes, "state") for stored, _ in held
-    ]
+    )  # a lane's workers end in any order
 
 
 def test_the_committed_version_stays(store, held):
