@@ -5,9 +5,10 @@ share a byte while both are alive, and the arena is as small as possible. It is 
 Johnson, SR2); whatever solves it here returns a ``Packing``, and every one passes ``check``.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import accumulate
 
 from offload.allocator.extent import Extent, align_up
@@ -159,8 +160,9 @@ def check(packing: Packing, lifetimes: Sequence[Lifetime]) -> None:
             f"{bound} bytes are alive at once: a bound of {packing.lower_bound_nbytes} and a peak "
             f"of {packing.peak_nbytes} can't be"
         )
-    living: list[tuple[Lifetime, Extent]] = []
-    for life in sorted(lifetimes, key=lambda life: life.first_tick):
+    living: list[tuple[Extent, Lifetime]] = []  # by offset: neighbours overlap if any do
+    ends: list[tuple[int, Extent]] = []  # a heap, by last tick
+    for life in sorted(lifetimes, key=lambda life: (life.first_tick, life.key)):
         extent = packing.extents.get(life.key)
         if extent is None or extent.nbytes != life.nbytes or extent.end > packing.peak_nbytes:
             raise ValueError(
@@ -168,8 +170,16 @@ def check(packing: Packing, lifetimes: Sequence[Lifetime]) -> None:
             )
         if extent.offset % life.align:
             raise ValueError(f"{life.key} is at {extent.offset}, no multiple of {life.align}")
-        living = [entry for entry in living if entry[0].last_tick >= life.first_tick]
-        for other, taken in living:
+        while ends and ends[0][0] < life.first_tick:
+            _, gone = heappop(ends)
+            del living[bisect_left(living, gone, key=_extent_of)]
+        place = bisect_left(living, extent, key=_extent_of)
+        for taken, other in living[max(place - 1, 0) : place + 1]:
             if extent.overlaps(taken):
                 raise ValueError(f"{other.key} and {life.key} overlap while both are alive")
-        living.append((life, extent))
+        living.insert(place, (extent, life))
+        heappush(ends, (life.last_tick, extent))
+
+
+def _extent_of(entry: tuple[Extent, Lifetime]) -> Extent:
+    return entry[0]

@@ -15,11 +15,10 @@ from offload.allocator.lifetimes import (
 )
 
 EXACT_COUNT = 12
-"""Of so many buffers the packing is optimal: the search ends within its nodes."""
-_NODES = 20_000
-_EFFORT_OF_MORE = (
-    40_000  # nodes times buffers: a node costs more, and gains less, the more there are
-)
+"""Of so many buffers the packing is optimal, and proven to be: the search ends within its nodes."""
+_NODES = 20_000  # twice of what the hardest of many random cases took
+# Nodes times buffers: a node costs more, and gains less, the more there are.
+_EFFORT_OF_MORE = 40_000
 _SEARCHED_COUNT = 128  # the search is as deep as there are buffers
 
 _EFFORT = 30_000_000  # pairs of buffers that may be looked at, but for three orders at least
@@ -76,14 +75,15 @@ def place(lifetimes: Sequence[Lifetime]) -> Placement:
     live = LiveBytes(lifetimes)
     bound = live.peak_nbytes
     busiest = [live.most_during(life) for life in lifetimes]
-    peak, offsets = 0, [0] * len(lifetimes)
+    peak = stacked_nbytes(lifetimes) + 1  # the first order is surely below it
+    offsets = [0] * len(lifetimes)
     tries = max(3, _EFFORT // max(len(lifetimes) ** 2, 1))
-    for number, order in enumerate(_ORDERS[:tries]):
+    for order in _ORDERS[:tries]:
         keys = [order(life, most) for life, most in zip(lifetimes, busiest, strict=True)]
         ordered = sorted(range(len(lifetimes)), key=keys.__getitem__)
-        tried_peak, tried = _best_fit(lifetimes, ordered)
-        if number == 0 or tried_peak < peak:
-            peak, offsets = tried_peak, tried
+        fitted = _best_fit(lifetimes, ordered, below_nbytes=peak)
+        if fitted is not None:
+            peak, offsets = fitted
         if peak <= bound:
             break
     if peak > bound and len(lifetimes) <= _SEARCHED_COUNT:
@@ -95,8 +95,19 @@ def place(lifetimes: Sequence[Lifetime]) -> Placement:
     return Placement(offsets=tuple(offsets), peak_nbytes=peak, lower_bound_nbytes=bound)
 
 
-def _best_fit(lifetimes: Sequence[Lifetime], order: Iterable[int]) -> tuple[int, list[int]]:
-    """Peak and offsets where each buffer gets the smallest gap that holds it, in this order."""
+def stacked_nbytes(lifetimes: Sequence[Lifetime]) -> int:
+    """Bytes that all of them need one on top of the other, in any order: no packing takes more."""
+    granule = granule_of(lifetimes)
+    return sum(align_up(life.nbytes, granule) + life.align - granule for life in lifetimes)
+
+
+def _best_fit(
+    lifetimes: Sequence[Lifetime], order: Iterable[int], *, below_nbytes: int
+) -> tuple[int, list[int]] | None:
+    """Peak and offsets where each buffer gets the smallest gap that holds it, in this order.
+
+    None: they are not below ``below_nbytes``.
+    """
     granule = granule_of(lifetimes)
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first and last tick; sorted
     offsets = [0] * len(lifetimes)
@@ -116,6 +127,8 @@ def _best_fit(lifetimes: Sequence[Lifetime], order: Iterable[int]) -> tuple[int,
                 end = max(end, stop)
         if at < 0:
             at = align_up(end, align)
+        if at + size >= below_nbytes:
+            return None
         insort(placed, (at, at + size, first, last))
         offsets[index] = at
         peak = max(peak, at + size)

@@ -9,6 +9,7 @@ between them are usable at once, and the step goes on there. At the next edge th
 was is planned. A buffer that outlives its step is left to the arena beneath, in every step.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -72,7 +73,7 @@ class PlannedArena(ArenaAdaptor):
         self._places: list[Extent | None] = []  # in the region; None: it outlives the step
         self._position = 0  # of the next request in both
         self._region: Extent | None = None
-        self._held: dict[int, Extent] = {}  # living extents in the region, by offset
+        self._held: list[Extent] = []  # living extents in the region, sorted
         self._expects = False  # whether the step began with a region
         self._stats = PlanningStats()
 
@@ -121,8 +122,9 @@ class PlannedArena(ArenaAdaptor):
 
     def free(self, extent: Extent) -> None:
         """See ``TLSF.free``."""
-        if self._held.get(extent.offset) == extent:
-            del self._held[extent.offset]
+        place = bisect_left(self._held, extent)
+        if self._held[place : place + 1] == [extent]:
+            del self._held[place]
         else:
             super().free(extent)
         if self._step is not None:
@@ -131,7 +133,7 @@ class PlannedArena(ArenaAdaptor):
     @property
     def current_nbytes(self) -> int:
         """Bytes in use; those of the region that nobody has are free."""
-        held = sum(extent.nbytes for extent in self._held.values())
+        held = sum(extent.nbytes for extent in self._held)
         return self.inner.current_nbytes + held - (self._region.nbytes if self._region else 0)
 
     @property
@@ -145,7 +147,7 @@ class PlannedArena(ArenaAdaptor):
         holes = [self.inner.largest_free_nbytes]
         if self._region is not None:
             end = self._region.offset
-            for extent in sorted(self._held.values()):
+            for extent in self._held:
                 holes.append(extent.offset - end)
                 end = extent.end
             holes.append(self._region.end - end)
@@ -162,8 +164,10 @@ class PlannedArena(ArenaAdaptor):
             if place is None:
                 return None
             extent = Extent(self._region.offset + place.offset, nbytes)
-            if not any(extent.overlaps(other) for other in self._held.values()):
-                self._held[extent.offset] = extent
+            held = bisect_left(self._held, extent)
+            beside = self._held[max(held - 1, 0) : held + 1]
+            if not any(extent.overlaps(other) for other in beside):
+                self._held.insert(held, extent)
                 return extent
         self._dissolve()
         return None
@@ -181,7 +185,7 @@ class PlannedArena(ArenaAdaptor):
         """Leave what lives in the region to the arena beneath. See [Note: the region]."""
         if self._region is not None:
             self.inner.free(self._region)
-            for extent in self._held.values():
+            for extent in self._held:
                 self.inner.reserve(extent)
             self._held.clear()
             self._region = None

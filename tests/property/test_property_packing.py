@@ -20,7 +20,7 @@ from offload.allocator.lifetimes import (
     granule_of,
     live_peak_nbytes,
 )
-from offload.allocator.packing import EXACT_COUNT, pack
+from offload.allocator.packing import EXACT_COUNT, pack, stacked_nbytes
 
 
 def rows(max_size: int = 40, most_nbytes: int = 10_000):
@@ -141,7 +141,7 @@ def test_every_packing_passes_the_checker(lives: list[Lifetime]) -> None:
     check(packing, lives)
     assert packing.lower_bound_nbytes >= live_peak_nbytes(lives)
     granule = granule_of(lives)
-    assert packing.peak_nbytes <= sum(align_up(life.nbytes, life.align) for life in lives)
+    assert packing.peak_nbytes <= stacked_nbytes(lives)
     assert packing.peak_nbytes % granule == 0
     assert pack(lives) == packing
 
