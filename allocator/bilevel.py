@@ -9,11 +9,11 @@ Here
   equal blocks (``repeats``). Where in its period a block begins is chosen so that the fewest
   bytes of short life cross its borders;
 - equal blocks are one problem, solved once, whatever run they are of;
-- a pseudo-buffer takes its peak for as long as its block lasts, more than its buffers do at most
-  ticks. Where that alone would put a tick above the bound of the whole trace, the block is
-  *opened*: its buffers take part in the second level by themselves. Those are few: the blocks at
-  the step's peak. So at the second level no tick holds more than the bound, and what is above it
-  in the end is the packing's own doing.
+- what comes in one block and goes in one other, as saved activations do, or at one tick, as
+  gradients that stay do, is a pseudo-buffer, too: a *bundle*, whose buffers all live at once;
+- a pseudo-buffer takes its peak for as long as any of its buffers lives. Where that puts a tick
+  above the bound of the whole trace, and it holds more there than its buffers do, it is *opened*:
+  they take part in the second level by themselves. Those are few: the ones at the step's peak.
 """
 
 from bisect import bisect_right
@@ -35,6 +35,10 @@ from offload.allocator.packing import Placement, place
 from offload.allocator.repeats import Run, find_runs
 
 _Form: TypeAlias = tuple[tuple[int, int, int, int], ...]  # bytes, first and last moment, alignment
+
+
+_APART_COUNT = 1000
+"""So many buffers that cross blocks are worth a second try, without bundles."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +65,7 @@ class MemoryPlan:
     Attributes:
         packing: of all its lifetimes.
         kinds: the block problems, in the order of their first blocks.
-        opened: blocks whose buffers took part in the second level by themselves.
+        opened: blocks and bundles whose buffers took part in the second level by themselves.
         outer: buffers and pseudo-buffers of the second level.
     """
 
@@ -102,24 +106,20 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
     for block in blocks:
         if block.form not in solved:
             solved[block.form] = place(block.relative())
-    pairs = [(block, block.pseudo_buffer(solved[block.form])) for block in blocks]
-    live = LiveBytes([*(lifetimes[index] for index in crossing), *(one for _, one in pairs)])
-    closed = [pair for pair in pairs if live.most_during(pair[1]) <= bound]
-    opened = [block for block, one in pairs if live.most_during(one) > bound]
-    outer = [*crossing, *(index for block in opened for index in block.members)]
-    level = place([*(lifetimes[index] for index in outer), *(one for _, one in closed)])
-    offsets = dict(zip(outer, level.offsets, strict=False))
-    for (block, _), base in zip(closed, level.offsets[len(outer) :], strict=True):
-        for index, offset in zip(block.members, solved[block.form].offsets, strict=True):
-            offsets[index] = base + offset
+    groups = [block.group(solved[block.form]) for block in blocks]
+    bundles, single = _bundle(lifetimes, blocks, crossing)
+    level = _second_level(lifetimes, bound, [*groups, *bundles], single)
+    if level.peak_nbytes > bound and len(crossing) <= _APART_COUNT:
+        apart = _second_level(lifetimes, bound, groups, crossing)
+        level = min(level, apart, key=lambda one: one.peak_nbytes)
     return MemoryPlan(
         packing=Packing(
             extents={
-                life.key: Extent(offsets[index], life.nbytes)
+                life.key: Extent(level.offsets[index], life.nbytes)
                 for index, life in enumerate(lifetimes)
             },
             peak_nbytes=align_up(level.peak_nbytes, granule_of(lifetimes)),
-            lower_bound_nbytes=bound if closed else level.lower_bound_nbytes,
+            lower_bound_nbytes=level.lower_bound_nbytes,
         ),
         kinds=tuple(
             BlockKind(
@@ -130,8 +130,8 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
             )
             for form, placement in solved.items()
         ),
-        opened=len(opened),
-        outer=len(outer) + len(closed),
+        opened=level.opened,
+        outer=level.outer,
     )
 
 
@@ -147,9 +147,105 @@ class _Block:
     def relative(self) -> list[Lifetime]:
         return [Lifetime("", *buffer) for buffer in self.form]
 
-    def pseudo_buffer(self, placement: Placement) -> Lifetime:
+    def group(self, placement: Placement) -> "_Group":
         align = max(align for *_, align in self.form)  # what it holds is aligned as it is
-        return Lifetime("", placement.peak_nbytes, self.first_tick, self.last_tick, align)
+        ticks = self.first_tick, self.last_tick
+        return _Group(
+            members=self.members,
+            offsets=placement.offsets,
+            pseudo=Lifetime("", placement.peak_nbytes, *ticks, align),
+            wasteful=(ticks,),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Buffers that one pseudo-buffer stands for, and where they are in it.
+
+    Attributes:
+        wasteful: first and last of the ticks at which it may hold more than its buffers need.
+    """
+
+    members: tuple[int, ...]
+    offsets: tuple[int, ...]
+    pseudo: Lifetime
+    wasteful: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Level:
+    """The second level, solved: offsets of all buffers by position; see ``MemoryPlan``."""
+
+    offsets: dict[int, int]
+    peak_nbytes: int
+    lower_bound_nbytes: int
+    opened: int
+    outer: int
+
+
+def _second_level(
+    lifetimes: Sequence[Lifetime], bound: int, groups: Sequence[_Group], single: Sequence[int]
+) -> _Level:
+    """Pack the groups and what is in none; a group that wastes bytes at a full tick is opened."""
+    live = LiveBytes([*(lifetimes[index] for index in single), *(one.pseudo for one in groups)])
+    outer, closed = list(single), []
+    for group in groups:
+        if max((live.most_during(*ticks) for ticks in group.wasteful), default=0) > bound:
+            outer += group.members
+        else:
+            closed.append(group)
+    placement = place([*(lifetimes[index] for index in outer), *(one.pseudo for one in closed)])
+    offsets = dict(zip(outer, placement.offsets, strict=False))
+    for group, base in zip(closed, placement.offsets[len(outer) :], strict=True):
+        for index, offset in zip(group.members, group.offsets, strict=True):
+            offsets[index] = base + offset
+    return _Level(
+        offsets=offsets,
+        peak_nbytes=placement.peak_nbytes,
+        lower_bound_nbytes=bound if closed else placement.lower_bound_nbytes,
+        opened=len(groups) - len(closed),
+        outer=len(outer) + len(closed),
+    )
+
+
+def _bundle(
+    lifetimes: Sequence[Lifetime], blocks: Sequence[_Block], crossing: Sequence[int]
+) -> tuple[list[_Group], list[int]]:
+    """Groups of what comes in one block and goes in one later block or tick; all others.
+
+    The buffers of a bundle all live at once, so they lie one behind the other.
+    """
+    starts = [block.first_tick for block in blocks]
+
+    def block_at(tick: int) -> int | None:
+        number = bisect_right(starts, tick) - 1
+        return number if number >= 0 and tick <= blocks[number].last_tick else None
+
+    bundles: dict[tuple[int, str, int], list[int]] = {}
+    single: list[int] = []
+    for index in crossing:
+        life = lifetimes[index]
+        born, died = block_at(life.first_tick), block_at(life.last_tick)
+        if born is None or born == died:
+            single.append(index)
+        else:
+            end = ("tick", life.last_tick) if died is None else ("block", died)
+            bundles.setdefault((born, *end), []).append(index)
+    return [_stacked(lifetimes, members) for members in bundles.values()], single
+
+
+def _stacked(lifetimes: Sequence[Lifetime], members: Sequence[int]) -> _Group:
+    lives = [lifetimes[index] for index in members]
+    align = max(life.align for life in lives)
+    *offsets, nbytes = accumulate((align_up(life.nbytes, align) for life in lives), initial=0)
+    come = [life.first_tick for life in lives]
+    go = [life.last_tick for life in lives]
+    return _Group(
+        members=tuple(members),
+        offsets=tuple(offsets),
+        pseudo=Lifetime("", nbytes, min(come), max(go), align),
+        wasteful=((min(come), max(come) - 1), (min(go) + 1, max(go))) if len(lives) > 1 else (),
+    )
 
 
 def _split(lifetimes: Sequence[Lifetime]) -> tuple[list[_Block], list[int]]:

@@ -103,10 +103,10 @@ class LiveBytes:
         """The most at any tick: a lower bound of every packing."""
         return max(self._nbytes, default=0)
 
-    def most_during(self, life: Lifetime) -> int:
-        """The most at any tick of ``life``, which need not be counted itself."""
-        begin = max(bisect_right(self._ticks, life.first_tick) - 1, 0)
-        return max(self._nbytes[begin : bisect_right(self._ticks, life.last_tick)], default=0)
+    def most_during(self, first_tick: int, last_tick: int) -> int:
+        """The most at any of these ticks, both included."""
+        begin = max(bisect_right(self._ticks, first_tick) - 1, 0)
+        return max(self._nbytes[begin : bisect_right(self._ticks, last_tick)], default=0)
 
 
 def live_peak_nbytes(lifetimes: Sequence[Lifetime]) -> int:

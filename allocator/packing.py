@@ -74,7 +74,7 @@ def place(lifetimes: Sequence[Lifetime]) -> Placement:
     """As ``pack``, by position: keys do not matter."""
     live = LiveBytes(lifetimes)
     bound = live.peak_nbytes
-    busiest = [live.most_during(life) for life in lifetimes]
+    busiest = [live.most_during(life.first_tick, life.last_tick) for life in lifetimes]
     peak = stacked_nbytes(lifetimes) + 1  # the first order is surely below it
     offsets = [0] * len(lifetimes)
     tries = max(3, _EFFORT // max(len(lifetimes) ** 2, 1))
