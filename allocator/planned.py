@@ -253,8 +253,9 @@ class _Recording:
             if last is not None
         ]
         start = min((extent.offset for extent in inside), default=0)
+        exact = [replace(life, align=1) for life in _lifetimes(self.form())]  # padding is unused
         return StepUse(
-            live_nbytes=live_peak_nbytes(_lifetimes(self.form())),
+            live_nbytes=live_peak_nbytes(exact),
             span_nbytes=max((extent.end for extent in inside), default=0) - start,
         )
 
