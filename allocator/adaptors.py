@@ -29,7 +29,7 @@ class Arena(Protocol):
     def grow(self, nbytes: int) -> None: ...
 
 
-class _Adaptor:
+class ArenaAdaptor:
     """Hands every call on to ``inner``."""
 
     def __init__(self, inner: Arena) -> None:
@@ -72,7 +72,7 @@ class _Adaptor:
         self.inner.grow(nbytes)
 
 
-class StatisticsAdaptor(_Adaptor):
+class StatisticsAdaptor(ArenaAdaptor):
     """Counts bytes and extents: now, at the peak, and since the beginning."""
 
     def __init__(self, inner: Arena) -> None:
@@ -111,7 +111,7 @@ class StatisticsAdaptor(_Adaptor):
         )
 
 
-class LimitAdaptor(_Adaptor):
+class LimitAdaptor(ArenaAdaptor):
     """Refuses what would put more than ``limit_nbytes`` in use."""
 
     def __init__(self, inner: Arena, limit_nbytes: int) -> None:

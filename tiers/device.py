@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from offload.allocator.errors import CapacityError, StaleBlockError, UnsupportedError
 from offload.allocator.extent import Extent, align_up
+from offload.allocator.planned import PlannedArena, PlanningStats
 from offload.allocator.tlsf import TLSF
 from offload.tiers.accelerator import Accelerator, DeviceMemory, Event, Stream
 from offload.tiers.base import Block, Tier, TierSpec
@@ -125,7 +126,7 @@ class DeviceTier(Tier):
         capacity = align_up(capacity, _ALIGN)
         self.spec = TierSpec(name=name, kind="device", capacity=capacity, align=_ALIGN)
         self._memory: DeviceMemory | None = accelerator.allocate(capacity)
-        self._arena = TLSF(capacity)
+        self._arena = PlannedArena(TLSF(capacity))
         self._lanes = accelerator.stream("host→device"), accelerator.stream("device→host")
         for lane in self._lanes:
             lane.wait(self._memory.ready)
@@ -148,6 +149,21 @@ class DeviceTier(Tier):
             edges.writes += self._inherited(extent)
             self._edges[block.generation] = edges
             return block
+
+    def next_step(self) -> None:
+        """A training step is over, if one had begun, and the next one begins.
+
+        A step that asks for the same blocks as the one before, in the same order, gets them at
+        planned addresses: see ``allocator.planned`` [Note: the region]. Without this call there
+        is no planning.
+        """
+        with self._lock:
+            self._arena.next_step()
+
+    def planning(self) -> PlanningStats:
+        """How many steps ran at planned addresses, and fragmentation before and after."""
+        with self._lock:
+            return self._arena.stats()
 
     def _inherited(self, extent: Extent) -> list[Event]:
         """Events of earlier owners of the bytes that are still to come."""

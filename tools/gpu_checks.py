@@ -13,6 +13,7 @@ import torch
 
 import contract_runner
 from gpu_activations import SWAP_HOMES, Swap, step_gradients
+from gpu_caching import model_agrees, random_requests, recorded_step
 from gpu_report import Outcome, Report
 from gpu_tokenwise import AlphaChecks, Rebuilt, train
 from gpu_training import HOMES, UnderTest, initial, train_resident, train_swapped
@@ -113,6 +114,15 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
         for direction in ("H2D", "D2H"):
             report.run("pool", f"{direction} rate", partial(pool_rate, direction))
         report.run("budget", "limit and peak", limit_holds)
+        run_caching(report)
+
+
+def run_caching(report: Report) -> None:
+    """Hold our model of torch's caching allocator against the real one."""
+    report.run("caching", "model, training steps", partial(model_agrees, recorded_step))
+    for seed in range(3):
+        requests = partial(random_requests, seed)
+        report.run("caching", f"model, random requests {seed}", partial(model_agrees, requests))
 
 
 # -- contracts ------------------------------------------------------------------------------------

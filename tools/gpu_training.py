@@ -207,6 +207,7 @@ def train_swapped(
         for values in tensors:
             kept.keep(values)
         for step, batch in enumerate(batches):
+            tier.next_step()  # the second and later ones run at planned addresses
             placed = device.place(batch)
             blocks = [tier.allocate(values.nbytes) for values in tensors]
             for index, block in enumerate(blocks):

@@ -1,16 +1,15 @@
-"""The allocator against a plain list of extents; packing against its own definition."""
+"""The allocator against a plain list of extents."""
 
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from offload.allocator.adaptors import LimitAdaptor, StatisticsAdaptor
 from offload.allocator.errors import CapacityError, StaleBlockError
 from offload.allocator.extent import Extent
-from offload.allocator.packing import Lifetime, check, live_peak_nbytes, pack
 from offload.allocator.tlsf import TLSF
 
 LIMIT_NBYTES = 40_000
@@ -102,36 +101,3 @@ class TlsfMachine(RuleBasedStateMachine):
 
 TestTlsf = TlsfMachine.TestCase
 TestTlsf.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-
-
-lifetimes = st.lists(
-    st.tuples(st.integers(1, 10_000), st.integers(0, 30), st.integers(0, 10)), max_size=40
-).map(
-    lambda rows: [
-        Lifetime(f"t{index}", nbytes, first, first + length)
-        for index, (nbytes, first, length) in enumerate(rows)
-    ]
-)
-
-
-@given(lifetimes)
-@settings(deadline=None)
-def test_packing_never_overlaps_and_respects_its_bound(lives: list[Lifetime]) -> None:
-    packing = pack(lives, align=64)
-    check(packing, lives)
-    assert packing.peak_nbytes >= packing.lower_bound_nbytes == live_peak_nbytes(lives, align=64)
-    assert pack(lives, align=64) == packing
-
-
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=20))
-def test_buffers_that_never_meet_share_their_bytes(sizes: list[int]) -> None:
-    lives = [Lifetime(f"t{tick}", nbytes, tick, tick) for tick, nbytes in enumerate(sizes)]
-    assert pack(lives, align=1).peak_nbytes == max(sizes)
-
-
-def test_check_finds_an_overlap() -> None:
-    lives = [Lifetime("a", 10, 0, 2), Lifetime("b", 10, 1, 3)]
-    packing = pack(lives, align=1)
-    packing.extents["b"] = packing.extents["a"]
-    with pytest.raises(ValueError, match="a and b overlap"):
-        check(packing, lives)

@@ -24,6 +24,7 @@ steps = st.one_of(
     st.tuples(st.just("renew"), indices, st.integers(1, 9)),
     st.tuples(st.just("refill"), indices, st.integers(1, 9)),
     st.tuples(st.just("host"), indices),
+    st.tuples(st.just("next_step")),
 )
 
 
@@ -76,6 +77,9 @@ class Program:
         self.buffers[index].release()
         self.buffers[index] = self.pool.allocate(NBYTES)
         self.host_view(index).fill_(value)
+
+    def next_step(self):
+        self.tier.next_step()
 
     def host(self, index):
         self.host_view(index).add_(1)

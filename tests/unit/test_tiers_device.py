@@ -307,3 +307,48 @@ def test_a_pool_waits_for_the_device_and_then_gives_the_buffer(device, tier):
     assert all(stall.duration_s > 0 for stall in stalls)
     times = [stall.t_s for stall in stalls]
     assert all(later > earlier for earlier, later in itertools.pairwise(times))
+
+
+def step_of(tier, *nbytes):
+    """Blocks one after the other, each there before the one ahead of it goes; their extents."""
+    extents, ahead = [], None
+    for one in nbytes:
+        block = tier.allocate(one)
+        extents.append(block.extent)
+        if ahead is not None:
+            ahead.release()
+        ahead = block
+    ahead.release()
+    return extents
+
+
+def test_steps_that_repeat_run_at_planned_addresses(device):
+    sizes = (512, 2048, 1024, 3072, 512)
+    with DeviceTier(device, 4 * PAGE) as tier:
+        before = step_of(tier, *sizes)
+        assert tier.planning().steps == 0
+        for _ in range(3):
+            tier.next_step()
+            after = step_of(tier, *sizes)
+        tier.next_step()
+        planning = tier.planning()
+        assert (planning.steps, planning.planned_steps, planning.deviations) == (3, 2, 0)
+        assert max(extent.end for extent in after) < max(extent.end for extent in before)
+        assert planning.before.fragmentation > planning.after.fragmentation == 0
+
+
+def test_a_step_that_deviates_goes_on_and_its_blocks_hold_their_values(device):
+    with DeviceTier(device, 4 * PAGE) as tier:
+        for _ in range(2):
+            tier.next_step()
+            step_of(tier, 512, 2048, 1024)
+        tier.next_step()
+        blocks = [tier.allocate(nbytes) for nbytes in (512, 2048, 4096, PAGE)]
+        for value, block in enumerate(blocks):
+            device.launch(partial(tier.tensor(block, torch.uint8, (block.nbytes,)).fill_, value))
+        device.synchronize()
+        for value, block in enumerate(blocks):
+            assert tier.tensor(block, torch.uint8, (block.nbytes,)).eq(value).all()
+            block.release()
+        tier.next_step()
+        assert tier.planning().deviations == 1

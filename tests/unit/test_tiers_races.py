@@ -151,3 +151,18 @@ def test_outcomes_of_other_lengths_differ():
         return b"longer" if isinstance(device, SimulatedAccelerator) else b"long"
 
     assert "from byte 4 on: 6572 instead of " in find_race(scenario, seeds=[0]).what
+
+
+def test_the_scenario_of_planned_addresses_has_planned_steps_and_one_that_deviates(monkeypatch):
+    told = []
+    close = DeviceTier.close
+
+    def tell(tier):
+        told.append(tier.planning())
+        close(tier)
+
+    monkeypatch.setattr(DeviceTier, "close", tell)
+    with SimulatedAccelerator(seed=1) as device:
+        RIGHT["planned_addresses"](device, pinners=())
+    (planning,) = told
+    assert (planning.steps, planning.planned_steps, planning.deviations) == (4, 2, 1)

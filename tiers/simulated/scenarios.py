@@ -105,6 +105,29 @@ def _fetch_layer(tier: DeviceTier, pool: PinnedTier, layer: int) -> "Block":
     return block
 
 
+def planned_addresses(device: Accelerator, pinners: Sequence[Pinner]) -> torch.Tensor:
+    """Steps of one form, whose blocks get planned addresses, and one that deviates midway."""
+    with _tiers(device, pinners, blocks=4, buffers=3) as (tier, pool):
+        total = _view(tier, tier.allocate(_NBYTES))
+        device.launch(total.zero_)
+        for step in range(4):
+            tier.next_step()
+            small = tier.allocate(_NBYTES // 4)
+            ahead = _fetch_layer(tier, pool, step)
+            small.release()
+            later = tier.allocate(_NBYTES if step < 3 else 2 * _NBYTES)  # over the small one
+            device.launch(partial(_view(tier, later).fill_, step + 1))
+            device.launch(partial(total.mul_, 3))
+            device.launch(partial(total.add_, _view(tier, ahead, read_only=True)))
+            ahead.release()
+            with tier.allocate(_NBYTES) as last:  # where the fetched one was
+                device.launch(partial(_view(tier, last).copy_, _view(tier, later)))
+                later.release()
+                device.launch(partial(total.add_, _view(tier, last)))
+        tier.next_step()
+        return _out(device, total)
+
+
 def there_and_back(device: Accelerator, pinners: Sequence[Pinner]) -> torch.Tensor:
     """Activations leave and come back to other bytes; the host never waits in between."""
     with _tiers(device, pinners, blocks=2, buffers=_LAYERS) as (tier, pool):
@@ -220,7 +243,14 @@ def back_before_there(device: Accelerator, pinners: Sequence[Pinner]) -> torch.T
 
 RIGHT: dict[str, Scenario] = {
     call.__name__: call
-    for call in (round_trip, stream_layers, there_and_back, update_in_place, snapshots)
+    for call in (
+        round_trip,
+        stream_layers,
+        planned_addresses,
+        there_and_back,
+        update_in_place,
+        snapshots,
+    )
 }
 RACY: dict[str, Scenario] = {
     call.__name__: call

@@ -1,0 +1,30 @@
+"""What plans promise, against what they are held to.
+
+    python tools/bench_plan.py --part memory --json runs/bench/plan_memory.json
+
+``memory``: addresses of a step's transients, in two levels, on recorded steps of transformers.
+"""
+
+import sys
+from collections.abc import Callable
+
+import bench_plan_memory
+from benchlib import Result, arguments, finish
+
+PARTS: dict[str, Callable[..., None]] = {"memory": bench_plan_memory.measure}
+
+
+def main() -> int:
+    """Run and print."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--part", choices=PARTS, action="append", help="default: all of them")
+    options = parser.parse_args()
+    parts = options.part or list(PARTS)
+    result = Result(f"Plans: {', '.join(parts)}")
+    for part in parts:
+        PARTS[part](result, quick=options.quick)
+    return finish(result, options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
