@@ -58,6 +58,12 @@ class OffloadConfig(BaseModel):
     ``bf16`` halves their bytes by stochastic rounding: results are no longer those of memory.
     """
 
+    master_weights: Literal["none", "fp32"] = "none"
+    """``fp32``: bfloat16 weights are stepped in float32, with float32 gradients and states.
+
+    The store keeps what such a weight lacks of its master: 2 bytes a parameter.
+    """
+
     recompute: Literal["off", "tokenwise"] = "off"
     """``tokenwise``: of what a block saves, some token rows are swapped and the rest is rebuilt."""
     alpha: float | Literal["auto"] = "auto"

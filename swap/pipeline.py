@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.swap.gradients import GradientSwapper
+from offload.swap.masters import MASTER_LOW, StagedGradient, StagedMaster
 from offload.swap.optim_kinds import step_on
 from offload.swap.staging import Staging
 from offload.swap.state_precision import StagedRounded, rounded_staging_nbytes
@@ -46,7 +47,8 @@ class Target:
     Attributes:
         gradient: 1-D, in ordinary memory or in the mapping ``home``.
         before: ``optimizer.state[parameter]``, empty before its first step.
-        states: the next versions of its per-element states, by name.
+        states: the next versions of its per-element states, by name; with ``MASTER_LOW`` among
+            them it is stepped in float32 (``masters`` [Note: split masters]).
         rounding: for states that are bfloat16 in the store and float32 for the optimizer: the key
             of the random bits with which they are rounded.
         after: the new state's entries in the optimizer's own order; per-element ones stand for
@@ -69,26 +71,47 @@ class Target:
     def __post_init__(self) -> None:
         self.unwritten_numel = self.gradient.numel()
 
+    @property
+    def has_master(self) -> bool:
+        """Whether it is stepped in float32, though it is bfloat16."""
+        return MASTER_LOW in self.states
+
+    @property
+    def widens_gradient(self) -> bool:
+        """Whether its gradient is to be made float32."""
+        return self.has_master and self.gradient.dtype != torch.float32
+
     def staging(self, piece: Piece) -> list[int]:
         """Staging bytes of a piece: its parameter, its gradient, each per-element state."""
         weight = 0 if self.weight.in_memory else self.parameter.element_size()
         gradient = 0 if self.home is None else self.gradient.element_size()
-        states = [
+        sizes = [page_ceil(piece.numel * itemsize) for itemsize in (weight, gradient)]
+        if self.widens_gradient:  # where it will be widened to is the weight before and after
+            sizes = [0, rounded_staging_nbytes(piece.numel)]
+        return sizes + [
             rounded_staging_nbytes(piece.numel)
-            if name in self.rounding
+            if name in self.rounding or name == MASTER_LOW
             else page_ceil(piece.numel * version.stored.dtype.itemsize)
             for name, version in self.states.items()
         ]
-        return [page_ceil(piece.numel * itemsize) for itemsize in (weight, gradient)] + states
 
 
 @dataclass(slots=True, eq=False)
 class _Part:
-    """One piece of a tile in memory: 1-D tensors of the piece's elements."""
+    """One piece of a tile in memory: 1-D tensors of the piece's elements.
+
+    Attributes:
+        parameter: what the optimizer steps: ``weight`` itself, or its master.
+        gradient: of what ``parameter.grad`` is made, if that is more than a slice.
+        states: what the optimizer sees of per-element states.
+    """
 
     piece: Piece
     target: Target
+    weight: torch.Tensor
     parameter: torch.Tensor
+    gradient: StagedGradient | None
+    master: StagedMaster | None
     states: dict[str, torch.Tensor]
     rounded: dict[str, StagedRounded]
 
@@ -97,6 +120,7 @@ class _Part:
         return {
             name: self.states[name] if name in self.states else _copied(value)
             for name, value in self.target.before.items()
+            if name != MASTER_LOW
         }
 
     def take(self, after: Mapping[str, Any]) -> None:
@@ -111,18 +135,28 @@ class _Part:
                 staged.copy_(value)  # made afresh: the first step, or an out-of-place one
 
     def widen(self) -> None:
-        """Rounded states have been read: make them what the optimizer computes with."""
-        if self.target.before:
-            for staged in self.rounded.values():
+        """What is narrower in the store has been read: make it what the optimizer computes with."""
+        if self.master is not None:  # first: the gradient takes the weight's place
+            self.master.combine(has_low=MASTER_LOW in self.target.before)
+        if self.gradient is not None:
+            self.gradient.widen()
+        for name, staged in self.rounded.items():
+            if name in self.target.before:
                 staged.widen()
 
-    def round(self) -> None:
-        """States have been stepped: make the rounded ones what the store keeps."""
+    def narrow(self) -> None:
+        """It has been stepped: make what is narrower in the store what the store keeps."""
+        if self.master is not None:  # the gradient goes
+            self.master.split()
+            self.target.after.setdefault(MASTER_LOW, None)
         for name, staged in self.rounded.items():
             staged.round(self.target.rounding[name], self.piece.start)
 
     def stored(self, name: str) -> torch.Tensor:
         """What is written of a state."""
+        if name == MASTER_LOW:
+            assert self.master is not None
+            return self.master.written
         return self.rounded[name].written if name in self.rounded else self.states[name]
 
 
@@ -285,31 +319,56 @@ class TilePipeline:
     ) -> _Part:
         weight_nbytes, gradient_nbytes, *state_nbytes = target.staging(piece)
         if target.weight.in_memory:  # stepped in place: memory is the newest copy
-            parameter = target.weight.mapped.tensor.view(-1)[piece.start : piece.stop]
+            weight = target.weight.mapped.tensor.view(-1)[piece.start : piece.stop]
         else:
-            parameter = buffer.tensor(target.parameter.dtype, (piece.numel,), offset=offset)
-            jobs += self._read_jobs(target.version.stored, piece, parameter)
+            weight = buffer.tensor(target.parameter.dtype, (piece.numel,), offset=offset)
+            jobs += self._read_jobs(target.version.stored, piece, weight)
+        part = _Part(piece, target, weight, weight, None, None, {}, {})
         offset += weight_nbytes
-        gradient = target.gradient[piece.start : piece.stop]
-        if target.home is not None:
-            staged = buffer.tensor(gradient.dtype, (piece.numel,), offset=offset)
-            jobs += self.gradients.read_jobs(target.home, piece.start, staged)
-            gradient = staged
+        gradient = self._gradient(part, buffer, offset, jobs)
         offset += gradient_nbytes
-        states: dict[str, torch.Tensor] = {}
-        rounded: dict[str, StagedRounded] = {}
         for (name, version), nbytes in zip(target.states.items(), state_nbytes, strict=True):
-            if name in target.rounding:
-                rounded[name] = StagedRounded.place(buffer, offset, piece.numel)
-                states[name], staged = rounded[name].values, rounded[name].read
-            else:
-                staged = buffer.tensor(version.stored.dtype, (piece.numel,), offset=offset)
-                states[name] = staged
-            if target.before:
+            staged = self._state(part, name, version, buffer, offset)
+            if name in target.before:
                 jobs += self._read_jobs(version.stored, piece, staged)
             offset += nbytes
-        parameter.grad = gradient
-        return _Part(piece, target, parameter, states, rounded)
+        part.parameter.grad = gradient
+        return part
+
+    def _gradient(
+        self, part: _Part, buffer: HostBuffer, offset: int, jobs: list[Job]
+    ) -> torch.Tensor:
+        """What ``parameter.grad`` becomes, once it is read and widened."""
+        target, piece = part.target, part.piece
+        source = target.gradient[piece.start : piece.stop]
+        if target.widens_gradient:
+            there = None if target.home is not None else source
+            part.gradient = StagedGradient.place(there, buffer, offset, piece.numel)
+            gradient, source = part.gradient.values, part.gradient.source
+        elif target.home is not None:
+            gradient = source = buffer.tensor(source.dtype, (piece.numel,), offset=offset)
+        else:
+            gradient = source
+        if target.home is not None:
+            jobs += self.gradients.read_jobs(target.home, piece.start, source)
+        return gradient
+
+    def _state(
+        self, part: _Part, name: str, version: Version, buffer: HostBuffer, offset: int
+    ) -> torch.Tensor:
+        """Lay out a state; returns where it is read to."""
+        numel = part.piece.numel
+        if name == MASTER_LOW:
+            part.master = StagedMaster.place(part.weight, buffer, offset)
+            part.parameter = part.master.values
+            return part.master.read
+        if name in part.target.rounding:
+            rounded = part.rounded[name] = StagedRounded.place(buffer, offset, numel)
+            part.states[name] = rounded.values
+            return rounded.read
+        staged = buffer.tensor(version.stored.dtype, (numel,), offset=offset)
+        part.states[name] = staged
+        return staged
 
     def _read_jobs(self, stored: StoredTensor, piece: Piece, staged: torch.Tensor) -> list[Job]:
         assert stored.current is not None
@@ -333,7 +392,7 @@ class TilePipeline:
             )
             for part, after in zip(tile.parts, afters, strict=True):
                 part.take(after)
-                part.round()
+                part.narrow()
         finally:
             torch.set_num_threads(threads)
 
@@ -341,10 +400,10 @@ class TilePipeline:
         jobs: list[Job] = []
         nbytes = 0
         for part in tile.parts:
-            written = [(part.target.version, part.parameter)]
+            written = [(part.target.version, part.weight)]
             written += [
-                (part.target.states[name], part.stored(name))
-                for name in part.states
+                (version, part.stored(name))
+                for name, version in part.target.states.items()
                 if name in part.target.after
             ]
             for version, data in written:
@@ -374,12 +433,10 @@ class TilePipeline:
 def _read_nbytes(part: _Part) -> int:
     target, nbytes = part.target, 0
     if not target.weight.in_memory:
-        nbytes += part.parameter.nbytes
+        nbytes += part.weight.nbytes
     if target.home is not None:
         nbytes += part.piece.numel * target.gradient.element_size()
-    if target.before:
-        nbytes += sum(part.stored(name).nbytes for name in part.states)
-    return nbytes
+    return nbytes + sum(part.stored(name).nbytes for name in target.states if name in target.before)
 
 
 def _copied(value: Any) -> Any:

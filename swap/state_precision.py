@@ -1,8 +1,9 @@
-"""In which precision the store keeps optimizer states, and of which optimizers they may be rounded.
+"""In which precision the store keeps what a step changes, and what may be rounded.
 
-``exact`` keeps them as the optimizer makes them. ``bf16`` keeps float32 states with an element for
-each of their parameter's as bfloat16, rounded stochastically (``rounding``); the optimizer itself
-computes in float32. Small states, which stay in memory, are exact with either.
+Of optimizer states, ``exact`` keeps them as the optimizer makes them. ``bf16`` keeps float32 states
+with an element for each of their parameter's as bfloat16, rounded stochastically (``rounding``);
+the optimizer itself computes in float32. Small states, which stay in memory, are exact with either.
+Of bfloat16 weights it keeps float32 masters, if these are asked for (``masters``).
 
 [Note: what may be rounded] Rounding is right on average, so a state may be rounded if the step
 takes it as it is: an average of gradients or of their squares. Where a step subtracts one state
@@ -24,6 +25,7 @@ from offload.tiers.hostmem import page_ceil
 from offload.tiers.memory import HostBuffer
 
 StatePrecision = Literal["exact", "bf16"]
+MasterWeights = Literal["none", "fp32"]
 _ROUNDABLE = (
     torch.optim.SGD,
     torch.optim.Adam,
@@ -37,12 +39,60 @@ _ROUNDABLE = (
 )
 
 
-def check_precision(precision: StatePrecision, optimizer: Optimizer) -> None:
-    """Raise unless the states of ``optimizer`` may be kept in ``precision``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """What the store keeps of the parameters that are stepped, and how.
 
-    Raises:
-        UnsupportedError: they may not ([Note: what may be rounded]), with the reason.
+    Attributes:
+        states: of float32 states with an element for each of their parameter's.
+        masters: ``fp32``: bfloat16 parameters are stepped in float32 (``masters``).
     """
+
+    states: StatePrecision = "exact"
+    masters: MasterWeights = "none"
+
+    def check(self, optimizer: Optimizer) -> None:
+        """Raise unless what ``optimizer`` steps may be kept so.
+
+        Raises:
+            UnsupportedError: it may not, with the reason ([Note: what may be rounded]).
+        """
+        _check_states(self.states, optimizer)
+        if self.masters != "none":
+            _check_masters(optimizer)
+
+    def has_master(self, parameter: torch.Tensor) -> bool:
+        """Whether ``parameter`` is stepped in float32 though it is none."""
+        return self.masters == "fp32" and parameter.dtype == torch.bfloat16
+
+    def step_dtype(self, parameter: torch.Tensor) -> torch.dtype:
+        """The type in which the optimizer sees ``parameter``, and makes its states."""
+        return torch.float32 if self.has_master(parameter) else parameter.dtype
+
+    def stored_dtype(self, parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+        """In which type the store keeps a per-element state that comes in ``dtype``."""
+        if dtype == torch.bfloat16 and self.has_master(parameter):
+            dtype = torch.float32  # of a run without masters
+        rounds = self.states == "bf16" and self.step_dtype(parameter) == dtype == torch.float32
+        return torch.bfloat16 if rounds else dtype
+
+    def rounds(self, parameter: torch.Tensor, stored: torch.dtype) -> bool:
+        """Whether a state that the store keeps in ``stored`` is computed in float32."""
+        return stored == torch.bfloat16 == self.stored_dtype(parameter, torch.float32)
+
+    def keeps_in_memory(self, parameter: torch.Tensor) -> bool:
+        """Whether ``parameter`` may be stepped in memory, in place.
+
+        Memory rounds no states, and does not tell the user's writes to a weight from a step's: the
+        bits would depend on the budget.
+        """
+        return not self.has_master(parameter) and not self.rounds(parameter, torch.bfloat16)
+
+
+EXACT = Precision()
+
+
+def _check_states(precision: StatePrecision, optimizer: Optimizer) -> None:
     if precision == "exact":
         return
     if type(optimizer) not in _ROUNDABLE:
@@ -59,19 +109,20 @@ def check_precision(precision: StatePrecision, optimizer: Optimizer) -> None:
         )
 
 
-def stored_dtype(
-    precision: StatePrecision, parameter: torch.Tensor, dtype: torch.dtype
-) -> torch.dtype:
-    """In which type the store keeps a state that the optimizer makes in ``dtype``."""
-    both = torch.float32
-    rounds = precision == "bf16" and parameter.dtype == both and dtype == both
-    return torch.bfloat16 if rounds else dtype
-
-
-def is_rounded(precision: StatePrecision, parameter: torch.Tensor, stored: torch.dtype) -> bool:
-    """Whether a state that the store keeps in ``stored`` is computed in float32."""
-    widest = torch.float32
-    return stored == torch.bfloat16 == stored_dtype(precision, parameter, widest)
+def _check_masters(optimizer: Optimizer) -> None:
+    half = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.dtype == torch.float16 and parameter.requires_grad
+    ]
+    if half:
+        raise UnsupportedError(
+            f"master_weights='fp32' keeps the bits that a bfloat16 weight lacks of a float32 one; "
+            f"{len(half)} parameters of the optimizer, the first of shape {tuple(half[0].shape)}, "
+            "are float16, whose exponent is another: load the model in torch.bfloat16, or set "
+            "master_weights='none'"
+        )
 
 
 def rounding_key(step: int, name: str, occasion: Literal["step", "absorb"]) -> int:

@@ -19,8 +19,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.swap.governor import Governor
+from offload.swap.masters import MASTER_LOW
 from offload.swap.rounding import round_to_bf16
-from offload.swap.state_precision import StatePrecision, is_rounded, rounding_key, stored_dtype
+from offload.swap.state_precision import EXACT, Precision, rounding_key
 from offload.swap.writeback import is_changed, write_back
 from offload.tiers.mapped import MappedTensor
 from offload.tiers.store import Store, StoredTensor, pack_tensor, unpack_tensor
@@ -60,7 +61,7 @@ class StateKeeper:
         names: dict[nn.Parameter, str],
         chunk_numel: int,
         *,
-        precision: StatePrecision = "exact",
+        precision: Precision = EXACT,
         steps: Callable[[], int] = lambda: 0,
     ) -> None:
         self.store = store
@@ -74,12 +75,12 @@ class StateKeeper:
 
     def large(self, parameter: nn.Parameter, name: str, dtype: torch.dtype) -> State:
         """The state ``name`` of ``parameter``, elementwise, made at its first use."""
-        dtype = stored_dtype(self.precision, parameter, dtype)
+        dtype = self.precision.stored_dtype(parameter, dtype)
         return self._state(parameter, name, dtype, tuple(parameter.shape))
 
-    def rounds(self, parameter: nn.Parameter, stored: torch.dtype) -> bool:
+    def rounds(self, parameter: torch.Tensor, stored: torch.dtype) -> bool:
         """Whether a state that the store keeps in ``stored`` is float32 for the optimizer."""
-        return is_rounded(self.precision, parameter, stored)
+        return self.precision.rounds(parameter, stored)
 
     def rounding_key(self, state: State) -> int:
         """Of the random bits with which the present step rounds ``state``."""
@@ -87,16 +88,21 @@ class StateKeeper:
 
     def computed(self, parameter: torch.Tensor, shown: Mapping[str, Any]) -> Mapping[str, Any]:
         """The states ``shown`` of a whole parameter as the optimizer computes with them."""
-        if self.precision == "exact" or parameter not in self.states:
+        if self.precision == EXACT:
             return shown
         return {
-            name: value.float()
-            if isinstance(value, torch.Tensor)
-            and is_large(value)
-            and is_rounded(self.precision, parameter, value.dtype)
-            else value
+            name: value.float() if self._is_narrow(parameter, value) else value
             for name, value in shown.items()
+            if name != MASTER_LOW
         }
+
+    def _is_narrow(self, parameter: torch.Tensor, value: Any) -> bool:
+        """Whether the optimizer sees the state ``value`` in float32, though it is none."""
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.bfloat16:
+            return False
+        if self.precision.has_master(parameter):
+            return True
+        return is_large(value) and self.rounds(parameter, value.dtype)
 
     def _state(
         self, parameter: nn.Parameter, name: str, dtype: torch.dtype, shape: tuple[int, ...]
@@ -125,6 +131,18 @@ class StateKeeper:
         state.dirty = False
         return state.mapped.tensor
 
+    @staticmethod
+    def shows(value: Any, state: State) -> bool:
+        """Whether ``value`` is the mapping of ``state``."""
+        mapped = state.mapped
+        if mapped is None:
+            return False
+        return value is mapped.tensor or (
+            isinstance(value, torch.Tensor)
+            and value.layout is torch.strided
+            and value.data_ptr() == mapped.address
+        )
+
     def shown(self, parameter: nn.Parameter) -> list[State] | None:
         """The large states of ``parameter`` if ``optimizer.state`` shows each from its mapping.
 
@@ -135,7 +153,7 @@ class StateKeeper:
         for name, value in self.optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor) and is_large(value):
                 state = known.get(name)
-                if state is None or not _shows(value, state):
+                if state is None or not self.shows(value, state):
                     return None
                 states.append(state)
         return states
@@ -193,12 +211,14 @@ class StateKeeper:
                 continue
             dtype = value.dtype
             if value.shape == parameter.shape:
-                dtype = stored_dtype(self.precision, parameter, dtype)
+                dtype = self.precision.stored_dtype(parameter, dtype)
             state = self._state(parameter, name, dtype, tuple(value.shape))
             if dtype == value.dtype:
                 self.store.write(state.stored, value)
-            else:
+            elif dtype == torch.bfloat16:
                 self._store_rounded(state.stored, value)
+            else:
+                self._store_widened(state.stored, value)
             shown[name] = self.show(state)
         self._forget(parameter, set(shown))
 
@@ -214,6 +234,16 @@ class StateKeeper:
 
         self.store.fill(stored, fill)
 
+    def _store_widened(self, stored: StoredTensor, value: torch.Tensor) -> None:
+        values = value.detach().contiguous().reshape(-1)
+
+        def fill(at: int, staged: torch.Tensor) -> None:
+            wide = staged.view(stored.dtype)
+            start = at // stored.dtype.itemsize
+            wide.copy_(values[start : start + wide.numel()])
+
+        self.store.fill(stored, fill)
+
     def _store_held(self, parameters: Iterable[nn.Parameter]) -> None:
         """Store held states that are newer in memory ([Note: states in memory])."""
         newer: list[tuple[State, MappedTensor]] = []
@@ -221,7 +251,7 @@ class StateKeeper:
             shown = self.optimizer.state.get(parameter, {})
             for name, state in self.states[parameter].items():
                 mapped, value = state.mapped, shown.get(name)
-                if mapped is None or not mapped.held or not _shows(value, state):
+                if mapped is None or not mapped.held or not self.shows(value, state):
                     continue
                 if state.dirty or is_changed(self.store, state.stored, mapped.address):
                     state.dirty = True  # until it is stored, whatever happens meanwhile
@@ -279,18 +309,6 @@ class StateKeeper:
                 else:
                     shown[key] = entry["value"]
             self.optimizer.state[parameter] = shown
-
-
-def _shows(value: Any, state: State) -> bool:
-    """Whether ``value`` is the mapping of ``state``."""
-    mapped = state.mapped
-    if mapped is None:
-        return False
-    return value is mapped.tensor or (
-        isinstance(value, torch.Tensor)
-        and value.layout is torch.strided
-        and value.data_ptr() == mapped.address
-    )
 
 
 def is_large(value: torch.Tensor) -> bool:
