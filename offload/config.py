@@ -52,10 +52,11 @@ class OffloadConfig(BaseModel):
     """
     accumulation_steps: int = Field(default=1, ge=1)
     """Backward passes that make one step, where ``step_in_backward`` can't see their end."""
-    state_precision: Literal["exact", "bf16"] = "exact"
+    state_precision: Literal["exact", "bf16", "8bit"] = "exact"
     """In which precision the store keeps the optimizer's large float32 states.
 
-    ``bf16`` halves their bytes by stochastic rounding: results are no longer those of memory.
+    ``bf16`` halves their bytes, ``8bit`` leaves a quarter of them, by stochastic rounding: results
+    are no longer those of memory.
     """
 
     master_weights: Literal["none", "fp32"] = "none"

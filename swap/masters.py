@@ -20,7 +20,7 @@ import torch
 
 from offload.allocator.errors import UnsupportedError
 from offload.swap.rounding import BLOCK_NUMEL, widen
-from offload.swap.state_precision import rounded_staging_nbytes
+from offload.swap.staged_states import rounded_staging_nbytes
 from offload.tiers.memory import HostBuffer
 
 MASTER_LOW = "master_low"  # in ``optimizer.state[parameter]``; int16 of the parameter's shape

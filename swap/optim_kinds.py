@@ -158,7 +158,7 @@ def state_nbytes(
     if kind_of(optimizer) is not Kind.ELEMENTWISE:
         return 0
     return sum(
-        taken_by(parameter.numel() * precision.stored_dtype(parameter, spec.dtype).itemsize)
+        taken_by(precision.stored_nbytes(parameter, spec.name, spec.dtype))
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.requires_grad and parameter.numel()

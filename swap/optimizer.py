@@ -258,9 +258,9 @@ class StreamedOptimizer:
             states={name: self._version(state.stored) for name, state in states.items()},
             written=written,
             rounding={
-                name: self.keeper.rounding_key(state)
+                name: self.keeper.rounding(state)
                 for name, state in states.items()
-                if self.keeper.rounds(parameter, state.stored.dtype)
+                if state.form != "plain"
             },
         )
 

@@ -12,8 +12,13 @@ from torch.optim import Optimizer
 from offload.swap.gradients import GradientSwapper
 from offload.swap.masters import MASTER_LOW, StagedGradient, StagedMaster
 from offload.swap.optim_kinds import step_on
+from offload.swap.staged_states import (
+    Rounding,
+    StagedPacked,
+    StagedRounded,
+    rounded_staging_nbytes,
+)
 from offload.swap.staging import Staging
-from offload.swap.state_precision import StagedRounded, rounded_staging_nbytes
 from offload.swap.tiles import Piece, cut
 from offload.swap.weights import Weight
 from offload.tiers.base import Block
@@ -49,8 +54,7 @@ class Target:
         before: ``optimizer.state[parameter]``, empty before its first step.
         states: the next versions of its per-element states, by name; with ``MASTER_LOW`` among
             them it is stepped in float32 (``masters`` [Note: split masters]).
-        rounding: for states that are bfloat16 in the store and float32 for the optimizer: the key
-            of the random bits with which they are rounded.
+        rounding: of states that the store has in less bits than the optimizer computes with.
         after: the new state's entries in the optimizer's own order; per-element ones stand for
             themselves only by name, their bytes go to ``states``.
         written: called when all its tiles are written, not yet published.
@@ -64,7 +68,7 @@ class Target:
     before: Mapping[str, Any]
     states: dict[str, Version]
     written: Callable[["Target"], None]
-    rounding: Mapping[str, int] = field(default_factory=dict)
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
     unwritten_numel: int = field(init=False)
 
@@ -88,12 +92,20 @@ class Target:
         sizes = [page_ceil(piece.numel * itemsize) for itemsize in (weight, gradient)]
         if self.widens_gradient:  # where it will be widened to is the weight before and after
             sizes = [0, rounded_staging_nbytes(piece.numel)]
-        return sizes + [
-            rounded_staging_nbytes(piece.numel)
-            if name in self.rounding or name == MASTER_LOW
-            else page_ceil(piece.numel * version.stored.dtype.itemsize)
-            for name, version in self.states.items()
-        ]
+        return sizes + [self._state_staging(name, piece.numel) for name in self.states]
+
+    def _state_staging(self, name: str, numel: int) -> int:
+        if name == MASTER_LOW:
+            return rounded_staging_nbytes(numel)
+        if name in self.rounding:
+            return self.rounding[name].staging_nbytes(numel)
+        return page_ceil(numel * self.states[name].stored.dtype.itemsize)
+
+    def place_of(self, name: str, piece: Piece) -> int:
+        """Where the piece of a state begins in the store, in bytes from its beginning."""
+        if name in self.rounding:
+            return self.rounding[name].stored_nbytes(piece.start)
+        return piece.start * self.states[name].stored.dtype.itemsize
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +125,7 @@ class _Part:
     gradient: StagedGradient | None
     master: StagedMaster | None
     states: dict[str, torch.Tensor]
-    rounded: dict[str, StagedRounded]
+    rounded: dict[str, StagedRounded | StagedPacked]
 
     def state_before(self) -> dict[str, Any]:
         """The state that the optimizer sees: staged slices, and copies of counters."""
@@ -150,7 +162,7 @@ class _Part:
             self.master.split()
             self.target.after.setdefault(MASTER_LOW, None)
         for name, staged in self.rounded.items():
-            staged.round(self.target.rounding[name], self.piece.start)
+            staged.round(self.target.rounding[name].key, self.piece.start)
 
     def stored(self, name: str) -> torch.Tensor:
         """What is written of a state."""
@@ -322,7 +334,8 @@ class TilePipeline:
             weight = target.weight.mapped.tensor.view(-1)[piece.start : piece.stop]
         else:
             weight = buffer.tensor(target.parameter.dtype, (piece.numel,), offset=offset)
-            jobs += self._read_jobs(target.version.stored, piece, weight)
+            at = piece.start * weight.element_size()
+            jobs += self._read_jobs(target.version.stored, at, weight)
         part = _Part(piece, target, weight, weight, None, None, {}, {})
         offset += weight_nbytes
         gradient = self._gradient(part, buffer, offset, jobs)
@@ -330,7 +343,7 @@ class TilePipeline:
         for (name, version), nbytes in zip(target.states.items(), state_nbytes, strict=True):
             staged = self._state(part, name, version, buffer, offset)
             if name in target.before:
-                jobs += self._read_jobs(version.stored, piece, staged)
+                jobs += self._read_jobs(version.stored, target.place_of(name, piece), staged)
             offset += nbytes
         part.parameter.grad = gradient
         return part
@@ -363,16 +376,16 @@ class TilePipeline:
             part.parameter = part.master.values
             return part.master.read
         if name in part.target.rounding:
-            rounded = part.rounded[name] = StagedRounded.place(buffer, offset, numel)
+            rounded = part.rounded[name] = part.target.rounding[name].place(buffer, offset, numel)
             part.states[name] = rounded.values
             return rounded.read
         staged = buffer.tensor(version.stored.dtype, (numel,), offset=offset)
         part.states[name] = staged
         return staged
 
-    def _read_jobs(self, stored: StoredTensor, piece: Piece, staged: torch.Tensor) -> list[Job]:
+    def _read_jobs(self, stored: StoredTensor, at: int, staged: torch.Tensor) -> list[Job]:
         assert stored.current is not None
-        base = stored.current.extent.offset + piece.start * stored.dtype.itemsize
+        base = stored.current.extent.offset + at
         file, nbytes = self.tier.file, page_ceil(staged.nbytes)
         return move_jobs(file, file.read, base, staged.data_ptr(), nbytes)
 
@@ -400,26 +413,26 @@ class TilePipeline:
         jobs: list[Job] = []
         nbytes = 0
         for part in tile.parts:
-            written = [(part.target.version, part.weight)]
+            at = part.piece.start * part.weight.element_size()
+            written = [(part.target.version, at, part.weight)]
             written += [
-                (version, part.stored(name))
+                (version, part.target.place_of(name, part.piece), part.stored(name))
                 for name, version in part.target.states.items()
                 if name in part.target.after
             ]
-            for version, data in written:
-                jobs += self._write_jobs(version, part.piece, data)
+            for version, at, data in written:
+                jobs += self._write_jobs(version, at, data)
                 nbytes += data.nbytes
         label = self._label(tile.parts, reading=False)
         tile.transfer = self.tier.lanes.writes.submit(jobs, label, nbytes)
 
-    def _write_jobs(self, version: Version, piece: Piece, data: torch.Tensor) -> list[Job]:
-        file, offset = self.tier.file, piece.start * data.element_size()
-        base, address = version.target.extent.offset + offset, data.data_ptr()
+    def _write_jobs(self, version: Version, at: int, data: torch.Tensor) -> list[Job]:
+        file, base, address = self.tier.file, version.target.extent.offset + at, data.data_ptr()
 
-        def write(at: int, source: int, nbytes: int) -> None:
-            file.write(at, source, nbytes)
+        def write(offset: int, source: int, nbytes: int) -> None:
+            file.write(offset, source, nbytes)
             if source == address:  # once for all the pieces of the chunk
-                chunk = offset // version.stored.chunk_nbytes
+                chunk = at // version.stored.chunk_nbytes
                 version.checksums[chunk] = checksum(address, data.nbytes)
 
         return move_jobs(file, write, base, address, page_ceil(data.nbytes))

@@ -10,6 +10,7 @@ when the store must be the newest state: at a commit, and when its memory is giv
 step changed is marked dirty; what the user's code wrote to a clean one, its checksums tell.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from offload.swap.eightbit import SHARING, pack, packed_nbytes
 from offload.swap.governor import Governor
 from offload.swap.masters import MASTER_LOW
+from offload.swap.packed_state import PackedState
 from offload.swap.rounding import round_to_bf16
-from offload.swap.state_precision import EXACT, Precision, rounding_key
+from offload.swap.staged_states import Rounding, rounding_key
+from offload.swap.state_precision import EXACT, Form, Precision
 from offload.swap.writeback import is_changed, write_back
 from offload.tiers.mapped import MappedTensor
 from offload.tiers.store import Store, StoredTensor, pack_tensor, unpack_tensor
@@ -31,9 +35,16 @@ SMALL_NUMEL = 1024
 
 @dataclass(slots=True, eq=False)
 class State:
-    """One large state of one parameter."""
+    """One large state of one parameter.
+
+    Attributes:
+        form: in the store.
+        shape: as the optimizer sees it.
+    """
 
     stored: StoredTensor
+    form: Form
+    shape: tuple[int, ...]
     mapped: MappedTensor | None = None  # None until its first version is published
     dirty: bool = False  # a step changed it in memory since it was stored
 
@@ -75,26 +86,26 @@ class StateKeeper:
 
     def large(self, parameter: nn.Parameter, name: str, dtype: torch.dtype) -> State:
         """The state ``name`` of ``parameter``, elementwise, made at its first use."""
-        dtype = self.precision.stored_dtype(parameter, dtype)
         return self._state(parameter, name, dtype, tuple(parameter.shape))
 
-    def rounds(self, parameter: torch.Tensor, stored: torch.dtype) -> bool:
-        """Whether a state that the store keeps in ``stored`` is float32 for the optimizer."""
-        return self.precision.rounds(parameter, stored)
-
-    def rounding_key(self, state: State) -> int:
-        """Of the random bits with which the present step rounds ``state``."""
-        return rounding_key(self._steps(), state.stored.name, "step")
+    def rounding(self, state: State) -> Rounding:
+        """How the present step rounds ``state``."""
+        return Rounding(state.form, rounding_key(self._steps(), state.stored.name, "step"))
 
     def computed(self, parameter: torch.Tensor, shown: Mapping[str, Any]) -> Mapping[str, Any]:
         """The states ``shown`` of a whole parameter as the optimizer computes with them."""
         if self.precision == EXACT:
             return shown
         return {
-            name: value.float() if self._is_narrow(parameter, value) else value
+            name: self._widened(parameter, value)
             for name, value in shown.items()
             if name != MASTER_LOW
         }
+
+    def _widened(self, parameter: torch.Tensor, value: Any) -> Any:
+        if isinstance(value, PackedState):
+            return value.unpacked()
+        return value.float() if self._is_narrow(parameter, value) else value
 
     def _is_narrow(self, parameter: torch.Tensor, value: Any) -> bool:
         """Whether the optimizer sees the state ``value`` in float32, though it is none."""
@@ -102,17 +113,25 @@ class StateKeeper:
             return False
         if self.precision.has_master(parameter):
             return True
-        return is_large(value) and self.rounds(parameter, value.dtype)
+        return is_large(value) and self.precision.rounds(parameter)
 
     def _state(
         self, parameter: nn.Parameter, name: str, dtype: torch.dtype, shape: tuple[int, ...]
     ) -> State:
+        """The state ``name``, which comes in ``dtype`` and ``shape``."""
+        form: Form = "plain"
+        if shape == tuple(parameter.shape):
+            form, dtype = self.precision.stored_as(parameter, name, dtype)
+        stored_shape, chunk_nbytes = shape, self.chunk_numel * dtype.itemsize
+        if form in ("signed", "unsigned"):
+            stored_shape = (packed_nbytes(parameter.numel()),)
+            chunk_nbytes = packed_nbytes(self.chunk_numel)
         states = self.states[parameter]
         found = states.get(name)
-        if found is None or found.stored.dtype != dtype or found.stored.shape != shape:
+        if found is None or found.stored.dtype != dtype or found.stored.shape != stored_shape:
             full_name = f"{self.names[parameter]}#{name}"
-            stored = self.store.add(full_name, dtype, shape, self.chunk_numel * dtype.itemsize)
-            found = states[name] = State(stored)
+            stored = self.store.add(full_name, dtype, stored_shape, chunk_nbytes)
+            found = states[name] = State(stored, form, shape)
         return found
 
     def known(self, parameter: nn.Parameter, name: str) -> State | None:
@@ -129,6 +148,13 @@ class StateKeeper:
             self.governor.watch(state.mapped)
         state.mapped.file_as(state.stored.current)
         state.dirty = False
+        if state.form in ("signed", "unsigned"):
+            return PackedState.over(
+                state.mapped.tensor,
+                state.shape,
+                self.chunk_numel,
+                signed=state.form == "signed",
+            )
         return state.mapped.tensor
 
     @staticmethod
@@ -137,6 +163,8 @@ class StateKeeper:
         mapped = state.mapped
         if mapped is None:
             return False
+        if isinstance(value, PackedState):
+            return value.packed is mapped.tensor
         return value is mapped.tensor or (
             isinstance(value, torch.Tensor)
             and value.layout is torch.strided
@@ -170,8 +198,8 @@ class StateKeeper:
     def materialised_nbytes(self) -> int:
         """Bytes of memory that ``materialise`` takes."""
         return sum(
-            state.mapped.nbytes * (2 if self.rounds(parameter, state.stored.dtype) else 1)
-            for parameter, states in self.states.items()
+            state.mapped.nbytes if state.form == "plain" else 4 * math.prod(state.shape)
+            for states in self.states.values()
             for state in states.values()
             if state.mapped is not None and not state.held
         )
@@ -183,9 +211,11 @@ class StateKeeper:
             for name, state in states.items():
                 if state.mapped is None or state.held or name not in shown:
                     continue
-                rounded = self.rounds(parameter, state.stored.dtype)
-                kept = state.mapped.tensor
-                shown[name] = kept.float() if rounded else kept.clone()
+                kept = shown[name]
+                if isinstance(kept, PackedState):
+                    shown[name] = kept.unpacked()
+                else:
+                    shown[name] = kept.clone() if state.form == "plain" else kept.float()
 
     def absorb(self, parameter: nn.Parameter) -> None:
         """Store what is newer in ``optimizer.state[parameter]`` than in the store.
@@ -205,17 +235,16 @@ class StateKeeper:
             if not isinstance(value, torch.Tensor) or not is_large(value):
                 continue
             state = self.known(parameter, name)
-            mapped = state.mapped if state is not None else None
-            ours = mapped is not None and value.data_ptr() == mapped.address
-            if ours and mapped is not None and not mapped.written_while_filed():
-                continue
-            dtype = value.dtype
-            if value.shape == parameter.shape:
-                dtype = self.precision.stored_dtype(parameter, dtype)
-            state = self._state(parameter, name, dtype, tuple(value.shape))
-            if dtype == value.dtype:
+            if state is not None and self.shows(value, state):
+                assert state.mapped is not None
+                if not state.mapped.written_while_filed():
+                    continue
+            state = self._state(parameter, name, value.dtype, tuple(value.shape))
+            if state.form in ("signed", "unsigned"):
+                self._store_packed(state, value)
+            elif state.stored.dtype == value.dtype:
                 self.store.write(state.stored, value)
-            elif dtype == torch.bfloat16:
+            elif state.form == "bf16":
                 self._store_rounded(state.stored, value)
             else:
                 self._store_widened(state.stored, value)
@@ -233,6 +262,18 @@ class StateKeeper:
             round_to_bf16(part, rounded, key=key, start=start)
 
         self.store.fill(stored, fill)
+
+    def _store_packed(self, state: State, value: torch.Tensor) -> None:
+        key = rounding_key(self._steps(), state.stored.name, "absorb")
+        plain = value.unpacked() if isinstance(value, PackedState) else value.detach().float()
+        values = plain.contiguous().reshape(-1)
+
+        def fill(at: int, staged: torch.Tensor) -> None:
+            start = at * SHARING // (SHARING + 1)
+            part = values[start : start + self.chunk_numel]
+            pack(part, staged, signed=state.form == "signed", key=key, start=start)
+
+        self.store.fill(state.stored, fill)
 
     def _store_widened(self, stored: StoredTensor, value: torch.Tensor) -> None:
         values = value.detach().contiguous().reshape(-1)

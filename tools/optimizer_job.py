@@ -31,6 +31,7 @@ WAYS = (
     "behind",
     "in backward",
     "in backward, bf16 states",
+    "in backward, 8bit states",
     MASTERS,
     IN_MEMORY,
     "deepspeed",
@@ -143,7 +144,7 @@ def main() -> None:
     else:
         config = {
             "step_in_backward": way.startswith("in backward"),
-            "state_precision": "bf16" if way.endswith("bf16 states") else "exact",
+            "state_precision": way.split()[-2] if way.endswith(" states") else "exact",
             "master_weights": "fp32" if way == MASTERS else "none",
         }
         step = offload_steps(shape, nvme, options.budget, config)

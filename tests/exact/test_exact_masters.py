@@ -21,7 +21,8 @@ from offload.saving import step_writes_nbytes
 from offload.swap.masters import MASTER_LOW
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.rounding import round_to_bf16
-from offload.swap.state_precision import Precision, rounding_key
+from offload.swap.staged_states import rounding_key
+from offload.swap.state_precision import Precision
 from offload.tiers.events import Move
 
 MASTERS = {"master_weights": "fp32"}

@@ -22,7 +22,8 @@ from offload.engine import Engine
 from offload.saving import step_writes_nbytes
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.rounding import round_to_bf16
-from offload.swap.state_precision import Precision, rounding_key
+from offload.swap.staged_states import rounding_key
+from offload.swap.state_precision import Precision
 from offload.tiers.events import Move
 
 BF16 = {"state_precision": "bf16"}

@@ -20,7 +20,8 @@ place, steps, paths = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 home.UNIT_NBYTES = 16 << 10  # every weight is on every path
 nvme = [place / f"nvme{path}" for path in range(paths)]
 config = {"step_in_backward": "in backward" in sys.argv[4]}
-config["state_precision"] = "bf16" if "bf16" in sys.argv[4] else "exact"
+rounded = [precision for precision in ("bf16", "8bit") if precision in sys.argv[4]]
+config["state_precision"] = (*rounded, "exact")[0]
 half = torch.bfloat16 if "masters" in sys.argv[4] else torch.float32
 config["master_weights"] = "fp32" if "masters" in sys.argv[4] else "none"
 streaming = "streaming" in sys.argv[4]
@@ -46,7 +47,7 @@ while engine.step < steps:
     optimizer.zero_grad()
     engine.commit({"schedule": schedule.state_dict()})
     print(engine.step, flush=True)
-kept = 0 if "bf16" in sys.argv[4] or "masters" in sys.argv[4] else 4
+kept = 0 if rounded or "masters" in sys.argv[4] else 4
 assert streaming or begun == steps or len(engine.plan.resident_states) == kept
 digest = xxhash.xxh3_64()
 for parameter in model.parameters():
@@ -98,6 +99,7 @@ def killed_and_resumed(place: Path, steps: int, paths: int, step: str, kills: in
         (3, 30, 1, "in backward"),
         pytest.param(3, 20, 1, "in backward, masters", marks=pytest.mark.slow),
         pytest.param(3, 20, 1, "in backward, bf16", marks=pytest.mark.slow),
+        pytest.param(3, 20, 2, "in backward, 8bit", marks=pytest.mark.slow),
         pytest.param(3, 20, 2, "behind backward", marks=pytest.mark.slow),
         pytest.param(20, 200, 1, "behind backward", marks=pytest.mark.slow),
         pytest.param(20, 200, 1, "streaming", marks=pytest.mark.slow),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from offload.swap.masters import StagedGradient, StagedMaster, combine, master_of, split
 from offload.swap.rounding import BLOCK_NUMEL
-from offload.swap.state_precision import rounded_staging_nbytes
+from offload.swap.staged_states import rounded_staging_nbytes
 from offload.tiers.hostmem import PAGE
 from offload.tiers.memory import HostBuffer
 

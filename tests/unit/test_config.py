@@ -70,7 +70,9 @@ def test_settings_of_a_recompute_that_is_off_are_refused() -> None:
 @pytest.mark.parametrize("precision", ["fp8", "BF16", "", None, 16])
 def test_a_precision_of_states_that_there_is_not(precision: object) -> None:
     assert make_config().state_precision == "exact"
-    with pytest.raises(ConfigError, match="state_precision: Input should be 'exact' or 'bf16'"):
+    with pytest.raises(
+        ConfigError, match="state_precision: Input should be 'exact', 'bf16' or '8bit'"
+    ):
         make_config({"state_precision": precision})
 
 
