@@ -87,6 +87,16 @@ class StreamedOptimizer:
                 type(optimizer).__name__,
                 "not known to be elementwise: its own step runs on one whole parameter at a time",
             )
+        if keeper.precision.masters == "none" and any(
+            one.dtype == torch.bfloat16 and self.streams(one)
+            for group in optimizer.param_groups
+            for one in group["params"]
+        ):
+            journal.notice(
+                "bfloat16",
+                "weights are stepped in bfloat16, where a step that adds less than "
+                "0.4 % to one is lost: master_weights='fp32' keeps float32 masters",
+            )
 
     def begin(self) -> None:
         """A step begins: now, or as backward produces its first gradient."""

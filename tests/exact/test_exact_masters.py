@@ -485,15 +485,18 @@ def test_sparse_gradients(starve: Any) -> None:
     assert_same(plain, model, optimizer)
 
 
-def test_gradients_that_accumulate_in_float32(starve: Any) -> None:
-    """torch's own ``grad_dtype``: they stay in memory."""
+@BOTH
+def test_gradients_that_accumulate_in_float32(config: dict[str, Any], starve: Any) -> None:
+    """By torch's own ``grad_dtype``."""
     torch.manual_seed(0)
     twin: Any = half_model()
     if not hasattr(twin[0].weight, "grad_dtype"):
         pytest.skip("this torch has no grad_dtype")
     model = copy.deepcopy(twin)
     plain, optimizer = InMemory(twin, adamw), adamw(model.parameters())
-    starve(model, optimizer, config=MASTERS)
+    if "step_in_backward" in config:
+        config = {**config, "accumulation_steps": 2}
+    engine = starve(model, optimizer, config=config)
     for one, its_optimizer in ((twin, plain), (model, optimizer)):
         for parameter in (one[0].weight, one[0].bias):
             parameter.grad_dtype = torch.float32
@@ -504,3 +507,20 @@ def test_gradients_that_accumulate_in_float32(starve: Any) -> None:
                 its_optimizer.step()
                 its_optimizer.zero_grad()
     assert_same(plain, model, optimizer)
+    events = engine._journal.recorder.events  # type: ignore[attr-defined]
+    moved = [e for e in events if isinstance(e, Move) and e.role == "gradient"]
+    assert {e.nbytes for e in moved if e.key == "0.weight"} == {300 * 257 * 4}
+    assert {e.nbytes for e in moved if e.key == "2.weight"} == {300 * 257 * 2}
+
+
+def test_bf16_weights_without_masters_are_told_of_them(starve: Any, tmp_path: Path) -> None:
+    for number, (model, config, told) in enumerate(
+        [
+            (half_model(), {}, True),
+            (half_model(), MASTERS, False),
+            (make_model(), {}, False),
+        ]
+    ):
+        optimizer = adamw(model.parameters())
+        engine = starve(model, optimizer, nvme=tmp_path / str(number), config=config)
+        assert any("master_weights='fp32'" in one for one in engine.notices) == told
