@@ -89,8 +89,9 @@ class Engine:
         reserve_room(model, optimizer, runtime)
         self._signature = signature_of(model, optimizer, runtime.precision)
         resuming = check_resume(runtime, self._signature)
-        by_parameter = adopt_weights(model, runtime, self.weights, resuming=resuming)
-        self._adopted = by_parameter
+        self._adopted = by_parameter = adopt_weights(
+            model, runtime, self.weights, resuming=resuming
+        )
         drop_unclaimed(runtime)
         self.weights.learn_order([name for info in census.modules for name in info.weights])
         self.gradients = GradientSwapper(
