@@ -11,17 +11,18 @@ from offload.building import built_weight, claim
 from offload.runtime import Runtime
 from offload.swap.census import named_weights, unmovable_reason
 from offload.swap.optim_kinds import state_nbytes
-from offload.swap.state_precision import StatePrecision
+from offload.swap.state_precision import EXACT, Precision
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.mapped import MappedTensor
 
 
 def signature_of(
-    model: nn.Module, optimizer: Optimizer | None, precision: StatePrecision = "exact"
+    model: nn.Module, optimizer: Optimizer | None, precision: Precision = EXACT
 ) -> dict[str, Any]:
     """What must agree for a store to be continued: weights, kind of optimizer, its states'."""
     return {
-        **({} if precision == "exact" else {"state_precision": precision}),
+        **({} if precision.states == "exact" else {"state_precision": precision.states}),
+        **({} if precision.masters == "none" else {"master_weights": precision.masters}),
         "weights": {
             name: [str(parameters[0].dtype).removeprefix("torch."), list(parameters[0].shape)]
             for name, parameters in named_weights(model)
@@ -61,9 +62,10 @@ def _difference(found: Any, expected: dict[str, Any]) -> str:
     if found["optimizer"] != expected["optimizer"]:
         return f"its optimizer is {found['optimizer']}, this one is {expected['optimizer']}"
     stored, present = found["weights"], expected["weights"]
-    there, here = (one.get("state_precision", "exact") for one in (found, expected))
-    if there != here:
-        return f"its state_precision is {there}, this one's is {here} (set it to {there!r})"
+    for setting, default in (("state_precision", "exact"), ("master_weights", "none")):
+        there, here = (one.get(setting, default) for one in (found, expected))
+        if there != here:
+            return f"its {setting} is {there}, this one's is {here} (set it to {there!r})"
     for name in sorted({*stored, *present}):
         if stored.get(name) != present.get(name):
             return f"{name} is {stored.get(name)} there, {present.get(name)} here"
@@ -148,10 +150,9 @@ def reserve_room(model: nn.Module, optimizer: Optimizer | None, runtime: Runtime
             absent += nbytes
         if any(parameter.requires_grad for parameter in (source, *others)):
             trained += nbytes
-    precision = runtime.config.state_precision
     states = 0
     if optimizer is not None:
-        states = state_nbytes(optimizer, extent_nbytes, precision=precision)
+        states = state_nbytes(optimizer, extent_nbytes, precision=runtime.precision)
     if runtime.store.committed is not None:
         needed = trained + states
     elif runtime.config.commit == "never":

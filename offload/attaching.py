@@ -16,7 +16,6 @@ from offload.runtime import Runtime
 from offload.swap.census import take_census
 from offload.swap.optim_kinds import kind_of
 from offload.swap.plan import make_plan
-from offload.swap.state_precision import check_precision
 from offload.swap.uncompiled import forget_compiled, plain_module
 from offload.tiers import hostmem
 
@@ -58,22 +57,32 @@ def attach(
         UnsupportedError: a parameter or an optimizer that can't be handled exactly, or states
             that may not be kept in the precision that was asked for.
     """
-    model = plain_module(model)
     settings = make_config(
         config, budget=budget, nvme=nvme, record=record, resume=resume, commit=commit
     )
+    return attach_in(None, plain_module(model), optimizer, settings)
+
+
+def attach_in(
+    opened: Runtime | None, model: nn.Module, optimizer: Optimizer | None, settings: OffloadConfig
+) -> Engine:
+    """``attach`` with all settings known.
+
+    Args:
+        opened: holds the store already; closed on an error.
+    """
     if optimizer is not None:
         kind_of(optimizer)
     if model in attached_models:
         raise ConfigError("this model is attached already: detach its engine first")
-    runtime = runtime_of(model)
+    runtime = runtime_of(model) or opened
     if runtime is None:
         runtime = Runtime(settings)
     else:
         runtime.reconfigure(settings)
     try:
         if optimizer is not None:
-            check_precision(runtime.config.state_precision, optimizer)
+            runtime.precision.check(optimizer)
         runtime.governor.shed()
         census = take_census(model)
         in_memory = sum(

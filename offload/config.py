@@ -52,10 +52,17 @@ class OffloadConfig(BaseModel):
     """
     accumulation_steps: int = Field(default=1, ge=1)
     """Backward passes that make one step, where ``step_in_backward`` can't see their end."""
-    state_precision: Literal["exact", "bf16"] = "exact"
+    state_precision: Literal["exact", "bf16", "8bit"] = "exact"
     """In which precision the store keeps the optimizer's large float32 states.
 
-    ``bf16`` halves their bytes by stochastic rounding: results are no longer those of memory.
+    ``bf16`` halves their bytes, ``8bit`` leaves a quarter of them, by stochastic rounding: results
+    are no longer those of memory.
+    """
+
+    master_weights: Literal["none", "fp32"] = "none"
+    """``fp32``: bfloat16 weights are stepped in float32, with float32 gradients and states.
+
+    The store keeps what such a weight lacks of its master: 2 bytes a parameter.
     """
 
     recompute: Literal["off", "tokenwise"] = "off"

@@ -42,6 +42,8 @@ from offload.swap.activations import ActivationCache
 from offload.swap.backward_step import BackwardStep
 from offload.swap.census import take_census
 from offload.swap.gradients import GradientSwapper
+from offload.swap.loading import ExactLoading
+from offload.swap.masters import master_of
 from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.plan import Plan
 from offload.swap.states import StateKeeper
@@ -85,10 +87,11 @@ class Engine:
         )
         refuse_unmovable(model)
         reserve_room(model, optimizer, runtime)
-        self._signature = signature_of(model, optimizer, runtime.config.state_precision)
+        self._signature = signature_of(model, optimizer, runtime.precision)
         resuming = check_resume(runtime, self._signature)
-        by_parameter = adopt_weights(model, runtime, self.weights, resuming=resuming)
-        self._adopted = by_parameter
+        self._adopted = by_parameter = adopt_weights(
+            model, runtime, self.weights, resuming=resuming
+        )
         drop_unclaimed(runtime)
         self.weights.learn_order([name for info in census.modules for name in info.weights])
         self.gradients = GradientSwapper(
@@ -116,6 +119,7 @@ class Engine:
         )
         self._buffers = BufferKeeper(runtime.store, model, runtime.chunk_numel)
         self._keeper: StateKeeper | None = None
+        self._loading: ExactLoading | None = None
         self._step_hooks: StepHooks | None = None
         self._backward_step: BackwardStep | None = None
         for name, weight in self.weights.weights.items():
@@ -135,7 +139,7 @@ class Engine:
                 optimizer,
                 names,
                 runtime.chunk_numel,
-                precision=runtime.config.state_precision,
+                precision=runtime.precision,
                 steps=lambda: self.step,
             )
             self._streamed = streamed = StreamedOptimizer(
@@ -149,6 +153,7 @@ class Engine:
                 staging_nbytes=plan.staging_nbytes,
                 gradients_wait=not config.step_in_backward or config.accumulation_steps > 1,
             )
+            self._loading = ExactLoading(optimizer, runtime.precision.has_master)
             self._replanner.memory = streamed.memory
             self._backward_step = self._step_in_backward(streamed)
             self._step_hooks = StepHooks(
@@ -196,6 +201,7 @@ class Engine:
         if self.optimizer is not None and self._keeper is not None:
             self._keeper.restore(record.state["optimizer"])
             restore_groups(self.optimizer, record.state["groups"])
+            self._streamed.masters.adopt()
         self._buffers.restore(record.state["buffers"])
         self._runtime.store.release_unclaimed()
         restore_rng(record.state["rng"])
@@ -333,14 +339,37 @@ class Engine:
         """The model's ``state_dict``: plain names, tensors that read from the store as needed."""
         return self.model.state_dict()
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, *, masters: bool = False) -> None:
         """Write the weights as safetensors, tensor by tensor, with the model's configuration.
 
+        Args:
+            masters: write the float32 masters of bfloat16 weights instead of these
+                (``master_weights``).
+
         Raises:
+            ConfigError: masters are asked for, but not kept.
             TierIOError: the directory can't be written.
         """
+        halves = self._low_halves() if masters else {}
         self.weights.evict_streaming()
-        save_pretrained(self.model, Path(directory))
+        save_pretrained(self.model, Path(directory), halves)
+
+    def master_weight(self, name: str) -> torch.Tensor:
+        """The float32 master of the bfloat16 weight ``name``, as a copy in memory.
+
+        Raises:
+            ConfigError: no masters are kept, or none of that name.
+        """
+        halves = self._low_halves()
+        weight = dict(self.model.named_parameters()).get(name)
+        if weight is None or weight.data_ptr() not in halves:
+            raise ConfigError(f"{name!r} is no bfloat16 parameter with a master")
+        return master_of(weight, halves[weight.data_ptr()])
+
+    def _low_halves(self) -> Mapping[int, torch.Tensor | None]:
+        if self.optimizer is None or self._runtime.precision.masters == "none":
+            raise ConfigError("no masters are kept: attach with config={'master_weights': 'fp32'}")
+        return self._streamed.masters.low_halves()
 
     def detach(self) -> None:
         """Take the hooks off and give the store back; safe to call twice.
@@ -358,6 +387,8 @@ class Engine:
         attached_models.discard(self.model)
         if self._step_hooks is not None:
             self._step_hooks.remove()
+        if self._loading is not None:
+            self._loading.remove()
         self._hooks.remove()
         forget_compiled()
         if self.tokenwise is not None:

@@ -22,10 +22,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from offload.allocator.errors import ConfigError, UnsupportedError
-from offload.attaching import attach
+from offload.attaching import attach_in
 from offload.building import Building
-from offload.config import OffloadConfig
+from offload.config import OffloadConfig, make_config
 from offload.runtime import Runtime
+from offload.swap.uncompiled import plain_module
 
 if TYPE_CHECKING:
     from offload.engine import Engine
@@ -67,7 +68,10 @@ class _Session:
         self._attaching = True
         try:
             self._building._hook.remove()
-            self.engine = attach(module, optimizer, config=self.config)
+            # Its weights may be copies of those that were built (``model.bfloat16()``).
+            self.engine = attach_in(
+                self.runtime, plain_module(module), optimizer, make_config(self.config)
+            )
         finally:
             self._attaching = False
         # This forward has begun before the engine's own hooks stood: the pass begins here.

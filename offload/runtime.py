@@ -10,6 +10,7 @@ from offload.allocator.errors import ConfigError
 from offload.config import OffloadConfig
 from offload.swap.governor import Governor
 from offload.swap.plan import choose_chunk_numel, soft_limit_nbytes
+from offload.swap.state_precision import Precision
 from offload.tiers import hostmem
 from offload.tiers.cgroups import memory_limit_nbytes
 from offload.tiers.directories import check_directories
@@ -57,6 +58,11 @@ class Runtime:
         self.governor = Governor(soft_limit_nbytes(self.budget_nbytes))
         self._numbers = itertools.count()
         self._closed = False
+
+    @property
+    def precision(self) -> Precision:
+        """How the store keeps what is stepped."""
+        return Precision(states=self.config.state_precision, masters=self.config.master_weights)
 
     def next_number(self) -> int:
         """A number that no other weight of this runtime has."""

@@ -15,7 +15,7 @@ from offload.swap.gradients import MIN_NBYTES
 from offload.swap.homes import FileHome, Home, MemoryHome
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.places import DevicePlace, HostPlace, Place
-from offload.swap.state_precision import StatePrecision
+from offload.swap.state_precision import EXACT, Precision
 from offload.swap.writebudget import BudgetedHome, WriteBudget
 from offload.tiers.accelerator import Accelerator
 from offload.tiers.base import Tier
@@ -44,13 +44,13 @@ def make_homes(
     limit = runtime.config.nvme_write_budget
     if limit is None:
         return [scratch], None
-    writes = step_writes_nbytes(model, optimizer, runtime.config.state_precision)
+    writes = step_writes_nbytes(model, optimizer, runtime.precision)
     budget = WriteBudget(runtime.journal, limit, writes)
     return [BudgetedHome(scratch, budget)], budget
 
 
 def step_writes_nbytes(
-    model: nn.Module, optimizer: Optimizer | None, precision: StatePrecision = "exact"
+    model: nn.Module, optimizer: Optimizer | None, precision: Precision = EXACT
 ) -> int:
     """What a step writes whatever happens: what is trained, its gradients and states."""
     trained = [

@@ -43,7 +43,7 @@ def consumed_gradient(parameter: torch.Tensor, name: str) -> ConsumedGradient:
         ConsumedGradient,
         parameter.shape,
         strides=parameter.stride(),
-        dtype=parameter.dtype,
+        dtype=parameter.dtype if parameter.grad is None else parameter.grad.dtype,
         device=parameter.device,
     )
     made.weight_name = name

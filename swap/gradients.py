@@ -136,7 +136,7 @@ class GradientSwapper:
         return stepper.take(parameter, fresh=fresh)
 
     def _leave(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-        home = self._home(parameter)
+        home = self._home(parameter, gradient.dtype)
         assert home.block is not None
         name = self._names[parameter]
         label = Label(name, "gradient", "host", self.scratch.spec.name)
@@ -162,15 +162,15 @@ class GradientSwapper:
         if self.stepper is not None:
             self.stepper.end_backward()
 
-    def _home(self, parameter: nn.Parameter) -> MappedTensor:
-        """The parameter's place in scratch; a new one if the user still holds the old."""
+    def _home(self, parameter: nn.Parameter, dtype: torch.dtype) -> MappedTensor:
+        """The gradient's place in scratch; a new one if the user still holds the old."""
         self._reclaim()
         home = self.homes.get(parameter)
-        if home is not None and not self._is_kept(home):
+        if home is not None and home.tensor.dtype == dtype and not self._is_kept(home):
             return home
         if home is not None:
             self._outlived.append(home)
-        home = MappedTensor(self.scratch.file, parameter.dtype, parameter.shape, shared=True)
+        home = MappedTensor(self.scratch.file, dtype, parameter.shape, shared=True)
         home.file_as(self.scratch.allocate(home.nbytes))
         self.governor.watch(home)
         self.homes[parameter] = home
@@ -275,6 +275,6 @@ def _movable(gradient: torch.Tensor, parameter: nn.Parameter) -> bool:
         and gradient.layout is torch.strided
         and gradient.is_contiguous()
         and not gradient.requires_grad  # create_graph: it is part of a graph
-        and gradient.dtype == parameter.dtype
+        and gradient.dtype in (parameter.dtype, torch.float32)  # see torch's ``grad_dtype``
         and gradient.nbytes >= MIN_NBYTES
     )

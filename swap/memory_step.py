@@ -101,8 +101,8 @@ class MemoryStep:
         weight = self._by_parameter.get(parameter)
         if weight is None or weight.parameters[0] is not parameter or not parameter.requires_grad:
             return False
-        if self._keeper.rounds(parameter, torch.bfloat16):
-            return False  # its bits would depend on the budget: memory does not round
+        if not self._keeper.precision.keeps_in_memory(parameter):
+            return False
         return self._kind is Kind.ELEMENTWISE or bool(self._optimizer.state.get(parameter))
 
     def _kept_nbytes(self, group: Mapping[str, Any], parameter: nn.Parameter) -> int:

@@ -16,7 +16,8 @@ import torch
 from torch.optim import Optimizer
 
 from offload.allocator.errors import UnsupportedError
-from offload.swap.state_precision import StatePrecision, stored_dtype
+from offload.swap.masters import MASTER_LOW
+from offload.swap.state_precision import EXACT, Precision
 
 _ELEMENTWISE = frozenset(
     {
@@ -117,24 +118,38 @@ def probe_states(
 
 
 def state_specs(
-    optimizer: Optimizer, group: Mapping[str, Any], parameter: torch.Tensor
+    optimizer: Optimizer,
+    group: Mapping[str, Any],
+    parameter: torch.Tensor,
+    precision: Precision = EXACT,
 ) -> tuple[StateSpec, ...]:
-    """The per-element states of ``parameter``: those it has, or those it will get."""
-    shown = optimizer.state.get(parameter)
-    if not shown:
-        return probe_states(optimizer, group, parameter.dtype)
-    return tuple(
-        StateSpec(name=name, dtype=value.dtype)
-        for name, value in shown.items()
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-    )
+    """The per-element states of ``parameter``: those it has, or those it will get.
+
+    The lower half of its master is the last of them.
+    """
+    shown = {
+        name: value
+        for name, value in optimizer.state.get(parameter, {}).items()
+        if name != MASTER_LOW
+    }
+    if shown:
+        specs = tuple(
+            StateSpec(name=name, dtype=value.dtype)
+            for name, value in shown.items()
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        )
+    else:
+        specs = probe_states(optimizer, group, precision.step_dtype(parameter))
+    if precision.has_master(parameter):
+        specs += (StateSpec(name=MASTER_LOW, dtype=torch.int16),)
+    return specs
 
 
 def state_nbytes(
     optimizer: Optimizer,
     taken_by: Callable[[int], int] = int,
     *,
-    precision: StatePrecision = "exact",
+    precision: Precision = EXACT,
 ) -> int:
     """Bytes of all per-element states in the store, as far as known before the first step.
 
@@ -143,9 +158,9 @@ def state_nbytes(
     if kind_of(optimizer) is not Kind.ELEMENTWISE:
         return 0
     return sum(
-        taken_by(parameter.numel() * stored_dtype(precision, parameter, spec.dtype).itemsize)
+        taken_by(precision.stored_nbytes(parameter, spec.name, spec.dtype))
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.requires_grad and parameter.numel()
-        for spec in state_specs(optimizer, group, parameter)
+        for spec in state_specs(optimizer, group, parameter, precision)
     )

@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from offload.allocator.errors import UnsupportedError
 from offload.swap.consumed import ConsumedGradient
 from offload.swap.gradients import GradientSwapper
+from offload.swap.master_keeper import MasterKeeper
+from offload.swap.masters import MASTER_LOW
 from offload.swap.memory_step import MemoryStep
 from offload.swap.optim_kinds import Kind, kind_of, state_specs, step_on
 from offload.swap.pipeline import Target, TilePipeline, Version
-from offload.swap.state_precision import check_precision
 from offload.swap.states import SMALL_NUMEL, StateKeeper, is_large
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.journal import Journal
@@ -36,6 +37,7 @@ class StreamedOptimizer:
 
     Attributes:
         memory: steps in memory what the plan keeps there.
+        masters: keeps those of bfloat16 weights.
 
     Raises:
         UnsupportedError: the optimizer's step can't be cut, or its states not be rounded.
@@ -59,6 +61,7 @@ class StreamedOptimizer:
         self.weights = weights
         self.gradients = gradients
         self.keeper = keeper
+        self.masters = MasterKeeper(keeper, weights)
         self._by_parameter = by_parameter
         self._known: set[torch.Tensor] | None = None  # had a state as the step began
         self.pipeline = TilePipeline(
@@ -84,6 +87,16 @@ class StreamedOptimizer:
                 type(optimizer).__name__,
                 "not known to be elementwise: its own step runs on one whole parameter at a time",
             )
+        if keeper.precision.masters == "none" and any(
+            one.dtype == torch.bfloat16 and self.streams(one)
+            for group in optimizer.param_groups
+            for one in group["params"]
+        ):
+            journal.notice(
+                "bfloat16",
+                "weights are stepped in bfloat16, where a step that adds less than "
+                "0.4 % to one is lost: master_weights='fp32' keeps float32 masters",
+            )
 
     def begin(self) -> None:
         """A step begins: now, or as backward produces its first gradient."""
@@ -96,7 +109,8 @@ class StreamedOptimizer:
         Raises:
             UnsupportedError: naming the state and both shapes, or what can't be rounded.
         """
-        check_precision(self.keeper.precision, self.optimizer)
+        self.keeper.precision.check(self.optimizer)
+        self.masters.check()
         if self.kind is not Kind.ELEMENTWISE:
             return  # factored states, say, have shapes of their own
         for parameter, weight in self._by_parameter.items():
@@ -190,12 +204,22 @@ class StreamedOptimizer:
         """The optimizer's own step on whole parameters; what it changed is then stored."""
         if not parameters:
             return
+        whole = [
+            self.masters.begin_whole(one) if self.keeper.precision.has_master(one) else None
+            for one in parameters
+        ]
         states = [
             self.keeper.computed(parameter, self.optimizer.state.get(parameter, {}))
             for parameter in parameters
         ]
-        after = step_on(self.optimizer, group, parameters, states)
-        for parameter, state in zip(parameters, after, strict=True):
+        stepped = [
+            one if master is None else master.stepped
+            for one, master in zip(parameters, whole, strict=True)
+        ]
+        after = step_on(self.optimizer, group, stepped, states)
+        for parameter, state, master in zip(parameters, after, whole, strict=True):
+            if master is not None:
+                state[MASTER_LOW] = self.masters.end_whole(parameter, master)
             if state:
                 self.optimizer.state[parameter] = state
             weight = self._by_parameter.get(parameter)
@@ -231,7 +255,7 @@ class StreamedOptimizer:
         shown = self.optimizer.state.get(parameter, {})
         states = {
             spec.name: self.keeper.large(parameter, spec.name, spec.dtype)
-            for spec in state_specs(self.optimizer, group, parameter)
+            for spec in state_specs(self.optimizer, group, parameter, self.keeper.precision)
         }
         assert parameter.grad is not None
         return Target(
@@ -244,9 +268,9 @@ class StreamedOptimizer:
             states={name: self._version(state.stored) for name, state in states.items()},
             written=written,
             rounding={
-                name: self.keeper.rounding_key(state)
+                name: self.keeper.rounding(state)
                 for name, state in states.items()
-                if self.keeper.rounds(parameter, state.stored.dtype)
+                if state.form != "plain"
             },
         )
 

@@ -10,9 +10,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.swap.gradients import GradientSwapper
+from offload.swap.masters import MASTER_LOW, StagedGradient, StagedMaster
 from offload.swap.optim_kinds import step_on
+from offload.swap.staged_states import (
+    Rounding,
+    StagedPacked,
+    StagedRounded,
+    rounded_staging_nbytes,
+)
 from offload.swap.staging import Staging
-from offload.swap.state_precision import StagedRounded, rounded_staging_nbytes
 from offload.swap.tiles import Piece, cut
 from offload.swap.weights import Weight
 from offload.tiers.base import Block
@@ -46,9 +52,9 @@ class Target:
     Attributes:
         gradient: 1-D, in ordinary memory or in the mapping ``home``.
         before: ``optimizer.state[parameter]``, empty before its first step.
-        states: the next versions of its per-element states, by name.
-        rounding: for states that are bfloat16 in the store and float32 for the optimizer: the key
-            of the random bits with which they are rounded.
+        states: the next versions of its per-element states, by name; with ``MASTER_LOW`` among
+            them it is stepped in float32 (``masters`` [Note: split masters]).
+        rounding: of states that the store has in less bits than the optimizer computes with.
         after: the new state's entries in the optimizer's own order; per-element ones stand for
             themselves only by name, their bytes go to ``states``.
         written: called when all its tiles are written, not yet published.
@@ -62,41 +68,71 @@ class Target:
     before: Mapping[str, Any]
     states: dict[str, Version]
     written: Callable[["Target"], None]
-    rounding: Mapping[str, int] = field(default_factory=dict)
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
     unwritten_numel: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.unwritten_numel = self.gradient.numel()
 
+    @property
+    def has_master(self) -> bool:
+        """Whether it is stepped in float32, though it is bfloat16."""
+        return MASTER_LOW in self.states
+
+    @property
+    def widens_gradient(self) -> bool:
+        """Whether its gradient is to be made float32."""
+        return self.has_master and self.gradient.dtype != torch.float32
+
     def staging(self, piece: Piece) -> list[int]:
         """Staging bytes of a piece: its parameter, its gradient, each per-element state."""
         weight = 0 if self.weight.in_memory else self.parameter.element_size()
         gradient = 0 if self.home is None else self.gradient.element_size()
-        states = [
-            rounded_staging_nbytes(piece.numel)
-            if name in self.rounding
-            else page_ceil(piece.numel * version.stored.dtype.itemsize)
-            for name, version in self.states.items()
-        ]
-        return [page_ceil(piece.numel * itemsize) for itemsize in (weight, gradient)] + states
+        sizes = [page_ceil(piece.numel * itemsize) for itemsize in (weight, gradient)]
+        if self.widens_gradient:  # where it will be widened to is the weight before and after
+            sizes = [0, rounded_staging_nbytes(piece.numel)]
+        return sizes + [self._state_staging(name, piece.numel) for name in self.states]
+
+    def _state_staging(self, name: str, numel: int) -> int:
+        if name == MASTER_LOW:
+            return rounded_staging_nbytes(numel)
+        if name in self.rounding:
+            return self.rounding[name].staging_nbytes(numel)
+        return page_ceil(numel * self.states[name].stored.dtype.itemsize)
+
+    def place_of(self, name: str, piece: Piece) -> int:
+        """Where the piece of a state begins in the store, in bytes from its beginning."""
+        if name in self.rounding:
+            return self.rounding[name].stored_nbytes(piece.start)
+        return piece.start * self.states[name].stored.dtype.itemsize
 
 
 @dataclass(slots=True, eq=False)
 class _Part:
-    """One piece of a tile in memory: 1-D tensors of the piece's elements."""
+    """One piece of a tile in memory: 1-D tensors of the piece's elements.
+
+    Attributes:
+        parameter: what the optimizer steps: ``weight`` itself, or its master.
+        gradient: of what ``parameter.grad`` is made, if that is more than a slice.
+        states: what the optimizer sees of per-element states.
+    """
 
     piece: Piece
     target: Target
+    weight: torch.Tensor
     parameter: torch.Tensor
+    gradient: StagedGradient | None
+    master: StagedMaster | None
     states: dict[str, torch.Tensor]
-    rounded: dict[str, StagedRounded]
+    rounded: dict[str, StagedRounded | StagedPacked]
 
     def state_before(self) -> dict[str, Any]:
         """The state that the optimizer sees: staged slices, and copies of counters."""
         return {
             name: self.states[name] if name in self.states else _copied(value)
             for name, value in self.target.before.items()
+            if name != MASTER_LOW
         }
 
     def take(self, after: Mapping[str, Any]) -> None:
@@ -111,18 +147,28 @@ class _Part:
                 staged.copy_(value)  # made afresh: the first step, or an out-of-place one
 
     def widen(self) -> None:
-        """Rounded states have been read: make them what the optimizer computes with."""
-        if self.target.before:
-            for staged in self.rounded.values():
+        """What is narrower in the store has been read: make it what the optimizer computes with."""
+        if self.master is not None:  # first: the gradient takes the weight's place
+            self.master.combine(has_low=MASTER_LOW in self.target.before)
+        if self.gradient is not None:
+            self.gradient.widen()
+        for name, staged in self.rounded.items():
+            if name in self.target.before:
                 staged.widen()
 
-    def round(self) -> None:
-        """States have been stepped: make the rounded ones what the store keeps."""
+    def narrow(self) -> None:
+        """It has been stepped: make what is narrower in the store what the store keeps."""
+        if self.master is not None:  # the gradient goes
+            self.master.split()
+            self.target.after.setdefault(MASTER_LOW, None)
         for name, staged in self.rounded.items():
-            staged.round(self.target.rounding[name], self.piece.start)
+            staged.round(self.target.rounding[name].key, self.piece.start)
 
     def stored(self, name: str) -> torch.Tensor:
         """What is written of a state."""
+        if name == MASTER_LOW:
+            assert self.master is not None
+            return self.master.written
         return self.rounded[name].written if name in self.rounded else self.states[name]
 
 
@@ -285,35 +331,61 @@ class TilePipeline:
     ) -> _Part:
         weight_nbytes, gradient_nbytes, *state_nbytes = target.staging(piece)
         if target.weight.in_memory:  # stepped in place: memory is the newest copy
-            parameter = target.weight.mapped.tensor.view(-1)[piece.start : piece.stop]
+            weight = target.weight.mapped.tensor.view(-1)[piece.start : piece.stop]
         else:
-            parameter = buffer.tensor(target.parameter.dtype, (piece.numel,), offset=offset)
-            jobs += self._read_jobs(target.version.stored, piece, parameter)
+            weight = buffer.tensor(target.parameter.dtype, (piece.numel,), offset=offset)
+            at = piece.start * weight.element_size()
+            jobs += self._read_jobs(target.version.stored, at, weight)
+        part = _Part(piece, target, weight, weight, None, None, {}, {})
         offset += weight_nbytes
-        gradient = target.gradient[piece.start : piece.stop]
-        if target.home is not None:
-            staged = buffer.tensor(gradient.dtype, (piece.numel,), offset=offset)
-            jobs += self.gradients.read_jobs(target.home, piece.start, staged)
-            gradient = staged
+        gradient = self._gradient(part, buffer, offset, jobs)
         offset += gradient_nbytes
-        states: dict[str, torch.Tensor] = {}
-        rounded: dict[str, StagedRounded] = {}
         for (name, version), nbytes in zip(target.states.items(), state_nbytes, strict=True):
-            if name in target.rounding:
-                rounded[name] = StagedRounded.place(buffer, offset, piece.numel)
-                states[name], staged = rounded[name].values, rounded[name].read
-            else:
-                staged = buffer.tensor(version.stored.dtype, (piece.numel,), offset=offset)
-                states[name] = staged
-            if target.before:
-                jobs += self._read_jobs(version.stored, piece, staged)
+            staged = self._state(part, name, version, buffer, offset)
+            if name in target.before:
+                jobs += self._read_jobs(version.stored, target.place_of(name, piece), staged)
             offset += nbytes
-        parameter.grad = gradient
-        return _Part(piece, target, parameter, states, rounded)
+        part.parameter.grad = gradient
+        return part
 
-    def _read_jobs(self, stored: StoredTensor, piece: Piece, staged: torch.Tensor) -> list[Job]:
+    def _gradient(
+        self, part: _Part, buffer: HostBuffer, offset: int, jobs: list[Job]
+    ) -> torch.Tensor:
+        """What ``parameter.grad`` becomes, once it is read and widened."""
+        target, piece = part.target, part.piece
+        source = target.gradient[piece.start : piece.stop]
+        if target.widens_gradient:
+            there = None if target.home is not None else source
+            part.gradient = StagedGradient.place(there, buffer, offset, piece.numel)
+            gradient, source = part.gradient.values, part.gradient.source
+        elif target.home is not None:
+            gradient = source = buffer.tensor(source.dtype, (piece.numel,), offset=offset)
+        else:
+            gradient = source
+        if target.home is not None:
+            jobs += self.gradients.read_jobs(target.home, piece.start, source)
+        return gradient
+
+    def _state(
+        self, part: _Part, name: str, version: Version, buffer: HostBuffer, offset: int
+    ) -> torch.Tensor:
+        """Lay out a state; returns where it is read to."""
+        numel = part.piece.numel
+        if name == MASTER_LOW:
+            part.master = StagedMaster.place(part.weight, buffer, offset)
+            part.parameter = part.master.values
+            return part.master.read
+        if name in part.target.rounding:
+            rounded = part.rounded[name] = part.target.rounding[name].place(buffer, offset, numel)
+            part.states[name] = rounded.values
+            return rounded.read
+        staged = buffer.tensor(version.stored.dtype, (numel,), offset=offset)
+        part.states[name] = staged
+        return staged
+
+    def _read_jobs(self, stored: StoredTensor, at: int, staged: torch.Tensor) -> list[Job]:
         assert stored.current is not None
-        base = stored.current.extent.offset + piece.start * stored.dtype.itemsize
+        base = stored.current.extent.offset + at
         file, nbytes = self.tier.file, page_ceil(staged.nbytes)
         return move_jobs(file, file.read, base, staged.data_ptr(), nbytes)
 
@@ -333,7 +405,7 @@ class TilePipeline:
             )
             for part, after in zip(tile.parts, afters, strict=True):
                 part.take(after)
-                part.round()
+                part.narrow()
         finally:
             torch.set_num_threads(threads)
 
@@ -341,26 +413,26 @@ class TilePipeline:
         jobs: list[Job] = []
         nbytes = 0
         for part in tile.parts:
-            written = [(part.target.version, part.parameter)]
+            at = part.piece.start * part.weight.element_size()
+            written = [(part.target.version, at, part.weight)]
             written += [
-                (part.target.states[name], part.stored(name))
-                for name in part.states
+                (version, part.target.place_of(name, part.piece), part.stored(name))
+                for name, version in part.target.states.items()
                 if name in part.target.after
             ]
-            for version, data in written:
-                jobs += self._write_jobs(version, part.piece, data)
+            for version, at, data in written:
+                jobs += self._write_jobs(version, at, data)
                 nbytes += data.nbytes
         label = self._label(tile.parts, reading=False)
         tile.transfer = self.tier.lanes.writes.submit(jobs, label, nbytes)
 
-    def _write_jobs(self, version: Version, piece: Piece, data: torch.Tensor) -> list[Job]:
-        file, offset = self.tier.file, piece.start * data.element_size()
-        base, address = version.target.extent.offset + offset, data.data_ptr()
+    def _write_jobs(self, version: Version, at: int, data: torch.Tensor) -> list[Job]:
+        file, base, address = self.tier.file, version.target.extent.offset + at, data.data_ptr()
 
-        def write(at: int, source: int, nbytes: int) -> None:
-            file.write(at, source, nbytes)
+        def write(offset: int, source: int, nbytes: int) -> None:
+            file.write(offset, source, nbytes)
             if source == address:  # once for all the pieces of the chunk
-                chunk = offset // version.stored.chunk_nbytes
+                chunk = at // version.stored.chunk_nbytes
                 version.checksums[chunk] = checksum(address, data.nbytes)
 
         return move_jobs(file, write, base, address, page_ceil(data.nbytes))
@@ -374,12 +446,10 @@ class TilePipeline:
 def _read_nbytes(part: _Part) -> int:
     target, nbytes = part.target, 0
     if not target.weight.in_memory:
-        nbytes += part.parameter.nbytes
+        nbytes += part.weight.nbytes
     if target.home is not None:
         nbytes += part.piece.numel * target.gradient.element_size()
-    if target.before:
-        nbytes += sum(part.stored(name).nbytes for name in part.states)
-    return nbytes
+    return nbytes + sum(part.stored(name).nbytes for name in target.states if name in target.before)
 
 
 def _copied(value: Any) -> Any:

@@ -47,10 +47,10 @@ def round_to_bf16(
     bits = values.view(torch.int32).numpy().view(np.uint32)
     upper = rounded.view(torch.int16).numpy().view(np.uint16)
     scratch = np.empty(min(BLOCK_NUMEL, values.numel()), dtype=np.uint32)
-    for begin, end in _blocks(start, start + values.numel()):
+    for begin, end in blocks_of(start, start + values.numel()):
         part = slice(begin - start, end - start)
         found = scratch[: end - begin]
-        np.add(bits[part], _random_bits(key, begin, end), out=found)
+        np.add(bits[part], random_bits(key, begin, end), out=found)
         np.right_shift(found, np.uint32(16), out=found)
         if torch.isnan(values[part].sum()):  # there is a NaN, or both infinities are there
             found[np.isnan(values[part].numpy())] = _NAN_BITS  # a carry could make it a number
@@ -73,14 +73,14 @@ def widen(
         wide.copy_(part.clone() if overlaps else part)
 
 
-def _blocks(start: int, stop: int) -> list[tuple[int, int]]:
-    """(begin, end) of the parts of the range that lie in one block each."""
+def blocks_of(start: int, stop: int) -> list[tuple[int, int]]:
+    """(begin, end) of the parts of the range that lie in one block of random bits each."""
     inner = range((start // BLOCK_NUMEL + 1) * BLOCK_NUMEL, stop, BLOCK_NUMEL)
     edges = [start, *inner, stop]
     return list(itertools.pairwise(edges)) if stop > start else []
 
 
-def _random_bits(key: int, begin: int, end: int) -> npt.NDArray[np.uint32]:
+def random_bits(key: int, begin: int, end: int) -> npt.NDArray[np.uint32]:
     """16 random bits for each of the elements from ``begin`` to ``end``, all in one block."""
     block, first = divmod(begin, BLOCK_NUMEL)
     offset = _mix(key ^ _mix(block)) % BLOCK_NUMEL + first

@@ -10,6 +10,7 @@ when the store must be the newest state: at a commit, and when its memory is giv
 step changed is marked dirty; what the user's code wrote to a clean one, its checksums tell.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from offload.swap.eightbit import SHARING, pack, packed_nbytes
 from offload.swap.governor import Governor
+from offload.swap.masters import MASTER_LOW
+from offload.swap.packed_state import PackedState
 from offload.swap.rounding import round_to_bf16
-from offload.swap.state_precision import StatePrecision, is_rounded, rounding_key, stored_dtype
+from offload.swap.staged_states import Rounding, rounding_key
+from offload.swap.state_precision import EXACT, Form, Precision
 from offload.swap.writeback import is_changed, write_back
 from offload.tiers.mapped import MappedTensor
 from offload.tiers.store import Store, StoredTensor, pack_tensor, unpack_tensor
@@ -30,9 +35,16 @@ SMALL_NUMEL = 1024
 
 @dataclass(slots=True, eq=False)
 class State:
-    """One large state of one parameter."""
+    """One large state of one parameter.
+
+    Attributes:
+        form: in the store.
+        shape: as the optimizer sees it.
+    """
 
     stored: StoredTensor
+    form: Form
+    shape: tuple[int, ...]
     mapped: MappedTensor | None = None  # None until its first version is published
     dirty: bool = False  # a step changed it in memory since it was stored
 
@@ -60,7 +72,7 @@ class StateKeeper:
         names: dict[nn.Parameter, str],
         chunk_numel: int,
         *,
-        precision: StatePrecision = "exact",
+        precision: Precision = EXACT,
         steps: Callable[[], int] = lambda: 0,
     ) -> None:
         self.store = store
@@ -74,39 +86,52 @@ class StateKeeper:
 
     def large(self, parameter: nn.Parameter, name: str, dtype: torch.dtype) -> State:
         """The state ``name`` of ``parameter``, elementwise, made at its first use."""
-        dtype = stored_dtype(self.precision, parameter, dtype)
         return self._state(parameter, name, dtype, tuple(parameter.shape))
 
-    def rounds(self, parameter: nn.Parameter, stored: torch.dtype) -> bool:
-        """Whether a state that the store keeps in ``stored`` is float32 for the optimizer."""
-        return is_rounded(self.precision, parameter, stored)
-
-    def rounding_key(self, state: State) -> int:
-        """Of the random bits with which the present step rounds ``state``."""
-        return rounding_key(self._steps(), state.stored.name, "step")
+    def rounding(self, state: State) -> Rounding:
+        """How the present step rounds ``state``."""
+        return Rounding(state.form, rounding_key(self._steps(), state.stored.name, "step"))
 
     def computed(self, parameter: torch.Tensor, shown: Mapping[str, Any]) -> Mapping[str, Any]:
         """The states ``shown`` of a whole parameter as the optimizer computes with them."""
-        if self.precision == "exact" or parameter not in self.states:
+        if self.precision == EXACT:
             return shown
         return {
-            name: value.float()
-            if isinstance(value, torch.Tensor)
-            and is_large(value)
-            and is_rounded(self.precision, parameter, value.dtype)
-            else value
+            name: self._widened(parameter, value)
             for name, value in shown.items()
+            if name != MASTER_LOW
         }
+
+    def _widened(self, parameter: torch.Tensor, value: Any) -> Any:
+        if isinstance(value, PackedState):
+            return value.unpacked()
+        return value.float() if self._is_narrow(parameter, value) else value
+
+    def _is_narrow(self, parameter: torch.Tensor, value: Any) -> bool:
+        """Whether the optimizer sees the state ``value`` in float32, though it is none."""
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.bfloat16:
+            return False
+        if self.precision.has_master(parameter):
+            return True
+        return is_large(value) and self.precision.rounds(parameter)
 
     def _state(
         self, parameter: nn.Parameter, name: str, dtype: torch.dtype, shape: tuple[int, ...]
     ) -> State:
+        """The state ``name``, which comes in ``dtype`` and ``shape``."""
+        form: Form = "plain"
+        if shape == tuple(parameter.shape):
+            form, dtype = self.precision.stored_as(parameter, name, dtype)
+        stored_shape, chunk_nbytes = shape, self.chunk_numel * dtype.itemsize
+        if form in ("signed", "unsigned"):
+            stored_shape = (packed_nbytes(parameter.numel()),)
+            chunk_nbytes = packed_nbytes(self.chunk_numel)
         states = self.states[parameter]
         found = states.get(name)
-        if found is None or found.stored.dtype != dtype or found.stored.shape != shape:
+        if found is None or found.stored.dtype != dtype or found.stored.shape != stored_shape:
             full_name = f"{self.names[parameter]}#{name}"
-            stored = self.store.add(full_name, dtype, shape, self.chunk_numel * dtype.itemsize)
-            found = states[name] = State(stored)
+            stored = self.store.add(full_name, dtype, stored_shape, chunk_nbytes)
+            found = states[name] = State(stored, form, shape)
         return found
 
     def known(self, parameter: nn.Parameter, name: str) -> State | None:
@@ -123,7 +148,28 @@ class StateKeeper:
             self.governor.watch(state.mapped)
         state.mapped.file_as(state.stored.current)
         state.dirty = False
+        if state.form in ("signed", "unsigned"):
+            return PackedState.over(
+                state.mapped.tensor,
+                state.shape,
+                self.chunk_numel,
+                signed=state.form == "signed",
+            )
         return state.mapped.tensor
+
+    @staticmethod
+    def shows(value: Any, state: State) -> bool:
+        """Whether ``value`` is the mapping of ``state``."""
+        mapped = state.mapped
+        if mapped is None:
+            return False
+        if isinstance(value, PackedState):
+            return value.packed is mapped.tensor
+        return value is mapped.tensor or (
+            isinstance(value, torch.Tensor)
+            and value.layout is torch.strided
+            and value.data_ptr() == mapped.address
+        )
 
     def shown(self, parameter: nn.Parameter) -> list[State] | None:
         """The large states of ``parameter`` if ``optimizer.state`` shows each from its mapping.
@@ -135,7 +181,7 @@ class StateKeeper:
         for name, value in self.optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor) and is_large(value):
                 state = known.get(name)
-                if state is None or not _shows(value, state):
+                if state is None or not self.shows(value, state):
                     return None
                 states.append(state)
         return states
@@ -152,8 +198,8 @@ class StateKeeper:
     def materialised_nbytes(self) -> int:
         """Bytes of memory that ``materialise`` takes."""
         return sum(
-            state.mapped.nbytes * (2 if self.rounds(parameter, state.stored.dtype) else 1)
-            for parameter, states in self.states.items()
+            state.mapped.nbytes if state.form == "plain" else 4 * math.prod(state.shape)
+            for states in self.states.values()
             for state in states.values()
             if state.mapped is not None and not state.held
         )
@@ -165,9 +211,11 @@ class StateKeeper:
             for name, state in states.items():
                 if state.mapped is None or state.held or name not in shown:
                     continue
-                rounded = self.rounds(parameter, state.stored.dtype)
-                kept = state.mapped.tensor
-                shown[name] = kept.float() if rounded else kept.clone()
+                kept = shown[name]
+                if isinstance(kept, PackedState):
+                    shown[name] = kept.unpacked()
+                else:
+                    shown[name] = kept.clone() if state.form == "plain" else kept.float()
 
     def absorb(self, parameter: nn.Parameter) -> None:
         """Store what is newer in ``optimizer.state[parameter]`` than in the store.
@@ -187,18 +235,19 @@ class StateKeeper:
             if not isinstance(value, torch.Tensor) or not is_large(value):
                 continue
             state = self.known(parameter, name)
-            mapped = state.mapped if state is not None else None
-            ours = mapped is not None and value.data_ptr() == mapped.address
-            if ours and mapped is not None and not mapped.written_while_filed():
-                continue
-            dtype = value.dtype
-            if value.shape == parameter.shape:
-                dtype = stored_dtype(self.precision, parameter, dtype)
-            state = self._state(parameter, name, dtype, tuple(value.shape))
-            if dtype == value.dtype:
+            if state is not None and self.shows(value, state):
+                assert state.mapped is not None
+                if not state.mapped.written_while_filed():
+                    continue
+            state = self._state(parameter, name, value.dtype, tuple(value.shape))
+            if state.form in ("signed", "unsigned"):
+                self._store_packed(state, value)
+            elif state.stored.dtype == value.dtype:
                 self.store.write(state.stored, value)
-            else:
+            elif state.form == "bf16":
                 self._store_rounded(state.stored, value)
+            else:
+                self._store_widened(state.stored, value)
             shown[name] = self.show(state)
         self._forget(parameter, set(shown))
 
@@ -214,6 +263,28 @@ class StateKeeper:
 
         self.store.fill(stored, fill)
 
+    def _store_packed(self, state: State, value: torch.Tensor) -> None:
+        key = rounding_key(self._steps(), state.stored.name, "absorb")
+        plain = value.unpacked() if isinstance(value, PackedState) else value.detach().float()
+        values = plain.contiguous().reshape(-1)
+
+        def fill(at: int, staged: torch.Tensor) -> None:
+            start = at * SHARING // (SHARING + 1)
+            part = values[start : start + self.chunk_numel]
+            pack(part, staged, signed=state.form == "signed", key=key, start=start)
+
+        self.store.fill(state.stored, fill)
+
+    def _store_widened(self, stored: StoredTensor, value: torch.Tensor) -> None:
+        values = value.detach().contiguous().reshape(-1)
+
+        def fill(at: int, staged: torch.Tensor) -> None:
+            wide = staged.view(stored.dtype)
+            start = at // stored.dtype.itemsize
+            wide.copy_(values[start : start + wide.numel()])
+
+        self.store.fill(stored, fill)
+
     def _store_held(self, parameters: Iterable[nn.Parameter]) -> None:
         """Store held states that are newer in memory ([Note: states in memory])."""
         newer: list[tuple[State, MappedTensor]] = []
@@ -221,7 +292,7 @@ class StateKeeper:
             shown = self.optimizer.state.get(parameter, {})
             for name, state in self.states[parameter].items():
                 mapped, value = state.mapped, shown.get(name)
-                if mapped is None or not mapped.held or not _shows(value, state):
+                if mapped is None or not mapped.held or not self.shows(value, state):
                     continue
                 if state.dirty or is_changed(self.store, state.stored, mapped.address):
                     state.dirty = True  # until it is stored, whatever happens meanwhile
@@ -279,18 +350,6 @@ class StateKeeper:
                 else:
                     shown[key] = entry["value"]
             self.optimizer.state[parameter] = shown
-
-
-def _shows(value: Any, state: State) -> bool:
-    """Whether ``value`` is the mapping of ``state``."""
-    mapped = state.mapped
-    if mapped is None:
-        return False
-    return value is mapped.tensor or (
-        isinstance(value, torch.Tensor)
-        and value.layout is torch.strided
-        and value.data_ptr() == mapped.address
-    )
 
 
 def is_large(value: torch.Tensor) -> bool:

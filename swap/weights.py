@@ -82,6 +82,7 @@ class WeightSwapper:
         self.pool = PagePool()
         self.weights: dict[str, Weight] = {}
         self.trace = Trace(())
+        self.overwritten: Callable[[Weight], None] = lambda _weight: None  # see ``absorb``
         self._lane = store.tier.lanes.reads
         self._streaming: dict[str, Weight] = {}  # in memory or on their way, not resident
         self._in_use: list[tuple[str, ...]] = []
@@ -291,10 +292,12 @@ class WeightSwapper:
     def absorb(self, weight: Weight) -> bool:
         """Store what the user's code wrote to ``weight``, if it did; True if so.
 
-        See [Note: right values always].
+        ``overwritten`` is called before, while the store still has the old values. See
+        [Note: right values always].
         """
         if not self._written(weight):
             return False
+        self.overwritten(weight)
         self.store.write(weight.stored, weight.mapped.tensor)
         self._refile(weight)
         return True

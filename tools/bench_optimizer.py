@@ -8,9 +8,9 @@ The same step where the budget has room for all of it: beside plain PyTorch's, s
 
 Then whole training steps of one model in processes of their own: plain PyTorch in memory; Offload
 with everything on a file, the optimizer behind backward and in it, there also with states in
-bfloat16, and with everything in memory; DeepSpeed's ZeRO-3 with the optimizer on NVMe, where it is
-installed. What a way costs is its step beyond the forward and backward of plain PyTorch; bytes are
-the kernel's count for the process.
+bfloat16 and in 8 bits and with bfloat16 weights and float32 masters, and with everything in memory;
+DeepSpeed's ZeRO-3 with the optimizer on NVMe, where it is installed. What a way costs is its step
+beyond the forward and backward of plain PyTorch; bytes are the kernel's count for the process.
 """
 
 import json
@@ -29,7 +29,7 @@ from torch import nn
 import offload
 from benchlib import Result, arguments, finish, quantiles
 from iolimit import DiskLimit
-from optimizer_job import IN_MEMORY, WAYS
+from optimizer_job import IN_MEMORY, MASTERS, WAYS
 
 REPEATS = 5
 WARM_UPS = 2  # states are made in the first step, pages are warm after the second
@@ -175,6 +175,7 @@ def _run(size: str, way: str, budget: str, folder: Path) -> tuple[dict[str, Any]
         "read_nbytes": int(median("read_nbytes")),
         "written_nbytes": int(median("written_nbytes")),
         "peak_nbytes": job["peak_nbytes"],
+        "parameters": job["parameters"],
         "last_loss": job["losses"][-1],
     }, ""
 
@@ -191,6 +192,25 @@ def _check(result: Result, size: str, runs: dict[str, dict[str, Any]]) -> None:
     if rounded is not None:
         apart = abs(rounded["last_loss"] / plain["last_loss"] - 1)
         result.at_most(f"{size}: loss with bf16 states, off plain PyTorch's", apart, 0.01)
+    if coded := runs.get("in backward, 8bit states"):
+        apart = abs(coded["last_loss"] / plain["last_loss"] - 1)
+        result.at_most(f"{size}: loss with 8bit states, off plain PyTorch's", apart, 0.02)
+        result.at_most(  # 4 of weight, 65/64 of each state
+            f"{size}: bytes a parameter written with 8bit states",
+            coded["written_nbytes"] / coded["parameters"],
+            (4 + 2 * 65 / 64) * 1.01,
+        )
+    if split := runs.get(MASTERS):  # 2 of weight, 2 of its master's rest, 4 and 4 of states
+        result.at_most(
+            f"{size}: bytes a parameter written with masters",
+            split["written_nbytes"] / split["parameters"],
+            12 * 1.01,
+        )
+        result.at_most(  # of the weight twice, none of the gradient
+            f"{size}: bytes a parameter read with masters",
+            split["read_nbytes"] / split["parameters"],
+            14 * 1.01,
+        )
     if in_ram := runs.get(IN_MEMORY):
         result.at_most(
             f"{size}: step visible part over plain fused AdamW's",

@@ -25,11 +25,14 @@ SHAPES = {
     "350M": Shape(layers=24, width=1024, heads=16),
 }
 IN_MEMORY = "in memory"  # Offload with room for everything
+MASTERS = "in backward, bf16 with fp32 masters"
 WAYS = (
     "plain",
     "behind",
     "in backward",
     "in backward, bf16 states",
+    "in backward, 8bit states",
+    MASTERS,
     IN_MEMORY,
     "deepspeed",
     "deepspeed pipelined",
@@ -45,8 +48,11 @@ def plain_steps(shape: Shape) -> Steps:
 
 def offload_steps(shape: Shape, nvme: Path, budget: str, config: dict[str, Any]) -> Steps:
     """Weights, gradients and states on a file."""
+    half = config["master_weights"] == "fp32"
+    torch.set_default_dtype(torch.bfloat16 if half else torch.float32)
     with offload.init(budget=budget, nvme=nvme):
         model = Decoder(shape)
+    torch.set_default_dtype(torch.float32)
     optimizer = _adamw(model)
     offload.attach(model, optimizer, commit="manual", config=config)
     return _looped(model, optimizer)
@@ -138,7 +144,8 @@ def main() -> None:
     else:
         config = {
             "step_in_backward": way.startswith("in backward"),
-            "state_precision": "bf16" if way.endswith("bf16 states") else "exact",
+            "state_precision": way.split()[-2] if way.endswith(" states") else "exact",
+            "master_weights": "fp32" if way == MASTERS else "none",
         }
         step = offload_steps(shape, nvme, options.budget, config)
     losses, steps_s, visible_s, reads, writes = [], [], [], [], []
@@ -155,6 +162,8 @@ def main() -> None:
         writes.append(after[1] - before[1])
     figures: dict[str, Any] = {"losses": losses, "steps_s": steps_s, "visible_s": visible_s}
     figures |= {"read_nbytes": reads, "written_nbytes": writes}
+    with torch.device("meta"):
+        figures["parameters"] = sum(one.numel() for one in Decoder(shape).parameters())
     print(json.dumps({**figures, "peak_nbytes": peak_resident_nbytes()}))
 
 

@@ -63,9 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--state-precision",
-        choices=["exact", "bf16"],
+        choices=["exact", "bf16", "8bit"],
         help="bf16: float32 optimizer states are rounded at random to half their bytes, which "
-        "changes results a little (default: exact)",
+        "changes results a little; 8bit: to a quarter, which changes them more (default: exact)",
+    )
+    parser.add_argument(
+        "--master-weights",
+        choices=["none", "fp32"],
+        help="fp32: bfloat16 weights are stepped in float32, with float32 states; the store keeps "
+        "the bits that they lack, 2 bytes a parameter (default: none)",
     )
     parser.add_argument(
         "--recompute",
@@ -98,6 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
         step_in_backward=arguments.step_in_backward,
         accumulation_steps=arguments.accumulation_steps,
         state_precision=arguments.state_precision,
+        master_weights=arguments.master_weights,
         recompute=arguments.recompute,
         alpha=arguments.alpha,
     )

@@ -90,6 +90,29 @@ def test_states_may_be_kept_in_bf16(script: Path, tmp_path: Path) -> None:
     assert stored["a.weight"]["dtype"] == "float32"
 
 
+def test_bf16_weights_may_have_masters(script: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.py"
+    half.write_text(
+        script.read_text()
+        .replace("model = Net()", "model = Net().bfloat16()")
+        .replace("300)", "300).bfloat16()")
+        .replace("Linear(500, 300).bfloat16()", "Linear(500, 300)")
+        .replace("detach().numpy()", "detach().float().numpy()")
+    )
+    options = ["--budget=8GiB", "--nvme", tmp_path / "nvme", "--master-weights=fp32"]
+    done = run("-m", "offload", "run", *options, half, "0")
+    assert done.returncode == 0, done.stderr
+    commit = (tmp_path / "nvme" / "offload-store" / "commit.json").read_bytes()
+    stored = json.loads(commit.partition(b"\n")[2])["tensors"]
+    kinds = {name: entry["dtype"] for name, entry in stored.items() if name.startswith("a.weight")}
+    assert kinds == {  # though the weights were built in the store as float32
+        "a.weight": "bfloat16",
+        "a.weight#exp_avg": "float32",
+        "a.weight#exp_avg_sq": "float32",
+        "a.weight#master_low": "int16",
+    }
+
+
 def test_nvme_may_be_given_more_than_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,10 +22,12 @@ from offload.engine import Engine
 from offload.saving import step_writes_nbytes
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.rounding import round_to_bf16
-from offload.swap.state_precision import rounding_key
+from offload.swap.staged_states import rounding_key
+from offload.swap.state_precision import Precision
 from offload.tiers.events import Move
 
 BF16 = {"state_precision": "bf16"}
+BF16_STATES = Precision(states="bf16")
 IN_BACKWARD = {**BF16, "step_in_backward": True}
 STEPS = 10
 REFUSED = {
@@ -140,9 +142,9 @@ def test_half_of_the_bytes_of_states_move(starve: Any) -> None:
 def test_what_is_reserved_and_written_is_half_of_it_too() -> None:
     model = make_model()
     optimizer = adamw(model)
-    exact, rounded = (state_nbytes(optimizer, precision=one) for one in ("exact", "bf16"))
+    exact, rounded = (state_nbytes(optimizer, precision=one) for one in (Precision(), BF16_STATES))
     assert exact == 2 * rounded == 8 * sum(p.numel() for p in model.parameters())
-    writes = [step_writes_nbytes(model, optimizer, one) for one in ("exact", "bf16")]
+    writes = [step_writes_nbytes(model, optimizer, one) for one in (Precision(), BF16_STATES)]
     assert writes[0] - writes[1] == rounded
 
 

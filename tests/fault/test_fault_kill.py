@@ -20,11 +20,14 @@ place, steps, paths = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 home.UNIT_NBYTES = 16 << 10  # every weight is on every path
 nvme = [place / f"nvme{path}" for path in range(paths)]
 config = {"step_in_backward": "in backward" in sys.argv[4]}
-config["state_precision"] = "bf16" if "bf16" in sys.argv[4] else "exact"
+rounded = [precision for precision in ("bf16", "8bit") if precision in sys.argv[4]]
+config["state_precision"] = (*rounded, "exact")[0]
+half = torch.bfloat16 if "masters" in sys.argv[4] else torch.float32
+config["master_weights"] = "fp32" if "masters" in sys.argv[4] else "none"
 streaming = "streaming" in sys.argv[4]
 torch.manual_seed(0)
 torch.set_num_threads(1)
-model = nn.Sequential(nn.Linear(400, 600), nn.Dropout(0.2), nn.Linear(600, 400))
+model = nn.Sequential(nn.Linear(400, 600), nn.Dropout(0.2), nn.Linear(600, 400)).to(half)
 optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
 schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 engine = offload.attach(
@@ -37,20 +40,22 @@ if engine.resumed:
 begun = engine.step
 while engine.step < steps:
     generator = torch.Generator().manual_seed(engine.step)
-    x = torch.randn(32, 400, generator=generator)
+    x = torch.randn(32, 400, generator=generator).to(half)
     F.mse_loss(model(x), x).backward()
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
     engine.commit({"schedule": schedule.state_dict()})
     print(engine.step, flush=True)
-kept = 0 if "bf16" in sys.argv[4] else 4
+kept = 0 if rounded or "masters" in sys.argv[4] else 4
 assert streaming or begun == steps or len(engine.plan.resident_states) == kept
 digest = xxhash.xxh3_64()
 for parameter in model.parameters():
-    digest.update(parameter.detach().numpy().tobytes())
+    digest.update(parameter.detach().view(torch.uint8).numpy().tobytes())
 for state in optimizer.state.values():
     digest.update(state["exp_avg_sq"].view(torch.uint8).numpy().tobytes())
+    if "master_low" in state:
+        digest.update(state["master_low"].numpy().tobytes())
 print("digest", digest.hexdigest(), flush=True)
 """
 
@@ -92,7 +97,9 @@ def killed_and_resumed(place: Path, steps: int, paths: int, step: str, kills: in
         (4, 40, 1, "behind backward"),
         (3, 30, 1, "streaming"),
         (3, 30, 1, "in backward"),
+        pytest.param(3, 20, 1, "in backward, masters", marks=pytest.mark.slow),
         pytest.param(3, 20, 1, "in backward, bf16", marks=pytest.mark.slow),
+        pytest.param(3, 20, 2, "in backward, 8bit", marks=pytest.mark.slow),
         pytest.param(3, 20, 2, "behind backward", marks=pytest.mark.slow),
         pytest.param(20, 200, 1, "behind backward", marks=pytest.mark.slow),
         pytest.param(20, 200, 1, "streaming", marks=pytest.mark.slow),
@@ -107,7 +114,8 @@ def test_killed_runs_end_like_an_undisturbed_one(
     for place in (calm, disturbed):
         place.mkdir()
     # Over several paths, with a step in backward, and with states in memory the same comes out.
-    expected = finish(start(calm, steps, 1, "streaming, bf16" if "bf16" in step else "streaming"))
+    way = f"streaming, {step.partition(', ')[2]}"
+    expected = finish(start(calm, steps, 1, way))
     assert expected.startswith("digest ")
     assert killed_and_resumed(disturbed, steps, paths, step, kills) == expected
     for path in range(1, paths):

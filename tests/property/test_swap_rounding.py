@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.swap.rounding import BLOCK_NUMEL, round_to_bf16, widen
-from offload.swap.state_precision import StagedRounded, rounded_staging_nbytes, rounding_key
+from offload.swap.staged_states import StagedRounded, rounded_staging_nbytes, rounding_key
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.memory import HostBuffer
 

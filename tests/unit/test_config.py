@@ -70,8 +70,18 @@ def test_settings_of_a_recompute_that_is_off_are_refused() -> None:
 @pytest.mark.parametrize("precision", ["fp8", "BF16", "", None, 16])
 def test_a_precision_of_states_that_there_is_not(precision: object) -> None:
     assert make_config().state_precision == "exact"
-    with pytest.raises(ConfigError, match="state_precision: Input should be 'exact' or 'bf16'"):
+    with pytest.raises(
+        ConfigError, match="state_precision: Input should be 'exact', 'bf16' or '8bit'"
+    ):
         make_config({"state_precision": precision})
+
+
+@pytest.mark.parametrize("kind", ["bf16", "FP32", "", None, True])
+def test_master_weights_that_there_are_not(kind: object) -> None:
+    assert make_config().master_weights == "none"
+    assert make_config(master_weights="fp32").master_weights == "fp32"
+    with pytest.raises(ConfigError, match="master_weights: Input should be 'none' or 'fp32'"):
+        make_config({"master_weights": kind})
 
 
 def test_blocks_may_be_written_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
