@@ -101,7 +101,7 @@ def master_of(weight: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
 class StagedMaster:
     """A piece of a master: its lower half as read, float32, its lower half to be written, in turn.
 
-    All three in the same memory, as in ``state_precision.StagedRounded``.
+    All three in the same memory, as in ``staged_states.StagedRounded``.
 
     Attributes:
         high: 1-D bfloat16: the weight, in staging of its own or where it stays in memory.
