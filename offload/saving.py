@@ -11,6 +11,7 @@ from offload.allocator.errors import TierIOError
 from offload.config import OffloadConfig
 from offload.runtime import Runtime, open_lanes
 from offload.swap.census import named_weights
+from offload.swap.ferry import Ferry
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.homes import FileHome, Home, MemoryHome
 from offload.swap.optim_kinds import state_nbytes
@@ -114,13 +115,14 @@ class SwapHomes:
         """
         if self._accelerator is not None:
             staged = len(node_nbytes) + (nvme is not None)
-            self.place = DevicePlace(
+            ferry = Ferry(
                 self._accelerator,
                 self._journal,
                 buffers=2 * staged * self._workers,
                 pinners=self._pinners,
             )
-            self._opened.callback(self.place.close)
+            self._opened.callback(ferry.close)
+            self.place = DevicePlace(ferry, self._journal)
         if memory_nbytes is not None:
             self._add_memory(
                 PinnedTier(

@@ -177,9 +177,7 @@ class Window(ABC, Generic[_Item]):
                 return
             nearer.add(name)
 
-    def _make_room(
-        self, weight: _Item, *, force: bool = False, nearer: Iterable[str] = ()
-    ) -> bool:
+    def _make_room(self, weight: _Item, *, force: bool = False, nearer: Iterable[str] = ()) -> bool:
         """Evict the weights used farthest ahead until ``weight`` fits; False if it can't.
 
         Belady's rule: what is used last goes first, never what is used before ``weight``.
