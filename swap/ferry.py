@@ -7,6 +7,7 @@ done when the copies themselves have ended, so that whoever has waited for it ne
 ``accelerator`` [Note: streams and events].
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
@@ -23,6 +24,23 @@ CHUNK_NBYTES = 8 << 20
 
 Mover: TypeAlias = Callable[[int, int, int], None]
 """Moves bytes from or to host memory: (offset in all that travels, address, nbytes)."""
+
+
+class Cargo:
+    """Memory of a device that is carried; jobs hold this, so that who waited can let it go.
+
+    A lane forgets a job some time after its end, when the processor comes to it. Memory of a device
+    is too dear to wait for that.
+    """
+
+    __slots__ = ("memory",)
+
+    def __init__(self, memory: DeviceMemory) -> None:
+        self.memory: DeviceMemory | None = memory
+
+    def let_go(self) -> None:
+        """All jobs have ended: hold the memory no longer."""
+        self.memory = None
 
 
 class Ferry:
@@ -57,11 +75,11 @@ class Ferry:
             else None
         )
 
-    def jobs_out(self, source: DeviceMemory, nbytes: int, drain: Mover) -> list[Job]:
+    def jobs_out(self, source: Cargo, nbytes: int, drain: Mover) -> list[Job]:
         """Jobs that copy ``nbytes`` of ``source``, once it is ready, for ``drain`` to take."""
         return [partial(self._carry_out, source, drain, *chunk) for chunk in _chunks(nbytes)]
 
-    def jobs_in(self, target: DeviceMemory, nbytes: int, fill: Mover) -> list[Job]:
+    def jobs_in(self, target: Cargo, nbytes: int, fill: Mover) -> list[Job]:
         """Jobs that have ``fill`` give ``nbytes``, and copy them to ``target`` once it is ready."""
         return [partial(self._carry_in, target, fill, *chunk) for chunk in _chunks(nbytes)]
 
@@ -82,24 +100,36 @@ class Ferry:
 
     # On the threads of lanes.
 
-    def _carry_out(self, source: DeviceMemory, drain: Mover, at: int, nbytes: int) -> None:
+    def _carry_out(self, source: Cargo, drain: Mover, at: int, nbytes: int) -> None:
         assert self._buffers is not None
+        assert source.memory is not None
         with self._buffers.allocate(CHUNK_NBYTES) as buffer:
             address = self._buffers.address(buffer)
-            _end(self.copy_out(source, at, address, nbytes))
+            _end(self.copy_out(source.memory, at, address, nbytes))
             drain(at, address, nbytes)
 
-    def _carry_in(self, target: DeviceMemory, fill: Mover, at: int, nbytes: int) -> None:
+    def _carry_in(self, target: Cargo, fill: Mover, at: int, nbytes: int) -> None:
         assert self._buffers is not None
+        assert target.memory is not None
         with self._buffers.allocate(CHUNK_NBYTES) as buffer:
             address = self._buffers.address(buffer)
             fill(at, address, nbytes)
-            _end(self.copy_in(target, at, address, nbytes))
+            _end(self.copy_in(target.memory, at, address, nbytes))
 
 
 def bytes_of(memory: torch.UntypedStorage) -> torch.Tensor:
     """All bytes of ``memory``: shape (nbytes,), uint8."""
     return torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory)
+
+
+def copy_from(base: int, at: int, address: int, nbytes: int) -> None:
+    """Fill from host memory at ``base``; a ``Mover`` with that given."""
+    ctypes.memmove(address, base + at, nbytes)
+
+
+def copy_to(base: int, at: int, address: int, nbytes: int) -> None:
+    """Drain to host memory at ``base``; a ``Mover`` with that given."""
+    ctypes.memmove(base + at, address, nbytes)
 
 
 def _end(event: Event) -> None:

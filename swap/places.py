@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from offload.swap.ferry import Ferry, bytes_of
+from offload.swap.ferry import Cargo, Ferry, bytes_of
 from offload.swap.homes import ROLE, Home, MemoryHome
 from offload.tiers import hostmem
 from offload.tiers.accelerator import DeviceMemory, Stream
@@ -158,7 +158,7 @@ class DevicePlace(Place):
         label = Label(trip.key, ROLE, self.accelerator.name, home.name)
         pool = _pool_of(home)
         if pool is None:
-            jobs = self._ferry.jobs_out(source, trip.nbytes, partial(_write, trip))
+            jobs = self._ferry.jobs_out(Cargo(source), trip.nbytes, partial(_write, trip))
             return home.writes.submit([*before, *jobs], label, trip.nbytes, owner=memory)
         for job in before:
             job()
@@ -175,7 +175,7 @@ class DevicePlace(Place):
         label = Label(trip.key, ROLE, home.name, self.accelerator.name)
         pool = _pool_of(home)
         if pool is None:
-            jobs = self._ferry.jobs_in(target, trip.nbytes, partial(_read, trip))
+            jobs = self._ferry.jobs_in(Cargo(target), trip.nbytes, partial(_read, trip))
             return memory, home.reads.submit(jobs, label, trip.nbytes, owner=memory)
         event = self._ferry.copy_in(target, 0, pool.address(trip.block), trip.nbytes)
         transfer = DeviceTransfer(

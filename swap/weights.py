@@ -10,7 +10,7 @@ step changed in memory is dirty: memory alone has it until it is stored.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -105,6 +105,17 @@ class WeightSwapper(Window[Weight]):
             TierIOError: a read that was on its way failed.
         """
         weight.held = True
+        self._await(weight, "late")
+
+    def bring(self, weight: Weight) -> None:
+        """Have ``weight`` in memory now, unless a step holds it in its file.
+
+        Raises:
+            TierIOError: a read failed.
+        """
+        if weight.residency is Residency.ABSENT and not weight.held:
+            self._make_room(weight, force=True)
+            self._fetch(weight, urgent=True)
         self._await(weight, "late")
 
     def let_go(self, weight: Weight) -> None:

@@ -84,6 +84,9 @@ class Window(ABC, Generic[_Item]):
     def _lost(self, weight: _Item) -> None:
         """The fetch of ``weight`` failed: it is as absent as before."""
 
+    def _arrived(self, weight: _Item) -> None:
+        """The fetch of ``weight`` has ended, well or not."""
+
     def _spare_nbytes(self) -> int:
         """Bytes that a fetch gets without asking for more."""
         return 0
@@ -158,6 +161,7 @@ class Window(ABC, Generic[_Item]):
             with self.journal.stall(weight.name, self._role, self._lane.name, reason):
                 weight.transfer.settle()
         transfer, weight.transfer = weight.transfer, None
+        self._arrived(weight)
         if transfer.error is not None:
             self._lost(weight)
             self._streaming.pop(weight.name, None)

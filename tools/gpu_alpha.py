@@ -18,8 +18,8 @@ import torch
 from gpu_llama import Shape, Stack
 from gpu_training import UnderTest
 from offload.swap.activations import ActivationCache
-from offload.swap.homes import MemoryHome
 from offload.swap.ferry import Ferry
+from offload.swap.homes import MemoryHome
 from offload.swap.places import DevicePlace
 from offload.swap.selective import put_on, take_off
 from offload.swap.tokenwise.keeper import CacheKeeper

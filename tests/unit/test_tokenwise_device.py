@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from offload.allocator.errors import TierIOError
 from offload.swap.activations import ActivationCache
-from offload.swap.homes import MemoryHome
 from offload.swap.ferry import Ferry
+from offload.swap.homes import MemoryHome
 from offload.swap.places import DevicePlace
 from offload.swap.tokenwise.keeper import CacheKeeper, MemoryKeeper
 from offload.swap.tokenwise.plans import Settings
