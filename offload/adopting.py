@@ -88,9 +88,20 @@ def adopt_weights(
         weight = _adopt(name, parameters, runtime, resuming=resuming)
         weights.add(weight)
         for parameter in parameters:
-            parameter.data = weight.mapped.tensor
+            _give_memory(parameter, weight)
             by_parameter[parameter] = weight
     return by_parameter
+
+
+def _give_memory(parameter: nn.Parameter, weight: Weight) -> None:
+    """``parameter`` is at the stable address of ``weight``, its gradient beside it."""
+    gradient = parameter.grad
+    if gradient is not None and not parameter.is_cpu:
+        parameter.grad = None
+        parameter.data = weight.mapped.tensor
+        parameter.grad = gradient.cpu()
+    else:
+        parameter.data = weight.mapped.tensor
 
 
 def check_unchanged(model: nn.Module, adopted: Mapping[nn.Parameter, Weight]) -> None:
@@ -118,8 +129,11 @@ def check_unchanged(model: nn.Module, adopted: Mapping[nn.Parameter, Weight]) ->
         )
 
 
-def refuse_unmovable(model: nn.Module) -> None:
+def refuse_unmovable(model: nn.Module, *, on_device: bool = False) -> None:
     """Raise unless every weight can be given a home.
+
+    Args:
+        on_device: weights may be on the device that the model computes on.
 
     Raises:
         UnsupportedError: naming the weights that can't, and why.
@@ -127,7 +141,7 @@ def refuse_unmovable(model: nn.Module) -> None:
     problems = [
         f"{name} {reason}"
         for name, parameter in model.named_parameters()
-        if (reason := unmovable_reason(parameter)) is not None
+        if (reason := unmovable_reason(parameter, on_device=on_device)) is not None
     ]
     if problems:
         raise UnsupportedError("weights that can't be moved exactly: " + "; ".join(problems[:5]))
@@ -178,7 +192,7 @@ def _adopt(
     if resuming:
         store.restore(stored)
     else:
-        store.write(stored, source.data)
+        store.write(stored, source.data.cpu())
     mapped = MappedTensor(store.tier.file, source.dtype, source.shape)
     assert stored.current is not None
     mapped.file_as(stored.current)

@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,6 +17,7 @@ from offload.allocator.units import parse_nbytes
 from offload.tiers.engines.registry import AUTO, check_name
 
 TIERS = ("device", "host")
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 class OffloadConfig(BaseModel):
@@ -25,6 +27,12 @@ class OffloadConfig(BaseModel):
 
     budget: dict[str, int] = Field(default_factory=dict)
     """Hard limits by tier; ``host`` bounds the process's peak resident set."""
+    device: str | None = None
+    """Where the model computes: ``cpu``, ``cuda`` or ``cuda:1``.
+
+    By default where its parameters are. On a device weights, gradients and optimizer states have
+    their homes in host memory and on the drive all the same, and visit the device (docs/gpu.md).
+    """
     nvme: tuple[Path, ...] = ()
     """Directories of the store and of scratch; several are striped over, in this order."""
     record: Path | None = None
@@ -87,6 +95,13 @@ class OffloadConfig(BaseModel):
     @classmethod
     def _parse_budget(cls, value: Any) -> dict[str, int]:
         return parse_budget(value)
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, value: str | None) -> str | None:
+        if value is not None and not _DEVICE.fullmatch(value):
+            raise ValueError(f"{value!r} is no device to compute on: cpu, cuda, cuda:0, cuda:1, …")
+        return value
 
     @field_validator("nvme", mode="before")
     @classmethod

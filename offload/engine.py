@@ -24,6 +24,7 @@ from offload.adopting import (
 from offload.allocator.errors import ConfigError
 from offload.building import drop_unclaimed
 from offload.checkpoint import save_pretrained
+from offload.computing import Computing
 from offload.hooks import ModelHooks
 from offload.progress import (
     BufferKeeper,
@@ -40,8 +41,10 @@ from offload.steplog import Stats, StepLog
 from offload.stepping import StepHooks
 from offload.swap.activations import ActivationCache
 from offload.swap.backward_step import BackwardStep
-from offload.swap.census import take_census
+from offload.swap.census import Census, take_census
+from offload.swap.device_plan import DevicePlan
 from offload.swap.gradients import GradientSwapper
+from offload.swap.homes import Home
 from offload.swap.loading import ExactLoading
 from offload.swap.masters import master_of
 from offload.swap.optimizer import StreamedOptimizer
@@ -50,6 +53,7 @@ from offload.swap.states import StateKeeper
 from offload.swap.uncompiled import forget_compiled
 from offload.swap.weights import WeightSwapper
 from offload.tiers import hostmem
+from offload.tiers.accelerator import Accelerator
 from offload.tiers.events import RunFinished, RunStarted
 from offload.tiers.inventory import take_inventory
 from offload.tiers.machine import write_machine
@@ -62,11 +66,17 @@ class Engine:
         step: optimizer steps finished, those before a resume included.
         resumed: whether the store held a commit that was continued.
         extra: what the last commit carried for the script.
+        computing: the device, if the model computes on one; None on the CPU.
         tokenwise: what rebuilds token rows, if that was asked for; its ``report`` tells what.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | None, runtime: Runtime, plan: Plan
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        runtime: Runtime,
+        plan: Plan,
+        on_device: tuple[Accelerator, DevicePlan] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -85,7 +95,7 @@ class Engine:
         self._replanner = Replanner(
             plan, census, self.weights, runtime.governor, apply=self._set_limits
         )
-        refuse_unmovable(model)
+        refuse_unmovable(model, on_device=on_device is not None)
         reserve_room(model, optimizer, runtime)
         self._signature = signature_of(model, optimizer, runtime.precision)
         resuming = check_resume(runtime, self._signature)
@@ -98,26 +108,25 @@ class Engine:
             runtime.scratch, self._journal, runtime.governor, plan.gradients_nbytes
         )
         homes, self._write_budget = make_homes(runtime, model, optimizer)
-        self.activations = ActivationCache(
+        self.computing = on_device and Computing(
+            model,
+            runtime,
+            *on_device,
+            plan,
+            self.weights,
+            by_parameter,
+            self.gradients,
             homes,
-            self._journal,
-            limit_nbytes=plan.activations_nbytes,
-            min_nbytes=config.min_swap_nbytes,
-            weights=self.weights,
-            room=runtime.governor.room,
         )
-        self.activations.fixed.know_model(model)
-        self.activations.fixed.know_weights(
-            {
-                weight.mapped.tensor.untyped_storage()._cdata: name
-                for name, weight in self.weights.weights.items()
-            }
-        )
+        self.activations = self._cache_activations(homes)
         self.tokenwise = rebuild_rows(model, self.activations, config)
-        self._hooks = ModelHooks(
-            model, census, self.weights, self.activations, self._before_pass, self.tokenwise
+        self._hooks = self._hook_modules(census)
+        self._buffers = BufferKeeper(
+            runtime.store,
+            model,
+            runtime.chunk_numel,
+            self.computing.to_host if self.computing is not None else _itself,
         )
-        self._buffers = BufferKeeper(runtime.store, model, runtime.chunk_numel)
         self._keeper: StateKeeper | None = None
         self._loading: ExactLoading | None = None
         self._step_hooks: StepHooks | None = None
@@ -125,7 +134,7 @@ class Engine:
         for name, weight in self.weights.weights.items():
             for parameter in weight.parameters:
                 self.gradients.watch(name, parameter)
-            if name not in census.lookups:
+            if self.computing is None and name not in census.lookups:
                 self._hooks.watch_backward(weight)
         if optimizer is not None:
             names = {
@@ -171,6 +180,43 @@ class Engine:
         self._at_exit = weakref.WeakMethod(self._exit)
         atexit.register(_call, self._at_exit)
 
+    def _cache_activations(self, homes: list[Home]) -> ActivationCache:
+        if self.computing is not None:
+            return self.computing.activations
+        activations = ActivationCache(
+            homes,
+            self._journal,
+            limit_nbytes=self.plan.activations_nbytes,
+            min_nbytes=self._runtime.config.min_swap_nbytes,
+            weights=self.weights,
+            room=self._runtime.governor.room,
+        )
+        activations.fixed.know_model(self.model)
+        activations.fixed.know_weights(
+            {
+                weight.mapped.tensor.untyped_storage()._cdata: name
+                for name, weight in self.weights.weights.items()
+            }
+        )
+        return activations
+
+    def _hook_modules(self, census: Census) -> ModelHooks:
+        computing, weights = self.computing, self.weights
+        on_pass = self._before_pass
+        if computing is None:
+            return ModelHooks(
+                self.model, census, weights, self.activations, on_pass, self.tokenwise
+            )
+        return ModelHooks(
+            self.model,
+            computing.census,
+            computing.weights,
+            self.activations,
+            on_pass,
+            computing.saved,
+            computing,
+        )
+
     def _step_in_backward(self, streamed: StreamedOptimizer) -> BackwardStep | None:
         config = self._runtime.config
         if not config.step_in_backward:
@@ -204,7 +250,7 @@ class Engine:
             self._streamed.masters.adopt()
         self._buffers.restore(record.state["buffers"])
         self._runtime.store.release_unclaimed()
-        restore_rng(record.state["rng"])
+        restore_rng(record.state["rng"], self.device)
         self._journal.notice(
             "resume", f"continued at step {self.step} from {self._runtime.store.directory}"
         )
@@ -247,6 +293,8 @@ class Engine:
 
     def _before_step(self) -> None:
         """Gradients are complete, or the first is: refuse the step while nothing is lost."""
+        if self.computing is not None:
+            self.computing.before_step()
         self._replanner.check_fits()
         check_unchanged(self.model, self._adopted)
         self._streamed.check_states()
@@ -273,6 +321,8 @@ class Engine:
             },
         )
         self._replanner.finish_step()
+        if self.computing is not None:
+            self.computing.finish_step()
 
     def _owed_nbytes(self) -> int:
         """What the next commit writes beside what the steps until then do."""
@@ -307,7 +357,7 @@ class Engine:
             "optimizer": {},
             "groups": [],
             "buffers": self._buffers.record(),
-            "rng": pack_rng(),
+            "rng": pack_rng(self.device),
         }
         if self.optimizer is not None and self._keeper is not None:
             self._keeper.absorb_all()
@@ -315,6 +365,11 @@ class Engine:
             state["groups"] = pack_groups(self.optimizer)
         self._runtime.store.commit(self.step, self._signature, state)
         self.extra = state["extra"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, and what it returns is."""
+        return self.computing.device if self.computing is not None else torch.device("cpu")
 
     @property
     def plan(self) -> Plan:
@@ -399,6 +454,9 @@ class Engine:
         try:
             if status == "done":
                 self.activations.close()
+            if self.computing is not None:
+                self.computing.remove(whole=status == "done")
+            if status == "done":
                 self.gradients.materialise()
                 self.weights.evict_streaming()
             self._finish(status)
@@ -455,6 +513,10 @@ class Engine:
             self._detach("done")
         else:
             self._detach("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+
+
+def _itself(buffer: torch.Tensor) -> torch.Tensor:
+    return buffer
 
 
 attached_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()

@@ -13,11 +13,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
+from offload.computing import Computing
 from offload.swap.activations import ActivationCache
 from offload.swap.census import Census
 from offload.swap.selective import SavedTensors, put_on, take_off
 from offload.swap.uncompiled import uncompiled
-from offload.swap.weights import Weight, WeightSwapper
+from offload.swap.weights import Weight
+from offload.swap.window import Window
 
 
 def in_backward() -> bool:
@@ -34,7 +36,9 @@ class ModelHooks:
     """Installs the hooks of one model; ``remove`` takes them off again.
 
     Args:
+        weights: in memory, or on the device, where the model computes.
         saved: takes what autograd saves, on top of ``activations``; by default that itself.
+        computing: the device, if it computes on one.
         on_pass: called as a pass begins.
     """
 
@@ -42,12 +46,14 @@ class ModelHooks:
         self,
         model: nn.Module,
         census: Census,
-        weights: WeightSwapper,
+        weights: Window[Any],
         activations: ActivationCache,
         on_pass: Callable[[], None],
         saved: SavedTensors | None = None,
+        computing: Computing | None = None,
     ) -> None:
-        self._weights = weights
+        self._computing = computing
+        self._weights: Window[Any] = weights
         self._activations = activations
         self._on_pass = on_pass
         self._saved = saved
@@ -61,6 +67,8 @@ class ModelHooks:
                 self._hook(name, module, users.get(name, ()))
 
     def _hook(self, name: str, module: nn.Module, weights: tuple[str, ...]) -> None:
+        computing = self._computing
+
         @uncompiled
         def before(_module: nn.Module, _args: Any) -> None:
             self._enter(name)
@@ -71,11 +79,27 @@ class ModelHooks:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             self._leave(output)
 
-        self._running[module] = lambda: before(module, ())
+        def before_on_device(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            before(module, args)
+            assert computing is not None
+            return computing.enter(module, args, kwargs, outermost=self._depth == 1)
+
+        def after_on_device(module: nn.Module, args: Any, output: Any) -> None:
+            assert computing is not None
+            if self._depth:
+                computing.leave(module, outermost=self._depth == 1)
+            after(module, args, output)
+
+        first: Any = before if computing is None else before_on_device
+        last: Any = after if computing is None else after_on_device
+        arguments: tuple[Any, ...] = ((),) if computing is None else ((), {})
+        self._running[module] = lambda: first(module, *arguments)
         self._handles += [
             # Other hooks of the same module may use its weights: be the first before them.
-            module.register_forward_pre_hook(before, prepend=True),
-            module.register_forward_hook(after, always_call=True),
+            module.register_forward_pre_hook(
+                first, prepend=True, with_kwargs=computing is not None
+            ),
+            module.register_forward_hook(last, always_call=True),
         ]
 
     def watch_backward(self, weight: Weight) -> None:
@@ -94,6 +118,8 @@ class ModelHooks:
         if self._depth > 1 or in_backward():
             return
         self._on_pass()
+        if self._computing is not None:
+            self._computing.begin_pass()
         self._weights.trace.begin((name, torch.is_grad_enabled()))
         # torch.func forbids such hooks inside its transforms: what it saves then stays in memory.
         if torch.is_grad_enabled() and _hooks_allowed():

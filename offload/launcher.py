@@ -55,6 +55,7 @@ class _Session:
         Optimizer.__init__ = remember  # type: ignore[method-assign]
         self._hooks = [
             register_module_forward_pre_hook(self._on_forward),
+            register_module_forward_pre_hook(self._move_inputs),
             register_optimizer_step_pre_hook(self._on_step),
         ]
         return self
@@ -76,6 +77,17 @@ class _Session:
             self._attaching = False
         # This forward has begun before the engine's own hooks stood: the pass begins here.
         self.engine._hooks.join_pass(module)
+        # Global hooks are not given keywords, but the next one may be: torch looks it up here.
+        module._forward_pre_hooks_with_kwargs[self._hooks[1].id] = True
+
+    def _move_inputs(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        """What the first forward was called with follows the model to its device."""
+        if kwargs is None:
+            return None  # not the first one
+        del module._forward_pre_hooks_with_kwargs[self._hooks[1].id]
+        assert self.engine is not None
+        computing = self.engine.computing
+        return computing and computing.enter(module, args, kwargs, outermost=True)
 
     def _optimizer_of(self, module: nn.Module) -> Optimizer | None:
         """The optimizer all of whose parameters belong to ``module``."""

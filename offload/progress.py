@@ -4,6 +4,7 @@ Random number generators, optimizer settings, buffers: all of it as JSON, bit fo
 """
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,25 @@ from offload.swap.states import is_large, pack_meta
 from offload.tiers.store import Store, checksum, pack_tensor, unpack_tensor
 
 
-def pack_rng() -> dict[str, Any]:
-    """The states of the generators of torch (CPU), Python and numpy."""
+def pack_rng(device: torch.device | None = None) -> dict[str, Any]:
+    """The states of the generators of torch (CPU, and ``device``), Python and numpy."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (the user's)
+    on_device = {}
+    if device is not None and device.type == "cuda":
+        on_device = {"cuda": pack_tensor(torch.cuda.get_rng_state(device))}
     return {
+        **on_device,
         "torch": pack_tensor(torch.get_rng_state()),
         "python": [version, list(internal), gauss],
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
 
 
-def restore_rng(packed: dict[str, Any]) -> None:
+def restore_rng(packed: dict[str, Any], device: torch.device | None = None) -> None:
     """Put the generators back to where ``pack_rng`` saw them."""
+    if "cuda" in packed and device is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(unpack_tensor(packed["cuda"]), device)
     torch.set_rng_state(unpack_tensor(packed["torch"]))
     version, internal, gauss = packed["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -70,9 +77,17 @@ class BufferKeeper:
 
     Args:
         chunk_numel: elements per checksummed chunk of a large buffer.
+        to_host: gives the values of a buffer that is on a device in host memory.
     """
 
-    def __init__(self, store: Store, model: nn.Module, chunk_numel: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        model: nn.Module,
+        chunk_numel: int,
+        to_host: Callable[[torch.Tensor], torch.Tensor] = lambda buffer: buffer,
+    ) -> None:
+        self._to_host = to_host
         self.store = store
         self.model = model
         self.chunk_numel = chunk_numel
@@ -85,6 +100,7 @@ class BufferKeeper:
         return {name: self._record(name, buffer) for name, buffer in self._buffers().items()}
 
     def _record(self, name: str, buffer: torch.Tensor) -> dict[str, Any]:
+        buffer = self._to_host(buffer)
         if not is_large(buffer):
             return {"tensor": pack_tensor(buffer)}
         key, data = f"{name}#buffer", buffer.detach().contiguous()

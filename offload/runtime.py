@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -56,6 +56,7 @@ class Runtime:
         if self.store.committed is not None:
             self.chunk_numel = self.store.committed.state["chunk_numel"]
         self.governor = Governor(soft_limit_nbytes(self.budget_nbytes))
+        self.guests: list[Callable[[], None]] = []  # closed before all else
         self._numbers = itertools.count()
         self._closed = False
 
@@ -105,6 +106,8 @@ class Runtime:
                 self.governor,
             ):
                 closing.callback(part.close)
+            for guest in self.guests:
+                closing.callback(guest)
 
 
 def open_lanes(

@@ -11,6 +11,7 @@ from offload.allocator.errors import TierIOError
 from offload.config import OffloadConfig
 from offload.runtime import Runtime, open_lanes
 from offload.swap.census import named_weights
+from offload.swap.ferry import Ferry
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.homes import FileHome, Home, MemoryHome
 from offload.swap.optim_kinds import state_nbytes
@@ -68,6 +69,7 @@ def budgets_of(config: OffloadConfig, host_nbytes: int) -> dict[str, int]:
     """The budgets that a run's record names."""
     named = {
         "host": host_nbytes,
+        "device": config.budget.get("device"),
         "nvme_write": config.nvme_write_budget,
         "nvme_endurance": config.nvme_endurance,
     }
@@ -81,6 +83,7 @@ class SwapHomes:
         accelerator: the device that saved tensors are on; None: they are in host memory.
         opened: closes what is opened here, last first.
         workers: requests in flight in each direction of a home.
+        ferry: carries between the device and homes that are not pinned; by default one of its own.
 
     Attributes:
         place: where saved tensors live.
@@ -93,15 +96,16 @@ class SwapHomes:
         opened: ExitStack,
         *,
         workers: int,
+        ferry: Ferry | None = None,
     ) -> None:
         self.homes: list[Home] = []
         self.place: Place = HostPlace()
+        self._ferry = ferry
         self._accelerator = accelerator
         self._journal = journal
         self._opened = opened
         self._workers = workers
-        on_cuda = isinstance(accelerator, CudaAccelerator)
-        self._pinners: tuple[Pinner, ...] = (CudaPinner(),) if on_cuda else ()
+        self._pinners = pinners_of(accelerator)
 
     def open(
         self, memory_nbytes: int | None, node_nbytes: Mapping[int, int], nvme: Path | None
@@ -114,13 +118,16 @@ class SwapHomes:
         """
         if self._accelerator is not None:
             staged = len(node_nbytes) + (nvme is not None)
-            self.place = DevicePlace(
-                self._accelerator,
-                self._journal,
-                buffers=2 * staged * self._workers,
-                pinners=self._pinners,
-            )
-            self._opened.callback(self.place.close)
+            ferry = self._ferry
+            if ferry is None:
+                ferry = Ferry(
+                    self._accelerator,
+                    self._journal,
+                    buffers=2 * staged * self._workers,
+                    pinners=self._pinners,
+                )
+                self._opened.callback(ferry.close)
+            self.place = DevicePlace(ferry, self._journal)
         if memory_nbytes is not None:
             self._add_memory(
                 PinnedTier(
@@ -161,9 +168,14 @@ def in_flight_by_default(accelerator: Accelerator | None) -> int:
     return max(_IN_FLIGHT_NBYTES, (total or 0) // _DEVICE_SHARE)
 
 
+def pinners_of(accelerator: Accelerator | None) -> tuple[Pinner, ...]:
+    """Ways to make host memory fit for the copy engine of ``accelerator``."""
+    return (CudaPinner(),) if isinstance(accelerator, CudaAccelerator) else ()
+
+
 def device_of(model: nn.Module | None) -> Accelerator | None:
     """The GPU that ``model`` is on, if it is on one."""
-    parameter = next(model.parameters(), None) if model is not None else None
-    if parameter is None or parameter.device.type != "cuda":
-        return None
-    return CudaAccelerator(parameter.device)
+    for parameter in model.parameters() if model is not None else ():
+        if parameter.device.type == "cuda":
+            return CudaAccelerator(parameter.device)
+    return None

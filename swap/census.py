@@ -65,13 +65,17 @@ class Census:
         return max(self.module_nbytes().values(), default=0) or largest_gradient
 
 
-def unmovable_reason(parameter: nn.Parameter) -> str | None:
-    """Why Offload can't give ``parameter`` a home of its own, or None if it can."""
+def unmovable_reason(parameter: nn.Parameter, *, on_device: bool = False) -> str | None:
+    """Why Offload can't give ``parameter`` a home of its own, or None if it can.
+
+    Args:
+        on_device: it may be on the device that the model computes on.
+    """
     if type(parameter.data) is not torch.Tensor or parameter.layout is not torch.strided:
         return f"is a {type(parameter.data).__name__} with layout {parameter.layout}"
     if parameter.is_meta:
         return "is on the meta device: load or initialise it first"
-    if parameter.device.type != "cpu":
+    if parameter.device.type != "cpu" and not on_device:
         return f"is on {parameter.device}"
     if not parameter.is_contiguous():
         return "is not contiguous: call model.to(memory_format=torch.contiguous_format) first"
@@ -105,8 +109,12 @@ def uses_rows_only(module: nn.Module) -> bool:
     return isinstance(module, _LOOKUPS) and getattr(module, "max_norm", None) is None
 
 
-def take_census(model: nn.Module) -> Census:
-    """The census of ``model``; runs nothing and allocates nothing."""
+def take_census(model: nn.Module, *, whole_tables: bool = False) -> Census:
+    """The census of ``model``; runs nothing and allocates nothing.
+
+    Args:
+        whole_tables: lookup tables are used whole, as on a device, which faults no pages in.
+    """
     names: dict[int, str] = {}
     weights: list[WeightInfo] = []
     for name, parameters in named_weights(model):
@@ -128,7 +136,7 @@ def take_census(model: nn.Module) -> Census:
                 if parameter is not None and parameter.numel()
             )
         )
-        if uses_rows_only(module):
+        if uses_rows_only(module) and not whole_tables:
             looked_up.update(used)
         elif used and not isinstance(module, _CONTAINERS):
             modules.append(ModuleInfo(name=module_name, weights=used))

@@ -13,9 +13,10 @@ have a checksum taken there, and only those.
 
 import ctypes
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -85,6 +86,10 @@ class GradientSwapper:
         self._leaving: deque[_Leaving] = deque()
         self._kept: frozenset[nn.Parameter] = frozenset()
         self.stepper: Stepper | None = None  # uses gradients up as they arrive
+        self.before_end: Callable[[], None] = lambda: None  # called as a backward ends
+        # Of gradients that come from a device (``device_gradients``):
+        self.guard: AbstractContextManager[Any] = nullcontext()  # entered on each gradient
+        self.is_arriving: Callable[[torch.Tensor], bool] = lambda _parameter: False
         self._watched_task = -1  # of autograd; at its end ``_end_backward`` is called
         self._hooks: list[RemovableHandle] = []
 
@@ -98,9 +103,23 @@ class GradientSwapper:
         """Leave the gradients of ``parameters`` in memory, and of these alone, from now on."""
         self._kept = frozenset(parameters)
 
+    def watches(self, parameter: nn.Parameter) -> bool:
+        """Whether ``watch`` has put a hook on ``parameter``."""
+        return parameter in self._names
+
+    def arrived(self, parameter: nn.Parameter) -> None:
+        """The gradient of ``parameter`` has been accumulated, but not by autograd."""
+        if parameter in self._names:
+            self._take(parameter)
+
     def _on_gradient(self, parameter: torch.Tensor) -> None:
+        with self.guard:
+            if not self.is_arriving(parameter):
+                self._take(parameter)
+
+    def _take(self, parameter: torch.Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
-        self._watch_backward()  # first of all: to poll may send a gradient on its way again
+        self.watch_backward()  # first of all: to poll may send a gradient on its way again
         self.poll()
         gradient = parameter.grad
         if gradient is None or not _movable(gradient, parameter):
@@ -146,15 +165,16 @@ class GradientSwapper:
         transfer = self.scratch.lanes.writes.submit(jobs, label, gradient.nbytes, owner=gradient)
         self._leaving.append(_Leaving(parameter, gradient, version, home, transfer, digest))
 
-    def _watch_backward(self) -> None:
-        """Be called at the end of the backward that runs now."""
+    def watch_backward(self) -> None:
+        """Be called at the end of the backward that runs now, if one does."""
         task = torch._C._current_graph_task_id()
-        if task != self._watched_task:
+        if task not in (-1, self._watched_task):
             self._watched_task = task
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
         """The user's code runs next: note the bytes of the gradients that it could change."""
+        self.before_end()
         self.poll()
         for left in self._leaving:
             if left.checksum is None:

@@ -198,8 +198,7 @@ class MemoryStep:
         found: list[State] = []
         for parameter in parameters:
             weight = self._by_parameter[parameter]
-            self._weights.hold(weight)
-            self._weights.let_go(weight)
+            self._weights.bring(weight)
             states = self._keeper.shown(parameter)
             if states is None or not all(state.held for state in states):
                 self._keeper.absorb(parameter)  # what is read must be the newest

@@ -6,8 +6,8 @@ stream that reads it is still to come. A copy in goes to fresh memory and is beh
 earlier owner of the bytes; the stream that uses them waits for it, and the host does not. Memory
 that was filled for the stream it was allocated on goes with the last tensor over it, however far
 the host runs ahead: whoever gets it next is behind that stream. Bytes that go to a home which is
-not pinned, a file or a memory node, pass through small pinned buffers, on the home's own lane. See
-``accelerator`` [Note: streams and events].
+not pinned, a file or a memory node, pass through small pinned buffers, on the home's own lane
+(``ferry``). See ``accelerator`` [Note: streams and events].
 """
 
 import ctypes
@@ -19,18 +19,16 @@ from functools import partial
 
 import torch
 
+from offload.swap.ferry import Cargo, Ferry, bytes_of
 from offload.swap.homes import ROLE, Home, MemoryHome
 from offload.tiers import hostmem
-from offload.tiers.accelerator import Accelerator, DeviceMemory, Event, Stream
+from offload.tiers.accelerator import DeviceMemory, Stream
 from offload.tiers.base import Block
 from offload.tiers.device import DeviceTransfer
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Job, Transfer
 from offload.tiers.memory import tensor_at
-from offload.tiers.pinned import PinnedTier, SizeClass
-from offload.tiers.pinning import Pinner
-
-_BOUNCE_NBYTES = 8 << 20
+from offload.tiers.pinned import PinnedTier
 
 Pieces = Sequence[tuple[int, int, torch.UntypedStorage]]  # offset, nbytes, the bytes
 
@@ -89,10 +87,6 @@ class Place(ABC):
     def order(self, transfer: Transfer) -> bool:
         """Make what is computed from now on come after ``transfer``; False: the host must wait."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Give buffers back; no transfer is on its way any more."""
-
 
 class HostPlace(Place):
     """Host memory: bytes are copied by the home's lanes, straight from and to the storages."""
@@ -127,50 +121,27 @@ class HostPlace(Place):
     def order(self, transfer: Transfer) -> bool:
         return transfer.done()
 
-    def close(self) -> None:
-        """There are no buffers."""
-
 
 class DevicePlace(Place):
-    """The memory of ``accelerator``. See [Note: moves of a device].
+    """The memory of a device. See [Note: moves of a device].
 
     Args:
-        buffers: how many pieces may pass through pinned buffers at once: as many as the lanes of
-            homes that are not pinned have workers.
-        pinners: ways to pin the buffers, best first.
+        ferry: carries to and from homes that are not pinned; whoever made it closes it.
     """
 
     computes_behind = True
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        journal: Journal,
-        *,
-        buffers: int,
-        pinners: Sequence[Pinner] = (),
-    ) -> None:
-        self.accelerator = accelerator
-        self.owns = accelerator.owns
+    def __init__(self, ferry: Ferry, journal: Journal) -> None:
+        self.accelerator = ferry.accelerator
+        self.owns = ferry.accelerator.owns
+        self._ferry = ferry
         self._journal = journal
-        self._out = accelerator.stream("device→host")
-        self._in = accelerator.stream("host→device")
-        self._buffers = (
-            PinnedTier(
-                classes=[SizeClass(nbytes=_BOUNCE_NBYTES, count=buffers)],
-                pinners=pinners,
-                journal=journal,
-                name="bounce",
-            )
-            if buffers
-            else None
-        )
 
     def gather(self, pieces: Pieces, nbytes: int) -> torch.UntypedStorage:
         memory = self._allocate(nbytes)
         for offset, size, piece in pieces:
             target = memory.bytes_at(offset, size)
-            self.accelerator.launch(partial(target.copy_, _bytes_of(piece)[:size]))
+            self.accelerator.launch(partial(target.copy_, bytes_of(piece)[:size]))
         return memory.tensor.untyped_storage()
 
     def _allocate(self, nbytes: int) -> DeviceMemory:
@@ -182,19 +153,19 @@ class DevicePlace(Place):
         self, trip: Trip, memory: torch.UntypedStorage, before: Sequence[Job] = ()
     ) -> Transfer:
         ready = self.accelerator.current_stream().record()
-        source = DeviceMemory(tensor=_bytes_of(memory), ready=ready)
+        source = DeviceMemory(tensor=bytes_of(memory), ready=ready)
         home = trip.home
         label = Label(trip.key, ROLE, self.accelerator.name, home.name)
         pool = _pool_of(home)
         if pool is None:
-            jobs = [
-                partial(self._carry_out, trip, source, *chunk) for chunk in _chunks(trip.nbytes)
-            ]
+            jobs = self._ferry.jobs_out(Cargo(source), trip.nbytes, partial(_write, trip))
             return home.writes.submit([*before, *jobs], label, trip.nbytes, owner=memory)
         for job in before:
             job()
-        event = self._copy_out(source, 0, pool.address(trip.block), trip.nbytes)
-        transfer = DeviceTransfer(label, trip.nbytes, event, self._out.name, self._journal)
+        event = self._ferry.copy_out(source, 0, pool.address(trip.block), trip.nbytes)
+        transfer = DeviceTransfer(
+            label, trip.nbytes, event, self._ferry.outwards.name, self._journal
+        )
         return self._guarded(pool, trip.block, transfer, memory)
 
     def fetch(self, trip: Trip) -> tuple[torch.UntypedStorage, Transfer]:
@@ -204,10 +175,12 @@ class DevicePlace(Place):
         label = Label(trip.key, ROLE, home.name, self.accelerator.name)
         pool = _pool_of(home)
         if pool is None:
-            jobs = [partial(self._carry_in, trip, target, *chunk) for chunk in _chunks(trip.nbytes)]
+            jobs = self._ferry.jobs_in(Cargo(target), trip.nbytes, partial(_read, trip))
             return memory, home.reads.submit(jobs, label, trip.nbytes, owner=memory)
-        event = self._copy_in(target, 0, pool.address(trip.block), trip.nbytes)
-        transfer = DeviceTransfer(label, trip.nbytes, event, self._in.name, self._journal)
+        event = self._ferry.copy_in(target, 0, pool.address(trip.block), trip.nbytes)
+        transfer = DeviceTransfer(
+            label, trip.nbytes, event, self._ferry.inwards.name, self._journal
+        )
         filled = _Filled(memory, self.accelerator.current_stream())
         return memory, self._guarded(pool, trip.block, transfer, filled)
 
@@ -221,18 +194,6 @@ class DevicePlace(Place):
             return True
         return transfer.done()
 
-    def close(self) -> None:
-        if self._buffers is not None:
-            self._buffers.close()
-
-    def _copy_out(self, source: DeviceMemory, at: int, address: int, nbytes: int) -> Event:
-        self._out.wait(source.ready)
-        return self.accelerator.copy_out(self._out, source, at, address, nbytes)
-
-    def _copy_in(self, target: DeviceMemory, at: int, address: int, nbytes: int) -> Event:
-        self._in.wait(target.ready)
-        return self.accelerator.copy_in(self._in, target, at, address, nbytes)
-
     def _guarded(
         self,
         pool: PinnedTier,
@@ -245,23 +206,15 @@ class DevicePlace(Place):
         pool.guard(block, transfer)
         return transfer
 
-    # On the threads of a home's lanes.
 
-    def _carry_out(self, trip: Trip, source: DeviceMemory, at: int, nbytes: int) -> None:
-        assert self._buffers is not None
-        with self._buffers.allocate(_BOUNCE_NBYTES) as buffer:
-            address = self._buffers.address(buffer)
-            _end(self._copy_out(source, at, address, nbytes))
-            for job in trip.home.write_jobs(trip.block, address, nbytes, offset=at):
-                job()
+def _write(trip: Trip, at: int, address: int, nbytes: int) -> None:
+    for job in trip.home.write_jobs(trip.block, address, nbytes, offset=at):
+        job()
 
-    def _carry_in(self, trip: Trip, target: DeviceMemory, at: int, nbytes: int) -> None:
-        assert self._buffers is not None
-        with self._buffers.allocate(_BOUNCE_NBYTES) as buffer:
-            address = self._buffers.address(buffer)
-            for job in trip.home.read_jobs(trip.block, address, nbytes, offset=at):
-                job()
-            _end(self._copy_in(target, at, address, nbytes))
+
+def _read(trip: Trip, at: int, address: int, nbytes: int) -> None:
+    for job in trip.home.read_jobs(trip.block, address, nbytes, offset=at):
+        job()
 
 
 def _fresh(nbytes: int) -> torch.UntypedStorage:
@@ -273,24 +226,7 @@ def _fresh(nbytes: int) -> torch.UntypedStorage:
     return tensor_at(address, torch.uint8, (nbytes,), on_release=mapped).untyped_storage()
 
 
-def _end(event: Event) -> None:
-    """Wait until the copy before ``event`` has ended, well."""
-    event.settle()
-    if event.error is not None:
-        raise event.error
-
-
 def _pool_of(home: Home) -> PinnedTier | None:
     """The pinned pool that ``home`` stands on, if it does."""
     tier = home.tier if isinstance(home, MemoryHome) else None
     return tier if isinstance(tier, PinnedTier) else None
-
-
-def _bytes_of(memory: torch.UntypedStorage) -> torch.Tensor:
-    """All bytes of ``memory``: shape (nbytes,), uint8."""
-    return torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory)
-
-
-def _chunks(nbytes: int) -> list[tuple[int, int]]:
-    """(offset, nbytes) of what passes through one buffer."""
-    return [(at, min(_BOUNCE_NBYTES, nbytes - at)) for at in range(0, nbytes, _BOUNCE_NBYTES)]

@@ -65,10 +65,7 @@ class View:
             RuntimeError: it was, as autograd raises it.
         """
         if self.tensor._version != self.version:
-            raise RuntimeError(
-                f"{_MODIFIED}: it is at version {self.tensor._version}; "
-                f"expected version {self.version} instead"
-            )
+            raise modified_error(self.tensor._version, self.version)
 
     def is_modified(self) -> bool:
         """Whether the tensor was modified in place since it was saved."""
@@ -103,6 +100,13 @@ class View:
         alias = self.tensor.detach()
         alias.data = content
         self.tensor = alias
+
+
+def modified_error(version: int, expected: int) -> RuntimeError:
+    """What autograd raises if a saved tensor was modified in place."""
+    return RuntimeError(
+        f"{_MODIFIED}: it is at version {version}; expected version {expected} instead"
+    )
 
 
 @cache

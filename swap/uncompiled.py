@@ -55,3 +55,11 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 def plain_module(module: nn.Module) -> nn.Module:
     """``module``, or what was compiled as it: the names of its weights have no prefix."""
     return module.get_submodule("_orig_mod") if is_compiled_wrapper(module) else module
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether calling ``model``, or a module of it, runs code that ``torch.compile`` made."""
+    return any(
+        is_compiled_wrapper(module) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )

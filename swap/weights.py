@@ -10,14 +10,14 @@ step changed in memory is dirty: memory alone has it until it is stored.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from offload.swap.residency import Residency
-from offload.swap.trace import Trace
+from offload.swap.window import Window
 from offload.swap.writeback import is_changed, write_back
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Transfer
@@ -56,7 +56,7 @@ class Weight:
         return self.residency is Residency.DIRTY
 
 
-class WeightSwapper:
+class WeightSwapper(Window[Weight]):
     """Decides which weights are in memory; called on the training thread only.
 
     Args:
@@ -75,43 +75,14 @@ class WeightSwapper:
         window_nbytes: int,
         room: Callable[[], int] = lambda: sys.maxsize,
     ) -> None:
+        super().__init__(journal, store.tier.lanes.reads, window_nbytes, room=room)
         self.store = store
-        self._room = room
-        self.journal = journal
-        self.window_nbytes = window_nbytes
         self.pool = PagePool()
-        self.weights: dict[str, Weight] = {}
-        self.trace = Trace(())
         self.overwritten: Callable[[Weight], None] = lambda _weight: None  # see ``absorb``
-        self._lane = store.tier.lanes.reads
-        self._streaming: dict[str, Weight] = {}  # in memory or on their way, not resident
-        self._in_use: list[tuple[str, ...]] = []
-
-    @property
-    def streaming_nbytes(self) -> int:
-        """Bytes of streaming weights in memory or on their way."""
-        return sum(weight.nbytes for weight in self._streaming.values())
-
-    @property
-    def landing_nbytes(self) -> int:
-        """Bytes that fetches in flight may still take from the room."""
-        return sum(
-            weight.landing_nbytes
-            for weight in self._streaming.values()
-            if weight.residency is Residency.FETCHING
-        )
-
-    def resident_nbytes(self) -> int:
-        """Bytes of all weights in memory."""
-        return sum(weight.nbytes for weight in self.weights.values() if weight.in_memory)
 
     def add(self, weight: Weight) -> None:
         """Take over a weight whose mapped tensor is filed at its current block."""
         self.weights[weight.name] = weight
-
-    def learn_order(self, order: Sequence[str]) -> None:
-        """The order of first use, as the model's structure suggests it."""
-        self.trace = Trace(order)
 
     def keep(self, names: Iterable[str]) -> None:
         """Make ``names`` the resident weights, fetched at their next use."""
@@ -122,24 +93,6 @@ class WeightSwapper:
                 self._streaming.pop(weight.name, None)
             elif weight.residency is not Residency.ABSENT:
                 self._streaming[weight.name] = weight
-
-    def use(self, names: Sequence[str]) -> None:
-        """Have ``names`` in memory now, and the next ones on their way.
-
-        Raises:
-            TierIOError: a read failed.
-        """
-        self._in_use = [*self._in_use[-1:], tuple(names)]
-        for name in names:
-            self.trace.use(name)
-            weight = self.weights[name]
-            if weight.residency is Residency.ABSENT and not weight.held:
-                self._make_room(weight, force=True)
-                self._fetch(weight, urgent=True)
-                self._await(weight, "cold")
-        for name in names:
-            self._await(self.weights[name], "late")
-        self._prefetch()
 
     def hold(self, weight: Weight) -> None:
         """Keep ``weight`` where it is until ``let_go``: in memory, or in its file alone.
@@ -154,92 +107,20 @@ class WeightSwapper:
         weight.held = True
         self._await(weight, "late")
 
+    def bring(self, weight: Weight) -> None:
+        """Have ``weight`` in memory now, unless a step holds it in its file.
+
+        Raises:
+            TierIOError: a read failed.
+        """
+        if weight.residency is Residency.ABSENT and not weight.held:
+            self._make_room(weight, force=True)
+            self._fetch(weight, urgent=True)
+        self._await(weight, "late")
+
     def let_go(self, weight: Weight) -> None:
         """``weight`` may be fetched and evicted again."""
         weight.held = False
-
-    def settle(self) -> None:
-        """Wait for fetches in flight.
-
-        Raises:
-            TierIOError: one failed.
-        """
-        for weight in self.weights.values():
-            self._await(weight, "drain")
-
-    def touch(self, name: str) -> None:
-        """Note that backward has just finished with ``name``; moves nothing.
-
-        Inside ``torch.utils.checkpoint`` this is the only sign of a weight's use in backward.
-        """
-        self.trace.use(name)
-
-    def _await(self, weight: Weight, reason: str) -> None:
-        if weight.residency is not Residency.FETCHING:
-            return
-        assert weight.transfer is not None
-        if not weight.transfer.done():
-            self._lane.expedite(weight.transfer)
-            with self.journal.stall(weight.name, "weight", self._lane.name, reason):
-                weight.transfer.settle()
-        transfer, weight.transfer = weight.transfer, None
-        if transfer.error is not None:
-            self._refile(weight)
-            self._streaming.pop(weight.name, None)
-            self._become(weight, Residency.ABSENT)
-        transfer.wait()
-        self._become(weight, Residency.READY)
-
-    def _prefetch(self) -> None:
-        """Fetch what is used next, as far as the window reaches."""
-        nearer = {name for names in self._in_use for name in names}
-        for name in self.trace.upcoming():
-            if name in nearer:
-                continue
-            weight = self.weights[name]
-            if weight.residency is Residency.ABSENT and not weight.held:
-                if not self._make_room(weight, nearer=nearer):
-                    return
-                self._fetch(weight)
-            nearer.add(name)
-
-    def _make_room(
-        self, weight: Weight, *, force: bool = False, nearer: Iterable[str] = ()
-    ) -> bool:
-        """Evict the weights used farthest ahead until ``weight`` fits; False if it can't.
-
-        Belady's rule: what is used last goes first, never what is used before ``weight``.
-        """
-        if weight.resident:
-            return True
-        beyond_window = self.streaming_nbytes + weight.nbytes - self.window_nbytes
-        coming = weight.nbytes + self.landing_nbytes - self.pool.nbytes
-        beyond_budget = coming - self._room()
-        excess = max(beyond_window, beyond_budget)
-        victims = self._farthest(excess, -1 if force else self.trace.distance(weight.name), nearer)
-        if excess > sum(victim.nbytes for victim in victims) and not force:
-            return False
-        for victim in victims:
-            self.evict(victim)
-        return True
-
-    def _farthest(self, nbytes: int, limit: int, nearer: Iterable[str] = ()) -> list[Weight]:
-        """The streaming weights used farthest ahead, beyond ``limit`` uses: so many bytes."""
-        if nbytes <= 0:
-            return []
-        protected = {name for names in self._in_use for name in names}.union(nearer)
-        distances = {
-            other: self.trace.distance(other.name)
-            for other in self._streaming.values()
-            if other.in_memory and not other.held and other.name not in protected
-        }
-        found: list[Weight] = []
-        for other in sorted(distances, key=lambda other: -distances[other]):
-            if nbytes <= 0 or distances[other] <= limit:
-                break
-            found.append(other)
-            nbytes -= other.nbytes
-        return found
 
     def give_up(self, nbytes: int) -> None:
         """Evict so many bytes of streaming weights, those used last first, as far as they reach.
@@ -252,7 +133,13 @@ class WeightSwapper:
             self.evict(victim)
         self.pool.trim()
 
-    def _fetch(self, weight: Weight, *, urgent: bool = False) -> None:
+    def _spare_nbytes(self) -> int:
+        return self.pool.nbytes
+
+    def _lost(self, weight: Weight) -> None:
+        self._refile(weight)
+
+    def _fetch(self, weight: Weight, *, urgent: bool = False) -> bool:
         self.absorb(weight)
         label = Label(weight.name, "weight", self.store.tier.spec.name, "host")
         # Resident weights stay: large ranges of their own keep the kernel's list of them short.
@@ -265,6 +152,7 @@ class WeightSwapper:
         self._become(weight, Residency.FETCHING)
         # What the fetch left of its victims' pages may wait only within the window.
         self.pool.trim(min(self.window_nbytes - self.streaming_nbytes, self._room()))
+        return True
 
     def evict(self, weight: Weight) -> None:
         """Give the memory of ``weight`` back; what was written to it is stored first."""
@@ -279,9 +167,7 @@ class WeightSwapper:
 
     def evict_streaming(self) -> None:
         """Give back the memory of all weights that are not resident."""
-        self._in_use = []
-        for weight in list(self._streaming.values()):
-            self.evict(weight)
+        super().evict_streaming()
         self.pool.trim()
 
     def store_new(self, weight: Weight) -> None:
@@ -345,7 +231,3 @@ class WeightSwapper:
         """The optimizer stored a new version; memory holds it too if ``weight`` is in memory."""
         self._refile(weight)
         torch.autograd.graph.increment_version(weight.parameters)
-
-    def _become(self, weight: Weight, residency: Residency) -> None:
-        old, weight.residency = weight.residency, residency
-        self.journal.residency(weight.name, "weight", old.value, residency.value, weight.nbytes)

@@ -4,6 +4,8 @@ It is the reference that races are found against: everything happens in the orde
 """
 
 import ctypes
+import itertools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
@@ -56,7 +58,9 @@ class HostMemoryPool:
         self.capacity = capacity
         self.limit = capacity
         self.used_nbytes = self.peak_nbytes = 0
-        self._held: dict[int, int] = {}  # bytes by address
+        self._held: dict[int, tuple[int, int]] = {}  # (address, bytes)
+        self._numbers = itertools.count()
+        self._lock = threading.RLock()  # tensors die on any thread, at any moment
 
     def set_limit(self, nbytes: int, owner: str) -> None:
         if self.capacity is not None and nbytes > self.capacity:
@@ -72,31 +76,34 @@ class HostMemoryPool:
         import torch
 
         held = hostmem.page_ceil(max(nbytes, 1))
-        if self.limit is not None and self.used_nbytes + held > self.limit:
-            raise CapacityError(
-                f"{owner} may hold {format_nbytes(self.limit)}, of which "
-                f"{format_nbytes(self.limit - self.used_nbytes)} are free; "
-                f"{format_nbytes(held)} ({held} bytes) were asked"
-            )
+        with self._lock:
+            if self.limit is not None and self.used_nbytes + held > self.limit:
+                raise CapacityError(
+                    f"{owner} may hold {format_nbytes(self.limit)}, of which "
+                    f"{format_nbytes(self.limit - self.used_nbytes)} are free; "
+                    f"{format_nbytes(held)} ({held} bytes) were asked"
+                )
+            self.used_nbytes += held
+            self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
         address = hostmem.map_anonymous(held)
         tensor = tensor_at(address, torch.uint8, (max(nbytes, 1),), on_release=(address, held))
-        self.used_nbytes += held
-        self._held[address] = held
-        self.peak_nbytes = max(self.peak_nbytes, self.used_nbytes)
+        number = next(self._numbers)  # an address may be another's before this one is forgotten
+        self._held[number] = address, held
         memory = DeviceMemory(tensor=tensor[:nbytes], ready=ready)
-        weakref.finalize(tensor.untyped_storage(), self._freed, address, held).atexit = False
+        weakref.finalize(tensor.untyped_storage(), self._freed, number).atexit = False
         return memory
 
-    def _freed(self, address: int, nbytes: int) -> None:
-        self.used_nbytes -= nbytes
-        del self._held[address]
+    def _freed(self, number: int) -> None:
+        _, nbytes = self._held.pop(number)
+        with self._lock:
+            self.used_nbytes -= nbytes
 
     def owns(self, tensor: "torch.Tensor") -> bool:
         """Whether the bytes of ``tensor`` are in this memory."""
         if not tensor.is_cpu:
             return False
         at = tensor.untyped_storage().data_ptr()
-        return any(start <= at < start + nbytes for start, nbytes in self._held.items())
+        return any(start <= at < start + nbytes for start, nbytes in self._held.copy().values())
 
 
 class CpuAccelerator(Accelerator):

@@ -9,6 +9,7 @@ import torch
 
 from gpu_training import UnderTest
 from offload.swap.activations import ActivationCache
+from offload.swap.ferry import Ferry
 from offload.swap.homes import FileHome, Home, MemoryHome
 from offload.swap.places import DevicePlace
 from offload.swap.selective import put_on, take_off
@@ -42,8 +43,9 @@ class Swap:
         self._device = accelerator.name
         self.journal = Journal(self._recorder, clock=accelerator.now)
         self._stack = ExitStack()
-        place = DevicePlace(accelerator, self.journal, buffers=4 * _WORKERS, pinners=device.pinners)
-        self._stack.callback(place.close)
+        ferry = Ferry(accelerator, self.journal, buffers=4 * _WORKERS, pinners=device.pinners)
+        self._stack.callback(ferry.close)
+        place = DevicePlace(ferry, self.journal)
         homes: list[Home] = []
         if home in {"pinned", "all"}:
             nbytes = _MIB if home == "all" else room_nbytes

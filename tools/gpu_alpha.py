@@ -18,6 +18,7 @@ import torch
 from gpu_llama import Shape, Stack
 from gpu_training import UnderTest
 from offload.swap.activations import ActivationCache
+from offload.swap.ferry import Ferry
 from offload.swap.homes import MemoryHome
 from offload.swap.places import DevicePlace
 from offload.swap.selective import put_on, take_off
@@ -155,7 +156,8 @@ class Bench:
         lanes = [Lane(f"pool {way}", 1, journal) for way in ("reads", "writes")]
         for lane in lanes:
             opened.callback(lane.close)
-        place = DevicePlace(self.accelerator, journal, buffers=0, pinners=device.pinners)
+        ferry = Ferry(self.accelerator, journal, buffers=0, pinners=device.pinners)
+        place = DevicePlace(ferry, journal)
         self.cache = ActivationCache(
             [MemoryHome(pool, *lanes)],
             journal,

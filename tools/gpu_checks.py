@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import contract_runner
+import gpu_attach
 from gpu_activations import SWAP_HOMES, Swap, step_gradients
 from gpu_caching import model_agrees, random_requests, recorded_step
 from gpu_report import Outcome, Report
@@ -109,6 +110,7 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
         for name, check in AlphaChecks(device).all().items():
             report.run("alpha", name, check)
     report.run("pool", "exact size", partial(pool_size_is_exact, device))
+    gpu_attach.run_checks(report, device, quick=quick)
     if isinstance(device, Cuda):
         report.run("pool", "registered", pool_is_pinned)
         for direction in ("H2D", "D2H"):

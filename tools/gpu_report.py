@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,14 +43,19 @@ class Report:
     machine: dict[str, Any]
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    only: str | None = None  # the group of checks to run; the others are passed over
 
     def run(self, group: str, name: str, check: Callable[[], Outcome]) -> None:
         """Run ``check`` and keep what it found; an error is a failed check, not the end."""
+        if self.only not in (None, group):
+            return
         began = time.perf_counter()
         try:
             outcome = check()
         except Exception as error:  # noqa: BLE001  told in the table
             outcome = Outcome(f"{type(error).__name__}: {error}", holds=False)
+            self.notes.append(f"{group}, {name}: {traceback.format_exc()}")
+            print(self.notes[-1], file=sys.stderr, flush=True)
         seconds = time.perf_counter() - began
         done = Check(
             group, name, outcome.result, outcome.holds, seconds, outcome.value, outcome.target

@@ -23,7 +23,16 @@ Run the same command again to continue from the last finished step."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON with the same keys")
-    parser.add_argument("--budget", metavar="B", help="for example host=24GiB, or just 24GiB")
+    parser.add_argument(
+        "--budget",
+        metavar="B",
+        help="for example host=24GiB, device=10GiB,host=24GiB, or just 24GiB",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        help="where the model computes, such as cuda (default: where its parameters are)",
+    )
     parser.add_argument(
         "--nvme",
         metavar="DIR",
@@ -94,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = make_config(
         Path(arguments.config) if arguments.config else None,
         budget=arguments.budget,
+        device=arguments.device,
         nvme=arguments.nvme and ",".join(arguments.nvme),
         record=arguments.record,
         resume=arguments.resume,

@@ -121,3 +121,11 @@ def test_directories_come_from_the_environment_too(monkeypatch: pytest.MonkeyPat
 def test_wear_settings_that_make_no_sense_are_refused(setting, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make_config(setting)
+
+
+def test_a_device_is_named_as_torch_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_DEVICE", "cuda:1")
+    assert make_config().device == "cuda:1"
+    assert make_config(device="cpu").device == "cpu"
+    with pytest.raises(ConfigError, match="'gpu' is no device to compute on: cpu, cuda"):
+        make_config(device="gpu")

@@ -21,6 +21,7 @@ from offload.allocator.errors import CapacityError, TierIOError
 from offload.saving import in_flight_by_default
 from offload.swap import spilling
 from offload.swap.activations import ActivationCache
+from offload.swap.ferry import Ferry
 from offload.swap.homes import MemoryHome
 from offload.swap.places import DevicePlace, Trip
 from offload.swap.selective import put_on, take_off
@@ -61,7 +62,8 @@ class World:
             MemoryHome(tier, *(self.time.lane(tier.spec.name, self.journal) for _ in "rw"))
             for tier in (self.near, self.far)
         ]
-        self.place = DevicePlace(device, self.journal, buffers=2)
+        self.ferry = Ferry(device, self.journal, buffers=2)
+        self.place = DevicePlace(self.ferry, self.journal)
         self.cache = ActivationCache(
             homes,
             self.journal,
@@ -88,7 +90,7 @@ class World:
         self.cache.spiller.settle()
         left = self.cache.kept_nbytes, self.far.used_nbytes
         assert left == (0, 0), f"(kept, used) bytes are left: {left}"
-        self.place.close()
+        self.ferry.close()
         self.near.close()
         self.far.close()
 
@@ -380,13 +382,13 @@ def test_the_reference_is_plain_autograd(body):
 
 
 def no_wait_for_kernels(monkeypatch):
-    original = DevicePlace._copy_out
+    original = Ferry.copy_out
 
     def copy_out(self, source, at, address, nbytes):
         source = DeviceMemory(tensor=source.tensor, ready=DoneEvent())
         return original(self, source, at, address, nbytes)
 
-    monkeypatch.setattr(DevicePlace, "_copy_out", copy_out)
+    monkeypatch.setattr(Ferry, "copy_out", copy_out)
 
 
 def no_wait_for_arrivals(monkeypatch):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from offload.allocator.errors import TierIOError
 from offload.swap.activations import ActivationCache
+from offload.swap.ferry import Ferry
 from offload.swap.homes import MemoryHome
 from offload.swap.places import DevicePlace
 from offload.swap.tokenwise.keeper import CacheKeeper, MemoryKeeper
@@ -237,7 +238,7 @@ class Swap:
             limit_nbytes=0,
             in_flight_nbytes=NBYTES,
             min_nbytes=8192,
-            place=DevicePlace(device, self.journal, buffers=0),
+            place=DevicePlace(Ferry(device, self.journal, buffers=0), self.journal),
         )
         self.keeper = CacheKeeper(self.cache)
 

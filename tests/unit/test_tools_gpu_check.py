@@ -41,6 +41,13 @@ print(offload.__file__)
 sys.exit(code)
 """
 
+WHOLE = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import gpu_check
+sys.exit(gpu_check.main(sys.argv[1:]))
+"""
+
 
 def run(*arguments, code=BARE):
     return subprocess.run(
@@ -59,7 +66,10 @@ def test_all_logic_holds_on_the_simulated_device_of_a_bare_machine(tmp_path):
     assert re.fullmatch(r"gpu_check-simulated-\d{4}-\d\d-\d\d\.json", path.name)
     document = json.loads(path.read_text())
     assert document["device"] == "simulated"
-    assert document["notes"] == ["not installed, and not needed: pytest, hypothesis"]
+    assert document["notes"] == [
+        "not installed, and not needed: pytest, hypothesis",
+        "offload.attach was not checked: it needs yaml",
+    ]
     assert {check["group"] for check in document["checks"]} == {
         "contract",
         "races",
@@ -181,3 +191,14 @@ def test_a_home_that_loses_bytes_fails_the_checks(monkeypatch):
 def test_nothing_stands_in_for_what_is_installed(name):
     assert contract_runner.import_contract() == []
     assert sys.modules[name].__file__
+
+
+def test_training_through_attach_is_checked_where_it_can_be(tmp_path):
+    arguments = ["--simulated", "--quick", "--only", "attach", "--results", str(tmp_path)]
+    done = run(*arguments, code=WHOLE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.iterdir()
+    checks = json.loads(path.read_text())["checks"]
+    assert {check["group"] for check in checks} == {"attach"}
+    assert len(checks) >= 6
+    assert "0 of 20 tensors differ" in " ".join(check["result"] for check in checks)

@@ -9,7 +9,7 @@ must declare each edge, as on a real one. What must know a value (``item``), and
 numbers, whose order belongs to the host, waits for all work first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,10 @@ class Deferred(TorchDispatchMode):
 
     Args:
         on_launch: called before each kernel; the moment for other things to happen.
+        beside_host: what gets no tensor of the device is done by the host, at once, as torch does
+            it; otherwise all tensors are of the device.
+        apart: keys of storages in host memory (``_cdata``) that may not meet tensors of the device
+            in one operation: those that torch would tell from the device's.
 
     Attributes:
         is_device: without this mode nothing computes, so nobody may leave it out.
@@ -38,8 +42,17 @@ class Deferred(TorchDispatchMode):
 
     is_device = True
 
-    def __init__(self, device: Accelerator, on_launch: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        device: Accelerator,
+        on_launch: Callable[[], None] | None = None,
+        *,
+        beside_host: bool = False,
+        apart: Callable[[], Container[int]] = frozenset,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._beside_host = beside_host
+        self._apart = apart
         self._device = device
         self._on_launch = on_launch
 
@@ -51,6 +64,8 @@ class Deferred(TorchDispatchMode):
         name = func.overloadpacket.__name__
         in_place = name in _METADATA and name.endswith("_")
         if func.is_view or name in _ALIASES or in_place or func.namespace == "profiler":
+            return call()
+        if self._beside_host and not self._is_of_device(func, args, kwargs):
             return call()
         if self._on_launch is not None:
             self._on_launch()
@@ -68,6 +83,18 @@ class Deferred(TorchDispatchMode):
         stored = self._stored(results)
         self._launch(lambda: _fill(stored, call()))
         return stored
+
+    def _is_of_device(self, func: Any, args: Any, kwargs: Any) -> bool:
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not any(map(self._device.owns, tensors)):
+            return False
+        apart = self._apart()
+        if func.overloadpacket is not torch.ops.aten.copy_ and any(
+            tensor.dim() and tensor.untyped_storage()._cdata in apart for tensor in tensors
+        ):
+            raise RuntimeError(f"{func} got tensors of the host and of {self._device.name}")
+        return True
 
     def _launch(self, call: Callable[[], object]) -> None:
         def kernel() -> None:
@@ -134,7 +161,8 @@ def _shape(tensor: torch.Tensor) -> torch.Tensor:
 
 def _fill(stored: Any, results: Any) -> None:
     for target, result in zip(tree_leaves(stored), tree_leaves(results), strict=True):
-        if isinstance(target, torch.Tensor):
+        # What nobody needs (statistics of a norm in evaluation) is left out without being told.
+        if isinstance(target, torch.Tensor) and result is not None and result.numel():
             target.copy_(result)
 
 

@@ -1,0 +1,333 @@
+"""The device on which a model computes, and everything of the model that visits it.
+
+Weights, gradients and optimizer states have the homes that they have for a model on the CPU, and
+the step is the same. What this adds is on the way between host and device: copies of weights
+(``swap.device_weights``), which stand in for parameters (``swap.stand_ins``); gradients
+(``swap.device_gradients``); saved activations (``swap.places``). Buffers go to the device once and
+stay. Tensors in host memory that the outermost module is called with follow them; what it returns
+stays on the device.
+"""
+
+import ctypes
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from offload.allocator.errors import ConfigError
+from offload.config import OffloadConfig
+from offload.runtime import Runtime
+from offload.saving import SwapHomes, device_of, in_flight_by_default, pinners_of
+from offload.swap.activations import ActivationCache
+from offload.swap.census import Census, take_census
+from offload.swap.device_gradients import DeviceGradients
+from offload.swap.device_plan import DevicePlan, grow, make_device_plan
+from offload.swap.device_weights import DeviceWeights
+from offload.swap.ferry import CHUNK_NBYTES, Ferry
+from offload.swap.gradients import GradientSwapper
+from offload.swap.homes import Home
+from offload.swap.plan import Plan
+from offload.swap.stand_ins import SavedWeights, StandIns
+from offload.swap.weights import Weight, WeightSwapper
+from offload.tiers.accelerator import Accelerator
+from offload.tiers.cuda import CudaAccelerator
+from offload.tiers.lanes import Lane
+
+_LEAVING = 2  # gradients on their way at once
+_AT_ONCE = 2  # copies that a thread waits for: the one that computes, and backward's
+_WORKSPACES_NBYTES = 64 << 20  # of the libraries that compute on CUDA
+_DEFAULT_SHARE = 0.9  # of the device's memory, where no budget is given
+_GROWING_STEPS = 4
+_UNLIMITED = 1 << 62
+
+
+def accelerator_for(
+    model: nn.Module, device: str | None, given: Accelerator | None
+) -> Accelerator | None:
+    """What ``model`` is to compute on; None: on the CPU.
+
+    Raises:
+        ConfigError: parameters are on a device, but it is to compute elsewhere.
+        UnsupportedError: there is no such device.
+    """
+    if given is not None:
+        return given
+    present = device_of(model)
+    if device is None:
+        return present
+    if device != "cpu":
+        wanted = CudaAccelerator(device)
+        if present is None or present.torch_device == wanted.torch_device:
+            return wanted
+    if present is None:
+        return None
+    raise ConfigError(
+        f"device={device!r}, but parameters of the model are on {present.name}: leave device out "
+        "to compute there, or call model.cpu() first"
+    )
+
+
+def check_optimizer(optimizer: Optimizer | None) -> None:
+    """Raise if the optimizer can't step parameters in host memory.
+
+    Raises:
+        ConfigError: naming the setting that keeps it on the device.
+    """
+    for index, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
+        if group.get("capturable"):
+            raise ConfigError(
+                f"parameter group {index} of {type(optimizer).__name__} has capturable=True, which "
+                "steps on the device; with Offload it steps in host memory: leave capturable out"
+            )
+
+
+def move_states(optimizer: Optimizer | None) -> None:
+    """Bring the optimizer's states to host memory, where their parameters will be."""
+    for state in optimizer.state.values() if optimizer is not None else ():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                state[name] = value.to("cpu")
+
+
+def ferry_nbytes(config: OffloadConfig) -> int:
+    """Bytes of the pinned buffers that everything passes through."""
+    return _buffers(config) * CHUNK_NBYTES
+
+
+def _buffers(config: OffloadConfig) -> int:
+    """As many as there are threads that may want one at once."""
+    paths = max(len(config.nvme), 1)
+    return config.io_threads * (1 + 2 * paths) + _LEAVING + _AT_ONCE
+
+
+def plan_device(model: nn.Module, config: OffloadConfig, accelerator: Accelerator) -> DevicePlan:
+    """The shares of the device budget.
+
+    Raises:
+        BudgetError: the largest module does not fit.
+        ConfigError: a setting that works on the CPU only.
+    """
+    problems = [
+        f"{name} works for models that compute on the CPU only, and this one is to compute on "
+        f"{accelerator.name}: leave it out, or set device='cpu'"
+        for name, used in (
+            ("step_in_backward", config.step_in_backward),
+            ("recompute", config.recompute != "off"),
+        )
+        if used
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    budget = config.budget.get("device")
+    if budget is None:
+        total = accelerator.total_nbytes()
+        budget = _UNLIMITED if total is None else int(total * _DEFAULT_SHARE)
+    fixed = sum(buffer.nbytes for buffer in model.buffers())
+    if isinstance(accelerator, CudaAccelerator):
+        fixed += _WORKSPACES_NBYTES
+    return make_device_plan(
+        take_census(model, whole_tables=True),
+        budget_nbytes=budget,
+        fixed_nbytes=fixed,
+        device=accelerator.name,
+    )
+
+
+class Computing:
+    """What computes on ``accelerator``; ``remove`` gives it back.
+
+    Args:
+        plan: of the device; ``host_plan`` that of host memory.
+        homes: of saved activations, beside pinned memory, which comes first.
+        names: of the weights behind parameters.
+
+    Attributes:
+        census: of the modules that use weights on the device.
+        activations: the cache of saved tensors; ``saved`` is on top of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runtime: Runtime,
+        accelerator: Accelerator,
+        plan: DevicePlan,
+        host_plan: Plan,
+        host: WeightSwapper,
+        by_parameter: Mapping[nn.Parameter, Weight],
+        gradients: GradientSwapper,
+        homes: list[Home],
+    ) -> None:
+        self.plan = plan
+        self.accelerator = accelerator
+        self.device = accelerator.torch_device
+        self.census: Census = take_census(model, whole_tables=True)
+        self._model = model
+        self._steps = 0
+        self._closing = ExitStack()  # undoes what follows, the last of it first
+        runtime.guests.append(self.remove)
+        config, journal = runtime.config, runtime.journal
+        if config.budget.get("device") is not None:
+            accelerator.set_limit(plan.budget_nbytes)
+            self._closing.callback(self._lift_limit)
+        ferry = Ferry(
+            accelerator, journal, buffers=_buffers(config), pinners=pinners_of(accelerator)
+        )
+        self._closing.callback(ferry.close)
+        arriving = Lane("host→device", config.io_threads, journal)
+        leaving = Lane("device→host", _LEAVING, journal)
+        for lane in (arriving, leaving):
+            self._closing.callback(lane.close)
+        self.weights = DeviceWeights(host, ferry, arriving, plan.window_nbytes)
+        self.weights.learn_order([name for info in self.census.modules for name in info.weights])
+        names = {parameter: weight.name for parameter, weight in by_parameter.items()}
+        self.gradients = DeviceGradients(
+            gradients, ferry, leaving, journal, names, self.weights.touch, plan.gradients_nbytes
+        )
+        self._closing.callback(self.gradients.stop)
+        for parameter in names:
+            self.gradients.watch(parameter)
+        pinned = SwapHomes(
+            accelerator, journal, self._closing, workers=config.io_threads, ferry=ferry
+        )
+        pinned.open(host_plan.activations_nbytes, {}, None)
+        self._in_flight_nbytes = min(
+            in_flight_by_default(accelerator), plan.activations_nbytes // 3
+        )
+        self.activations = ActivationCache(
+            [*pinned.homes, *homes],
+            journal,
+            limit_nbytes=plan.activations_nbytes - self._in_flight_nbytes,
+            in_flight_nbytes=self._in_flight_nbytes,
+            min_nbytes=config.min_swap_nbytes,
+            place=pinned.place,
+        )
+        self._closing.callback(accelerator.synchronize)
+        self._closing.callback(self._move_buffers, self.to_host)
+        self._move_buffers(self.to_device)
+        self.activations.fixed.know_model(model)
+        self.saved = SavedWeights(self.weights, self.activations, self.gradients.lock)
+        self.stand_ins = StandIns(model, self.weights, self.gradients, names, self.device)
+        self._closing.callback(self._show_parameters)
+
+    # What the hooks call.
+
+    def begin_pass(self) -> None:
+        """The outermost module is called."""
+        self.gradients.drain()
+        self.weights.begin_pass()
+
+    def enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, outermost: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A module is called; its inputs on the device, if they have to be moved there."""
+        self.stand_ins.active = True
+        if isinstance(module, nn.RNNBase):
+            _show_flat_weights(module, partial(getattr, module))
+        if not outermost or all(map(self._is_near, tree_leaves((args, kwargs)))):
+            return None
+        moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(
+            torch.Tensor, self.to_device, (args, kwargs)
+        )
+        return moved
+
+    def leave(self, module: nn.Module, *, outermost: bool) -> None:
+        """The call of a module has ended, well or not."""
+        if outermost:
+            self.stand_ins.active = False
+            self.weights.end_pass()
+        if isinstance(module, nn.RNNBase):
+            _show_flat_weights(module, module._parameters.get)
+
+    def before_step(self) -> None:
+        """The step is going to write to weights."""
+        self.gradients.drain()
+        self.weights.before_step()
+
+    def finish_step(self) -> None:
+        """A step has ended: its peak tells what more weights the device has room for."""
+        self._steps += 1
+        if self._steps <= _GROWING_STEPS and self.plan.budget_nbytes < _UNLIMITED:
+            peak = self.accelerator.peak_nbytes()
+            self.plan = grow(self.plan, self.census, peak_nbytes=peak)
+            self.weights.window_nbytes = self.plan.window_nbytes
+            self.activations.limit_nbytes = self.plan.activations_nbytes - self._in_flight_nbytes
+
+    def _is_near(self, value: Any) -> bool:
+        """Whether ``value`` needs not be moved."""
+        return not isinstance(value, torch.Tensor) or self._stays(value)
+
+    def _stays(self, tensor: torch.Tensor) -> bool:
+        return not tensor.is_cpu or tensor.numel() == 0 or self.accelerator.owns(tensor)
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` on the device: itself if it is there, or is on another one."""
+        if self._stays(tensor):
+            return tensor
+        if self.device.type != "cpu":
+            return tensor.to(self.device)
+        # A device whose tensors torch takes for the CPU's.
+        values = tensor.detach().clone(memory_format=torch.contiguous_format)
+        memory = self.accelerator.allocate(values.nbytes)
+        self.accelerator.current_stream().wait(memory.ready)
+        placed = memory.view(0, values.dtype, values.shape)
+        self.accelerator.launch(partial(_move_bytes, placed, values))
+        return placed
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The values of ``tensor`` in host memory."""
+        if not self.accelerator.owns(tensor):
+            return tensor
+        self.accelerator.synchronize()
+        return tensor.detach().to("cpu", copy=True)
+
+    def _move_buffers(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        moved: dict[torch.Tensor, torch.Tensor] = {}
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    if buffer not in moved:
+                        moved[buffer] = move(buffer)
+                    module._buffers[name] = moved[buffer]
+
+    # The end.
+
+    def remove(self, *, whole: bool = False) -> None:
+        """Take everything off the model, whose parameters and buffers are in host memory then.
+
+        Safe to call twice.
+
+        Args:
+            whole: gradients on their way arrive, and what kernels wrote to copies is kept.
+        """
+        closing, self._closing = self._closing, ExitStack()
+        with closing:
+            if whole:
+                self.gradients.drain()
+                self.weights.close()
+
+    def _show_parameters(self) -> None:
+        self.stand_ins.remove()
+        for module in self._model.modules():
+            if isinstance(module, nn.RNNBase):
+                _show_flat_weights(module, module._parameters.get)
+
+    def _lift_limit(self) -> None:
+        total = self.accelerator.total_nbytes()
+        if total is not None:
+            self.accelerator.set_limit(total)
+
+
+def _move_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Past torch, which would count it as a change of a tensor that is used already."""
+    ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+
+
+def _show_flat_weights(module: nn.RNNBase, look_up: Callable[[str, None], Any]) -> None:
+    """An RNN keeps a list of its parameters, which nobody looks up."""
+    module._flat_weights = [look_up(name, None) for name in module._flat_weights_names]
