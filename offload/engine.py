@@ -1,7 +1,6 @@
 """The engine: attaches to a model and an optimizer, and runs their steps within a budget."""
 
 import atexit
-import platform
 import sys
 import weakref
 from collections.abc import Mapping
@@ -34,9 +33,11 @@ from offload.progress import (
     restore_rng,
 )
 from offload.recomputing import rebuild_rows
+from offload.recording import record_finish, record_start
 from offload.replanning import Replanner
+from offload.returning import take_back
 from offload.runtime import Runtime
-from offload.saving import budgets_of, make_homes
+from offload.saving import make_homes, open_cache
 from offload.steplog import Stats, StepLog
 from offload.stepping import StepHooks
 from offload.swap.activations import ActivationCache
@@ -54,9 +55,6 @@ from offload.swap.uncompiled import forget_compiled
 from offload.swap.weights import WeightSwapper
 from offload.tiers import hostmem
 from offload.tiers.accelerator import Accelerator
-from offload.tiers.events import RunFinished, RunStarted
-from offload.tiers.inventory import take_inventory
-from offload.tiers.machine import write_machine
 
 
 class Engine:
@@ -174,7 +172,7 @@ class Engine:
             )
         if resuming:
             self._restore()
-        self._begin_record()
+        self._begin()
         self._attached = True
         attached_models.add(model)
         self._at_exit = weakref.WeakMethod(self._exit)
@@ -183,22 +181,7 @@ class Engine:
     def _cache_activations(self, homes: list[Home]) -> ActivationCache:
         if self.computing is not None:
             return self.computing.activations
-        activations = ActivationCache(
-            homes,
-            self._journal,
-            limit_nbytes=self.plan.activations_nbytes,
-            min_nbytes=self._runtime.config.min_swap_nbytes,
-            weights=self.weights,
-            room=self._runtime.governor.room,
-        )
-        activations.fixed.know_model(self.model)
-        activations.fixed.know_weights(
-            {
-                weight.mapped.tensor.untyped_storage()._cdata: name
-                for name, weight in self.weights.weights.items()
-            }
-        )
-        return activations
+        return open_cache(homes, self._runtime, self.plan, self.model, self.weights)
 
     def _hook_modules(self, census: Census) -> ModelHooks:
         computing, weights = self.computing, self.weights
@@ -255,29 +238,8 @@ class Engine:
             "resume", f"continued at step {self.step} from {self._runtime.store.directory}"
         )
 
-    def _begin_record(self) -> None:
-        config = self._runtime.config
-        machine = take_inventory([self._runtime.store.directory.parent])
-        cpu, host = machine.processors[0], machine.tier("host")
-        self._journal.record(
-            RunStarted(
-                t_s=self._journal.now(),
-                command=" ".join(sys.argv),
-                versions={"torch": torch.__version__, "python": platform.python_version()},
-                host={
-                    "cpu": cpu.model,
-                    "cores": cpu.cores,
-                    "memory_nbytes": host.capacity_nbytes,
-                    "kernel": machine.kernel,
-                },
-                budget=budgets_of(config, self.plan.budget_nbytes),
-            )
-        )
-        if config.record is not None:
-            write_machine(machine, config.record / "machine.json")
-            (config.record / "plan.json").write_text(self.plan.to_json())
-            (config.record / "config.json").write_text(config.model_dump_json(indent=2))
-        self._journal.recorder.flush()
+    def _begin(self) -> None:
+        record_start(self._runtime, self.plan)
         self._steps.begin()
         hostmem.trim_heap()
         self._runtime.governor.restart_peak()
@@ -452,48 +414,23 @@ class Engine:
         if self._backward_step is not None:
             self._backward_step.abandon()
         try:
-            if status == "done":
-                self.activations.close()
-            if self.computing is not None:
-                self.computing.remove(whole=status == "done")
-            if status == "done":
-                self.gradients.materialise()
-                self.weights.evict_streaming()
-            self._finish(status)
+            self._give_back(status)
         except BaseException:  # the store must not stay locked by a run that is over
             self._runtime.close()
             raise
 
-    def _finish(self, status: str) -> None:
-        self._journal.record(
-            RunFinished(
-                t_s=self._journal.now(),
-                steps=len(self._steps),
-                peak_nbytes=hostmem.peak_resident_nbytes(),
-                budget_nbytes=self.plan.budget_nbytes,
-                status=status,
-            )
-        )
-        self._journal.recorder.flush()
-        if status != "done" or self._materialise():
+    def _give_back(self, status: str) -> None:
+        whole = status == "done"
+        if whole:
+            self.activations.close()
+        if self.computing is not None:
+            self.computing.remove(whole=whole)
+        if whole:
+            self.gradients.materialise()
+            self.weights.evict_streaming()
+        record_finish(self._journal, self.plan, steps=len(self._steps), status=status)
+        if not whole or take_back(self.weights, self._keeper, self.plan.budget_nbytes):
             self._runtime.close()
-
-    def _materialise(self) -> bool:
-        """Copy what is filed into ordinary memory, if the budget has room for all of it."""
-        mapped = [weight.mapped for weight in self.weights.weights.values()]
-        nbytes = sum(one.nbytes for one in mapped if not one.held)
-        nbytes += self._keeper.materialised_nbytes() if self._keeper is not None else 0
-        if hostmem.resident_nbytes()[0] + nbytes > self.plan.budget_nbytes:
-            return False
-        for weight in self.weights.weights.values():
-            if weight.mapped.held:
-                continue
-            data = weight.mapped.tensor.clone()
-            for parameter in weight.parameters:
-                parameter.data = data
-        if self._keeper is not None:
-            self._keeper.materialise()
-        return True
 
     def _exit(self) -> None:
         """The interpreter ends: there is no one left to use the model."""

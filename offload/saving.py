@@ -1,6 +1,6 @@
 """The homes of saved activations: those of an engine, and those of a swap that has none."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,13 +10,16 @@ from torch.optim import Optimizer
 from offload.allocator.errors import TierIOError
 from offload.config import OffloadConfig
 from offload.runtime import Runtime, open_lanes
+from offload.swap.activations import ActivationCache
 from offload.swap.census import named_weights
 from offload.swap.ferry import Ferry
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.homes import FileHome, Home, MemoryHome
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.places import DevicePlace, HostPlace, Place
+from offload.swap.plan import Plan
 from offload.swap.state_precision import EXACT, Precision
+from offload.swap.weights import WeightSwapper
 from offload.swap.writebudget import BudgetedHome, WriteBudget
 from offload.tiers.accelerator import Accelerator
 from offload.tiers.base import Tier
@@ -48,6 +51,32 @@ def make_homes(
     writes = step_writes_nbytes(model, optimizer, runtime.precision)
     budget = WriteBudget(runtime.journal, limit, writes)
     return [BudgetedHome(scratch, budget)], budget
+
+
+def open_cache(
+    homes: Sequence[Home],
+    runtime: Runtime,
+    plan: Plan,
+    model: nn.Module,
+    weights: WeightSwapper,
+) -> ActivationCache:
+    """What a model on the CPU saves, kept within the plan; it knows the model's weights."""
+    activations = ActivationCache(
+        homes,
+        runtime.journal,
+        limit_nbytes=plan.activations_nbytes,
+        min_nbytes=runtime.config.min_swap_nbytes,
+        weights=weights,
+        room=runtime.governor.room,
+    )
+    activations.fixed.know_model(model)
+    activations.fixed.know_weights(
+        {
+            weight.mapped.tensor.untyped_storage()._cdata: name
+            for name, weight in weights.weights.items()
+        }
+    )
+    return activations
 
 
 def step_writes_nbytes(
