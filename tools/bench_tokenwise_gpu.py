@@ -103,7 +103,8 @@ def tell(found: Found, measured: Any, name: str, *, judged: bool) -> None:
     settled = gpu_alpha.name_of(report.settled)
     found.notes.append(
         f"{name}: alpha solved {solved:.3f}, trials settled on {settled}; best fixed "
-        f"{measured.best.alpha}; cost {report.cost}"
+        f"{measured.best.alpha}; {report.rebuilt_nbytes} bytes of a block are rebuilt, refused "
+        f"cuts {list(report.refused)} of {report.rows}; cost {report.cost}"
     )
     ratio = measured.over(measured.best)
     if judged:

@@ -154,6 +154,7 @@ def _overwritten(program: Program) -> dict[int, int]:
 def _classify(program: Program, sources: set[int], failed: Mapping[int, str]) -> _Known:
     known = _Known()
     overwritten = _overwritten(program)
+    given: set[int] = set()  # storages of sources, whose views are as right as these
     for index, value in enumerate(program.values):
         if value.kind == "made":
             continue
@@ -169,11 +170,13 @@ def _classify(program: Program, sources: set[int], failed: Mapping[int, str]) ->
     for index, node in enumerate(program.nodes):
         _step(program, known, node)
         for out in node.outs:
-            if out in sources and overwritten.get(program.values[out].storage, -1) <= index:
+            storage = program.values[out].storage
+            if out in sources and overwritten.get(storage, -1) <= index:
                 known.states[out] = "source"
-            elif program.values[out].storage in failed and known.states[out] == "rows":
+                given.add(storage)
+            elif storage in failed and storage not in given and known.states[out] == "rows":
                 known.states[out] = "opaque"
-                known.barriers[out] = failed[program.values[out].storage]
+                known.barriers[out] = failed[storage]
     return known
 
 

@@ -66,13 +66,14 @@ class Comparison(Rehearsal):
         self._relaxed = relaxed
 
     def take(self, value: int, rows: torch.Tensor) -> torch.Tensor:
-        """Compare them with what was saved."""
+        """Compare them with what was saved; what comes after them has to do with its own only."""
         storage = self._targets[value].storage
         saved = self._tail_of(value, self._saved(storage))
         reason = self._difference(rows.reshape(saved.shape), saved)
-        if reason is not None:
-            self.failed[storage] = reason
-        return rows
+        if reason is None:
+            return rows
+        self.failed[storage] = reason
+        return torch.empty_like(rows).copy_(saved.reshape(rows.shape))
 
     def _difference(self, rebuilt: torch.Tensor, saved: torch.Tensor) -> str | None:
         if identical(rebuilt, saved):
@@ -81,7 +82,11 @@ class Comparison(Rehearsal):
         if self._relaxed and error <= tolerance(saved.dtype):
             self.worst_error = max(self.worst_error, error)
             return None
-        return f"its rebuilt rows are not bit-identical (relative error {error:.1e})"
+        cut, rows = self._replay.cut, self._replay.chain.program.rows
+        return (
+            f"its rebuilt rows are not bit-identical behind cut {cut} of {rows} (relative error "
+            f"{error:.1e})"
+        )
 
 
 def tolerance(dtype: torch.dtype) -> float:

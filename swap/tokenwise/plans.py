@@ -1,32 +1,25 @@
-"""What is rebuilt of one block for one shape of input: found, verified, and how much of it.
-
-[Note: verified cuts] A cut is used only after the rows behind it were rebuilt once and compared
-with what was saved. A storage that differs is swapped whole from then on; it becomes a source, so
-that what comes after it is rebuilt from its saved rows and gets its own comparison.
-"""
+"""What is rebuilt of one block for one shape of input: found, verified, and how much of it."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
-import torch
-
-from offload.swap.tokenwise.analyse import Chain, find_chain
-from offload.swap.tokenwise.compare import Comparison, Rehearsal
+from offload.swap.tokenwise.cuts import Cuts
 from offload.swap.tokenwise.measure import Measurements
 from offload.swap.tokenwise.passes import BlockPass
 from offload.swap.tokenwise.program import Program
 from offload.swap.tokenwise.record import Recorder
-from offload.swap.tokenwise.replay import GRID_ROWS, Replay, Sink, cuts
+from offload.swap.tokenwise.replay import GRID_ROWS, Replay, cuts
 from offload.swap.tokenwise.solve import BlockCost, Link, Solution, step_s, thriftiest
 from offload.swap.tokenwise.timing import Stopwatch, Timer
 from offload.swap.tokenwise.trials import ALIKE, Choice, Trials
+from offload.swap.tokenwise.verify import KeptForward
 
 _MOST_DIVERGENCES = 3
 _MEASURED_PASSES = 16  # all of the first ones, then each so many-th
 _WORTHWHILE = 0.95  # another cut is verified and taken if its step is this much shorter
+_PROBES = (0.75, 0.25, 0.5, 0.0)  # in turn, until two are right: these tell how time grows by rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +48,7 @@ class PlanReport:
         rebuilt_nbytes: bytes of the storages that are rebuilt, all rows.
         whole_nbytes: bytes that are swapped whole, sources included.
         whole: reasons for which saved storages are swapped whole, with their bytes.
+        refused: cuts that are not used: rows differ behind them that are right behind others.
         gave_up: why the whole block is swapped whole, if it is.
         worst_error: largest relative difference of rebuilt rows; 0 unless ``relaxed``.
         cost, solution: what was measured, and what ``alpha`` was solved from it.
@@ -74,6 +68,7 @@ class PlanReport:
     solution: Solution | None
     trial_s: tuple[tuple[Choice, float], ...] = ()
     settled: Choice | None = None
+    refused: tuple[int, ...] = ()
 
 
 class BlockPlan:
@@ -108,9 +103,7 @@ class BlockPlan:
         self._settings = settings
         self._share = share
         self._timer = timer
-        self._chain: Chain | None = None
-        self._failed: dict[int, str] = {}
-        self._verified: dict[int, Replay] = {}
+        self._cuts: Cuts | None = None
         self._cut = self._solved_cut = rows
         self.trials: Trials | None = None
         self._passes = 0  # begun with this block, since alpha was solved last
@@ -134,17 +127,17 @@ class BlockPlan:
         """Whether a forward that begins is to be recorded: not where nothing would be rebuilt."""
         if self.gave_up is not None:
             return False
-        if self._chain is None:
+        if self._cuts is None:
             return True
         if self._settings.alpha == "auto":
-            self._solve(links())
-            self._cut = self._cut_of(choice)
+            self._solve(self._cuts, links())
+            self._cut = self._cut_of(choice, self._cuts)
         return self._cut != self.rows
 
-    def _cut_of(self, choice: Choice) -> int:
+    def _cut_of(self, choice: Choice, found: Cuts) -> int:
         if self._solution is None:
             return self._cut
-        extremes = {Choice.REBUILT: cuts(self.rows)[0], Choice.SWAPPED: self.rows}
+        extremes = {Choice.REBUILT: found.usable()[0], Choice.SWAPPED: self.rows}
         return extremes.get(choice, self._solved_cut)
 
     def begin_pass(self) -> tuple[Choice, bool]:
@@ -162,10 +155,10 @@ class BlockPlan:
 
     def begin(self) -> tuple[Replay | None, bool]:
         """A forward begins: what it may leave to be rebuilt, and whether that is to be verified."""
-        if self._chain is None:
+        if self._cuts is None:
             return None, True
-        replay = self._verified.get(self._cut)
-        return replay or Replay(self._chain, self._cut), replay is None
+        tried = self._cuts.at(self._cut)
+        return tried.replay, not tried.verified
 
     def end(
         self,
@@ -178,33 +171,68 @@ class BlockPlan:
         recorder.finish()
         if recorder.diverged is not None:
             return self._diverged(recorder.diverged)
-        if self._chain is None:
-            self.program = recorder.program()
-            self._chain = find_chain(self.program, min_nbytes=self._settings.min_nbytes)
-            alpha = self._settings.alpha
-            self._cut = self._measurable(0.75) if alpha == "auto" else self._nearest(alpha)
-            self.measurements = self._shared.setdefault(self.program, self.measurements)
-            self.measurements.recording(recorder.own_s)
+        if self._cuts is None:
+            self._cuts = self._found(recorder)
         forward.tell(self.measurements.recorded_forward)
-        if block_pass.keeps:
-            self._verify(block_pass)
-            if self._settings.alpha == "auto" and self._verified and not self._solution:
-                self._solve_first(block_pass, links)
-        if not self._chain.targets:
+        if not block_pass.keeps:
+            return None
+        kept = KeptForward(block_pass, self._timer, relaxed=self._settings.relaxed)
+        advice = ""
+        if self._settings.alpha == "auto":
+            self._find_alpha(self._cuts, kept, links)
+        elif kept.verify(self._cuts, self._cut):
+            advice = self._advice(self._cuts, kept)
+            self._cuts.choose(self._cut)
+        self._worst_error = max(self._worst_error, kept.worst_error)
+        return self._notice(self._cuts, advice)
+
+    def _found(self, recorder: Recorder) -> Cuts:
+        """The first forward has ended."""
+        self.program = recorder.program()
+        alpha = self._settings.alpha
+        self._cut = self._measurable(_PROBES[0]) if alpha == "auto" else self._nearest(alpha)
+        self.measurements = self._shared.setdefault(self.program, self.measurements)
+        self.measurements.recording(recorder.own_s)
+        return Cuts(self.program, min_nbytes=self._settings.min_nbytes)
+
+    def _notice(self, found: Cuts, advice: str) -> str | None:
+        """What the user should know of what was compared."""
+        chosen = found.chosen
+        if chosen is None:
+            return None  # the next forward goes on with it
+        if not chosen.chain.targets:
             self.gave_up = "none of its saved tensors can be rebuilt row by row: " + "; ".join(
                 reason for reason, _ in self.report().whole
             )
-            return f"token-wise recompute: {self.block} is swapped whole: {self.gave_up}"
-        if block_pass.keeps and self._worst_error:
+            return f"token-wise recompute: {self.block} is swapped whole: {self.gave_up}{advice}"
+        if chosen.failed:
+            return (
+                f"token-wise recompute: {chosen.failed_nbytes} bytes of {self.block} are swapped "
+                f"whole: behind cut {chosen.replay.cut} of {self.rows} they are not rebuilt to the "
+                f"bit{advice}"
+            )
+        if self._worst_error:
             return (
                 f"token-wise recompute: relaxed: rebuilt rows of {self.block} differ from saved "
                 f"ones by up to {self._worst_error:.1e} of the largest value"
             )
         return None
 
+    def _advice(self, found: Cuts, kept: KeptForward) -> str:
+        """Where rows differ behind the cut that was asked for: which smaller alpha is better."""
+        asked = found.at(self._cut)
+        smaller = {cut for cut in map(self._measurable, _PROBES) if cut < self._cut}
+        for cut in sorted(smaller if asked.failed else (), reverse=True):
+            if kept.verify(found, cut):
+                more = found.at(cut).chain.target_nbytes - asked.chain.target_nbytes
+                if more > 0:
+                    return f"; alpha {cut / self.rows:g} would rebuild {more} bytes more"
+        return ""
+
     def report(self) -> PlanReport:
         """What is rebuilt and what is not."""
-        chain = self._chain
+        found = self._cuts
+        chain = found.chain if found is not None else None
         reasons: dict[str, int] = {}
         if chain is not None:
             for storage, reason in chain.whole.items():
@@ -219,17 +247,16 @@ class BlockPlan:
             whole=tuple(sorted(reasons.items(), key=lambda item: -item[1])),
             gave_up=self.gave_up,
             worst_error=self._worst_error,
-            cost=self._cost(),
+            cost=self._cost(found) if found is not None else None,
             solution=self._solution,
             trial_s=tuple(self.trials.shortest_s().items()) if self.trials is not None else (),
             settled=self.trials.settled if self.trials is not None else None,
+            refused=tuple(found.refused()) if found is not None else (),
         )
 
     def _diverged(self, why: str) -> str:
         self._divergences += 1
-        self.program = self._chain = None
-        self._failed.clear()
-        self._verified.clear()
+        self.program = self._cuts = self._solution = self.trials = None
         self._cut = self.rows
         if self._divergences == _MOST_DIVERGENCES:
             self.gave_up = f"what it does changes from forward to forward: {why}"
@@ -245,31 +272,56 @@ class BlockPlan:
 
     # How much.
 
-    def _cost(self) -> BlockCost | None:
-        if self._chain is None:
-            return None
-        return self.measurements.cost(
-            self.rows, self._chain.whole_nbytes, self._chain.target_nbytes
-        )
+    def _cost(self, found: Cuts) -> BlockCost | None:
+        return self.measurements.cost(found.chain) if found.chosen is not None else None
 
-    def _solve_first(self, block_pass: BlockPass, links: Callable[[], Sequence[Link]]) -> None:
+    def _find_alpha(
+        self, found: Cuts, kept: KeptForward, links: Callable[[], Sequence[Link]]
+    ) -> None:
         """Measure, and solve if all is known: a device may tell before the next forward only."""
-        self._cut = self._measurable(0.25)  # a second measurement
-        self._verify(block_pass)
-        for replay in self._verified.values():  # warm by now
-            self._rehearse(replay, block_pass)
+        if found.chosen is None:
+            if not self._probe(found, kept):
+                return
+            found.choose()
+            self._cut = self._any_cut(found)
+            for cut in found.verified():  # warm by now
+                kept.rehearse(found.at(cut).replay)
+        known = links()
         self._timer.tell()
-        found = links()
-        if self._verified.keys() <= self.measurements.rebuild_s.keys():
-            self._solve(found)
-        if self._solution is not None:
-            for choice in (Choice.REBUILT, Choice.SOLVED):
-                self._cut = self._cut_of(choice)
-                self._verify(block_pass)
+        if self._solution or self.measurements.of(found.chain).tells(found.verified()):
+            self._verify_choices(found, kept, known)
 
-    def _solve(self, links: Sequence[Link]) -> None:
+    def _probe(self, found: Cuts, kept: KeptForward) -> bool:
+        """Look behind which cuts rows are right; whether all were looked at that are needed."""
+        for alpha in _PROBES:
+            if len(found.right()) < 2:
+                self._cut = self._measurable(alpha)
+                if not kept.verify(found, self._cut):
+                    return False
+        return True
+
+    def _verify_choices(self, found: Cuts, kept: KeptForward, links: Sequence[Link]) -> None:
+        """Verify the cuts of all choices; alpha is solved again without one that is refused."""
+        self._solve(found, links)
+        while self._solution is not None:
+            refused = found.refused()
+            for choice in (Choice.REBUILT, Choice.SOLVED):
+                self._cut = self._cut_of(choice, found)
+                if self._cut != self.rows:
+                    kept.verify(found, self._cut)
+            if found.refused() == refused:
+                return
+            self._solution = self.trials = None
+            self._cut = self._any_cut(found)
+            self._solve(found, links)
+
+    def _any_cut(self, found: Cuts) -> int:
+        """A cut that is right, as long as alpha is not solved."""
+        return next(iter(found.verified()), self.rows)
+
+    def _solve(self, found: Cuts, links: Sequence[Link]) -> None:
         self._timer.tell()
-        cost = self._cost()
+        cost = self._cost(found)
         if cost is None or not links:
             return
         mine = [
@@ -280,106 +332,21 @@ class BlockPlan:
             )
             for link in links
         ]
-        found = thriftiest(cost, mine, cuts(self.rows), within=ALIKE)
-        now_s = step_s(cost, mine, self._solved_cut / self.rows)
+        best = thriftiest(cost, mine, found.usable(), within=ALIKE)
+        now_s, whole_s = (
+            step_s(cost, mine, cut / self.rows) for cut in (self._solved_cut, self.rows)
+        )
         guessed = self._backward_guessed and math.isfinite(self.measurements.backward_s)
-        if self._solution is None or guessed or found.step_s < _WORTHWHILE * now_s:
-            self._solution = found
+        if self._solution is None or guessed or best.step_s < _WORTHWHILE * now_s:
+            self._solution = best
             self._backward_guessed = math.isinf(self.measurements.backward_s)
-            if self.trials is None or self._solved_cut != found.cut:
-                self._solved_cut = found.cut
+            if self.trials is None or self._solved_cut != best.cut:
+                self._solved_cut = best.cut
                 self._passes = 0
-                self.trials = self._new_trials(room_for_all=math.isfinite(step_s(cost, mine, 1)))
+                self.trials = self._new_trials(found, room_for_all=math.isfinite(whole_s))
 
-    def _new_trials(self, *, room_for_all: bool) -> Trials:
+    def _new_trials(self, found: Cuts, *, room_for_all: bool) -> Trials:
         """[Note: trials] in ``trials``; choices that cut alike are one."""
         extremes = [Choice.REBUILT, *([Choice.SWAPPED] if room_for_all else [])]
-        by_cut = {self._cut_of(choice): choice for choice in (*extremes, Choice.SOLVED)}
+        by_cut = {self._cut_of(choice, found): choice for choice in (*extremes, Choice.SOLVED)}
         return Trials(list(by_cut.values()))
-
-    # Whether it is right.
-
-    def _verify(self, block_pass: BlockPass) -> None:
-        """Rebuild and compare: [Note: verified cuts]."""
-        while (
-            self._chain is not None
-            and self._chain.targets
-            and self._cut != self.rows
-            and self._cut not in self._verified
-        ):
-            chain = self._chain
-            if not _keeps_sources(chain, block_pass):
-                return  # the next forward keeps them
-            replay = Replay(chain, self._cut)
-            failed = self._compare(replay, block_pass)
-            if not failed:
-                self._verified[self._cut] = replay
-                return
-            self._failed |= failed
-            self._verified.clear()
-            self._chain = find_chain(
-                chain.program, min_nbytes=self._settings.min_nbytes, failed=self._failed
-            )
-
-    def _compare(self, replay: Replay, block_pass: BlockPass) -> dict[int, str]:
-        """The targets whose rebuilt rows differ from the saved ones, with the reason."""
-        chain = replay.chain
-        comparison = Comparison(
-            replay,
-            block_pass.saved,
-            block_pass.device,
-            relaxed=self._settings.relaxed,
-        )
-        try:
-            self._rebuild_kept(replay, block_pass, comparison, self._timer.stopwatch())
-        except RuntimeError as fault:
-            reason = f"its operations can't be executed on fewer rows: {fault}"
-            return {target.storage: reason for target in chain.targets}
-        self._worst_error = max(self._worst_error, comparison.worst_error)
-        return comparison.failed
-
-    def _rebuild_kept(
-        self, replay: Replay, block_pass: BlockPass, sink: Sink, computing: Stopwatch
-    ) -> None:
-        """Rebuild every target, part by part, from what this forward has kept."""
-        chain = replay.chain
-        for part in sorted({target.part for target in chain.targets}):
-            roots = [target.root for target in chain.targets if target.part == part]
-            sources = {
-                value: _kept_source(chain, block_pass, value) for value in replay.sources_of(roots)
-            }
-            block_pass.run(replay, roots, sources, sink, computing)
-
-    def _rehearse(self, replay: Replay, block_pass: BlockPass) -> None:
-        """Measure the rebuild behind a verified cut, and estimate what copying heads takes.
-
-        All rows of every target are copied twice: the largest one is, once.
-        """
-        rebuilding, copying = self._timer.stopwatch(), self._timer.stopwatch()
-        rehearsal = Rehearsal(replay, block_pass.device)
-        self._rebuild_kept(replay, block_pass, rehearsal, rebuilding)
-        rebuilding.tell(partial(self.measurements.rebuild, replay.cut))
-        targets = replay.chain.targets
-        tensor = block_pass.saved(max(targets, key=lambda target: target.nbytes).storage)
-        copy = torch.empty_like(tensor)
-        with copying:
-            copy.copy_(tensor)
-        scale = 2 * sum(target.nbytes for target in targets) / tensor.nbytes
-        measurements, rows = self.measurements, self.rows
-        copying.tell(lambda seconds: measurements.estimate_heads(rows, scale * seconds))
-
-
-def _keeps_sources(chain: Chain, block_pass: BlockPass) -> bool:
-    """Whether this forward has kept all tensors that the chain starts from."""
-    values = chain.program.values
-    return all(
-        value in block_pass.packed_sources
-        or (values[value].kind == "made" and values[value].storage in block_pass.packed_saved)
-        for value in chain.sources
-    )
-
-
-def _kept_source(chain: Chain, block_pass: BlockPass, value: int) -> torch.Tensor:
-    if value in block_pass.packed_sources:
-        return block_pass.keeper.unpack(block_pass.packed_sources[value])
-    return block_pass.saved(chain.program.values[value].storage)

@@ -8,7 +8,7 @@ import torch
 
 from offload.swap.tokenwise.buffers import RoundingBuffers, layout
 from offload.swap.tokenwise.keeper import Keeper
-from offload.swap.tokenwise.measure import Measurements
+from offload.swap.tokenwise.measure import Measurements, Rebuilding
 from offload.swap.tokenwise.passes import BlockPass, Part, Piece, RowsHandle
 from offload.swap.tokenwise.program import Program
 from offload.swap.tokenwise.replay import direct, interchangeable, rows_of
@@ -34,6 +34,7 @@ class _Begun:
 
     of: weakref.ref[BlockPass]
     measurements: Measurements
+    figures: Rebuilding
     previous: weakref.ref[BlockPass] | None
     cut: int
     own: Stopwatch
@@ -200,12 +201,13 @@ class Rebuilder:
             return begun
         if begun is not None and begun.previous is not None and begun.previous() is block_pass:
             begun.own.tell(begun.measurements.backward)
-            begun.rebuilding.tell(partial(begun.measurements.rebuild, begun.cut))
-            begun.heads.tell(partial(begun.measurements.heads, begun.cut))
+            begun.rebuilding.tell(partial(begun.figures.rebuild, begun.cut))
+            begun.heads.tell(partial(begun.figures.heads, begun.cut))
         assert block_pass.replay is not None
         self._begun = _Begun(
             weakref.ref(block_pass),
             block_pass.measurements,
+            block_pass.measurements.of(block_pass.replay.chain),
             block_pass.previous,
             block_pass.replay.cut,
             self._timer.stopwatch(running=True),

@@ -5,6 +5,7 @@ import math
 from dataclasses import astuple
 from functools import partial
 
+import few_rows
 import pytest
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from offload.swap.places import DevicePlace
 from offload.swap.tokenwise.keeper import CacheKeeper, MemoryKeeper
 from offload.swap.tokenwise.plans import Settings
 from offload.swap.tokenwise.replay import cuts
-from offload.swap.tokenwise.solve import BlockCost, Link, thriftiest
+from offload.swap.tokenwise.solve import BlockCost, Link, step_s, thriftiest
 from offload.swap.tokenwise.timing import Timer
 from offload.swap.tokenwise.tokenwise import TokenWise
 from offload.swap.tokenwise.trials import ALIKE
@@ -210,6 +211,43 @@ def test_the_host_s_clock_would_have_told_something_else(truth):
     _, reports = solve_on(device, Timer(lambda: device.timeline.now_s), link)
     assert reports[0].cost.forward_s < truth.forward_s / 100
     assert reports[0].solution.cut != thriftiest(truth, [link], cuts(ROWS), within=ALIKE).cut
+
+
+# Rows that differ behind some cuts.
+
+
+@pytest.mark.parametrize("bytes_per_s", [10e6, 70e6, 200e6])
+@pytest.mark.parametrize("fewest", [ROWS // 4 + 1, ROWS // 2 + 1, ROWS - 63])
+def test_alpha_is_solved_among_cuts_behind_which_rows_are_right(
+    truth, right, monkeypatch, bytes_per_s, fewest
+):
+    few_rows.round_differently(monkeypatch, fewest)
+    device, link = PricedDevice(), a_link(bytes_per_s)
+    results, reports = solve_on(device, Timer(forbidden_clock, device), link)
+    assert all(map(torch.equal, results, right))
+    usable = [cut for cut in cuts(ROWS) if ROWS - cut >= fewest or cut == ROWS]
+    best = thriftiest(truth, [link], usable, within=ALIKE)
+    for report in reports:
+        assert report.whole_nbytes + report.rebuilt_nbytes == truth.whole_nbytes + 9 * NBYTES
+        assert report.rebuilt_nbytes == truth.target_nbytes  # nothing is given up
+        assert {report.cut, report.solution.cut} <= set(usable)
+        assert not {*usable} & {*report.refused}
+        assert ROWS * 3 // 4 in report.refused
+        # With a single cut to measure at, what is spent however few the rows stays unknown.
+        assert astuple(report.cost) == pytest.approx(astuple(truth), rel=0.01, abs=6e-6)
+        assert step_s(truth, [link], report.solution.alpha) <= 1.05 * best.step_s
+
+
+def test_what_differs_behind_every_cut_is_given_up_alone(truth, right, monkeypatch):
+    few_rows.round_differently(monkeypatch, ROWS + 1)
+    device, link = PricedDevice(), a_link(10e6)
+    results, reports = solve_on(device, Timer(forbidden_clock, device), link)
+    assert all(map(torch.equal, results, right))
+    for report in reports:
+        assert report.rebuilt_nbytes == truth.target_nbytes - 4 * NBYTES  # all but the product
+        assert report.solution.alpha == 0.0
+        assert report.refused == ()
+        assert any("not bit-identical behind cut" in reason for reason, _ in report.whole)
 
 
 @pytest.mark.usefixtures("nobody_waits")

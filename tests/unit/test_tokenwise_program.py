@@ -1,5 +1,7 @@
 """Chains found in programs written by hand, and programs recorded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -147,6 +149,23 @@ def test_rows_that_did_not_verify_become_a_source(written):
     assert storages(chain) == [right]
     assert chain.whole[wrong] == "they differ"
     assert chain.sources == (up.value,)
+
+
+@pytest.mark.parametrize("saved", ["product", "view"])
+def test_views_of_rows_that_did_not_verify_are_as_right_as_these(written, saved):
+    x = written.input(ROWS, 8)
+    product = written.op("mm", (ROWS, 32), x, written.weight(8, 32))
+    view = written.op("view", (1, ROWS, 32), product, (1, ROWS, 32), over=None)
+    written.values[view.value] = replace(
+        written.values[view.value], storage=written.values[product.value].storage
+    )
+    gelu = written.op("gelu", (1, ROWS, 32), view)
+    root = product if saved == "product" else view
+    wrong, right = written.save(root), written.save(gelu)
+    chain = written.chain(failed={wrong: "they differ"})
+    assert storages(chain) == [right]
+    assert chain.whole[wrong] == "they differ"
+    assert chain.sources == (root.value,)
 
 
 def test_an_input_that_is_changed_in_place_is_no_source(written):
