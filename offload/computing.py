@@ -128,6 +128,7 @@ def plan_device(model: nn.Module, config: OffloadConfig, accelerator: Accelerato
         total = accelerator.total_nbytes()
         budget = _UNLIMITED if total is None else int(total * _DEFAULT_SHARE)
     fixed = sum(buffer.nbytes for buffer in model.buffers())
+    fixed += _others_nbytes(model, accelerator)
     if isinstance(accelerator, CudaAccelerator):
         fixed += _WORKSPACES_NBYTES
     return make_device_plan(
@@ -136,6 +137,16 @@ def plan_device(model: nn.Module, config: OffloadConfig, accelerator: Accelerato
         fixed_nbytes=fixed,
         device=accelerator.name,
     )
+
+
+def _others_nbytes(model: nn.Module, accelerator: Accelerator) -> int:
+    """Bytes of the device that are held already, but not by ``model``, whose weights will leave."""
+    own = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+        if accelerator.owns(tensor)
+    }
+    return max(accelerator.held_nbytes() - sum(own.values()), 0)
 
 
 class Computing:

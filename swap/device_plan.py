@@ -16,7 +16,8 @@ class DevicePlan:
 
     Attributes:
         budget_nbytes: the hard limit on what the device's allocator holds.
-        fixed_nbytes: what is there all the time: buffers, and the libraries' workspaces.
+        fixed_nbytes: what is there all the time: buffers, the user's own tensors, and the
+            libraries' workspaces.
         working_nbytes: the largest module's weights and gradients.
         window_nbytes: weights that may be on the device at once, the working set's included.
         gradients_nbytes: gradients that may be on their way to the host, beside the working set's.
@@ -52,7 +53,8 @@ def make_device_plan(
         largest = max(by_module, key=lambda name: by_module[name], default="none")
         raise BudgetError(
             f"the device budget of {format_nbytes(budget_nbytes)} is too small: on {device}, "
-            f"buffers and workspaces hold {format_nbytes(fixed_nbytes)} ({fixed_nbytes} bytes), "
+            f"buffers, workspaces and what was there before hold {format_nbytes(fixed_nbytes)} "
+            f"({fixed_nbytes} bytes), "
             f"and the largest layer ({largest}) needs {format_nbytes(working)} ({working} bytes) "
             f"for weights and gradients. The smallest budget that fits is "
             f"device={-(-needed // _MIB)}MiB, and activations come on top",

@@ -152,6 +152,10 @@ class Accelerator(ABC):
         """
 
     @abstractmethod
+    def held_nbytes(self) -> int:
+        """Bytes that are held now, by whomever in this process."""
+
+    @abstractmethod
     def peak_nbytes(self) -> int:
         """The most bytes that were held at once."""
 

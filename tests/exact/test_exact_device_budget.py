@@ -108,6 +108,27 @@ def test_what_is_spare_after_a_step_holds_more_weights(tmp_path: Path) -> None:
         assert after.activations_nbytes > before.activations_nbytes
 
 
+def test_what_is_on_the_device_already_counts(tmp_path: Path) -> None:
+    model, accelerator = Deep(), CpuAccelerator()
+    mine = accelerator.allocate(3 * MIB)
+    with pytest.raises(BudgetError, match=r"what was there before hold 3\.0") as refusal:
+        offload.attach(
+            model,
+            adamw(model),
+            budget="host=8GiB,device=4MiB",
+            nvme=tmp_path,
+            accelerator=accelerator,
+        )
+    assert refusal.value.needed_nbytes > 4 * MIB
+    del mine
+    budget = "host=8GiB,device=4MiB"
+    with offload.attach(
+        model, adamw(model), budget=budget, nvme=tmp_path, accelerator=accelerator
+    ) as engine:
+        assert engine.computing is not None
+        assert engine.computing.plan.fixed_nbytes < MIB
+
+
 def test_a_budget_that_the_largest_layer_exceeds_is_refused(tmp_path: Path) -> None:
     model = Deep()
     with pytest.raises(BudgetError, match=r"largest layer \(blocks.0.up\)") as refusal:

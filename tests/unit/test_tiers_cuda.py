@@ -120,6 +120,9 @@ class FakeCuda:
     def reset_peak_memory_stats(self, device):
         self.log.append("reset peak")
 
+    def memory_allocated(self, device):
+        return 123
+
     def max_memory_reserved(self, device):
         return 5 * GIB
 
@@ -274,6 +277,7 @@ def test_the_limit_is_a_fraction_of_the_device_and_the_peak_is_reserved_bytes(fa
     assert fake.fraction == 0.25
     assert fake.log[-1] == "reset peak"
     assert device.peak_nbytes() == 5 * GIB
+    assert device.held_nbytes() == 123
     with pytest.raises(BudgetError, match=r"cpu has 80\.00 GiB .* says 81\.00 GiB") as caught:
         device.set_limit(81 * GIB)
     assert (caught.value.needed_nbytes, caught.value.budget_nbytes) == (81 * GIB, 80 * GIB)

@@ -195,6 +195,9 @@ class SimulatedAccelerator(Accelerator):
     def set_limit(self, nbytes: int) -> None:
         self._pool.set_limit(nbytes, self.name)
 
+    def held_nbytes(self) -> int:
+        return self._pool.used_nbytes
+
     def peak_nbytes(self) -> int:
         return self._pool.peak_nbytes
 
