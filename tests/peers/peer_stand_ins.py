@@ -18,7 +18,8 @@ from offload.swap import activations
 from offload.swap.residency import Residency
 from offload.swap.saved import View
 
-activations._LEAST_NBYTES = 1  # peers' tensors are tiny: with 512 none would ever leave
+assert activations.LEAST_NBYTES > 1
+activations.LEAST_NBYTES = 1  # peers' tensors are tiny: with 512 none would ever leave
 
 _swaps = []
 
