@@ -113,7 +113,9 @@ def attach_in(
     try:
         if optimizer is not None:
             runtime.precision.check(optimizer)
-        on_device = _plan_device(called or model, optimizer, runtime.config, accelerator)
+        on_device = _plan_device(
+            model if called is None else called, optimizer, runtime.config, accelerator
+        )
         runtime.governor.shed()
         census = take_census(model)
         in_memory = sum(
