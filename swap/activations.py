@@ -45,6 +45,7 @@ from offload.tiers.journal import Journal
 
 _STRIDED = torch.strided
 LEAST_NBYTES = 512  # a handle takes as much
+_READY = Residency.READY  # asked of the class it takes its time
 BATCH_NBYTES = 1 << 20  # small storages move together when there are so many bytes of them
 BATCH_ALIGN = 64
 # A part of something that the user holds anyway, such as a data set: moving it all frees nothing.
@@ -53,7 +54,7 @@ _SLICE_SHARE, _SLICED_NBYTES = 64, 16 << 20
 
 def is_small_slice(tensor: torch.Tensor, storage_nbytes: int) -> bool:
     """Whether ``tensor`` is so small a part of its storage that moving that frees nothing."""
-    return storage_nbytes >= max(_SLICED_NBYTES, _SLICE_SHARE * tensor.nbytes)
+    return storage_nbytes >= _SLICED_NBYTES and storage_nbytes >= _SLICE_SHARE * tensor.nbytes
 
 
 class WeightUser(Protocol):
@@ -138,6 +139,8 @@ class ActivationCache:
         self._counted_kinds: set[Hashable] = set()
         # Packing may run what packs again: a dispatch mode, a finalizer.
         self._lock = threading.RLock()
+        # For the two hooks: ``with`` takes half as long again.
+        self._acquire, self._release = self._lock.acquire, self._lock.release
 
     @property
     def limit_nbytes(self) -> int:
@@ -184,9 +187,11 @@ class ActivationCache:
         name = self._names.get(key)
         if name is not None:
             return View(tensor, None, name)
-        with self._lock:
-            if self.spiller.is_busy:
-                self.spiller.settle()
+        self._acquire()
+        try:
+            spiller = self.spiller
+            if not spiller.is_idle:
+                spiller.settle()
             known = self._parts.get(key)
             part = known() if known is not None else None
             if part is not None and (view := self._pack_again(part, tensor, memory)) is not None:
@@ -194,9 +199,11 @@ class ActivationCache:
             nbytes = memory.nbytes()
             if nbytes < LEAST_NBYTES:
                 return View(tensor)
-            if is_small_slice(tensor, nbytes):
+            if nbytes >= _SLICED_NBYTES and is_small_slice(tensor, nbytes):
                 return self._leave_alone(tensor, "a small slice of a large storage")
             return self._pack_new(tensor, memory, key, nbytes)
+        finally:
+            self._release()
 
     def _pack_new(
         self, tensor: torch.Tensor, memory: torch.UntypedStorage, key: int, nbytes: int
@@ -271,8 +278,9 @@ class ActivationCache:
             if saved.name:
                 self.weights.use([saved.name])
             return saved.tensor
-        with self._lock:
-            if self.spiller.is_busy:
+        self._acquire()
+        try:
+            if not self.spiller.is_idle:
                 self.spiller.settle()
             if part.unit is None:
                 return saved.tensor
@@ -281,6 +289,8 @@ class ActivationCache:
                 assert part.memory is not None
                 saved.come_back(part.memory)
             return saved.tensor
+        finally:
+            self._release()
 
     def prefetch(self, handles: Iterable[object]) -> None:
         """Fetch these, in this order, as far as the limit has room; never blocks."""
@@ -290,17 +300,18 @@ class ActivationCache:
 
     def _use(self, unit: Unit) -> None:
         """Have the bytes of ``unit`` in memory, and on their way what backward needs next."""
+        spiller = self.spiller
         if unit.index == self._used_last:
-            self.spiller.bring(unit)
+            spiller.bring(unit)
             return
         self._used_last = unit.index
         self.lookahead.used(unit, self.journal.now())
-        if self.spiller.is_over:
-            self.spiller.spill(sparing=unit)
-        if unit.residency is not Residency.READY or unit.arrival is not None:
-            self.spiller.bring(unit)
-        if self.spiller.absent:
-            self.spiller.fetch_ahead(self.lookahead.upcoming(unit))
+        if spiller.is_over:
+            spiller.spill(sparing=unit)
+        if unit.residency is not _READY or unit.arrival is not None:
+            spiller.bring(unit)
+        if spiller.absent:
+            spiller.fetch_ahead(self.lookahead.upcoming(unit))
 
     # What is more than its bytes.
 

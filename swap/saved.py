@@ -32,6 +32,7 @@ from offload.tiers.lanes import Transfer
 _Layout: TypeAlias = tuple[torch.dtype, int, torch.Size, tuple[int, ...], bool, bool]
 
 _TIDY_AT = 16  # views of a part, dead ones included
+_READY, _ABSENT = Residency.READY, Residency.ABSENT  # asked of the class they take their time
 _MODIFIED = (
     "one of the variables needed for gradient computation has been modified by an inplace "
     "operation after it was saved"
@@ -219,7 +220,7 @@ class Unit:
         self.transfer: Transfer | None = None
         self.arriving: torch.UntypedStorage | None = None
         self.arrival: Transfer | None = None  # has filled the memory for those who wait for it
-        self.residency = Residency.READY
+        self.residency = _READY
 
     @property
     def name(self) -> str:
@@ -249,7 +250,7 @@ class Unit:
         return None if memory is None else (parts[0], memory)
 
     def __del__(self) -> None:
-        held_nbytes = self.nbytes if self.residency is not Residency.ABSENT else 0
+        held_nbytes = self.nbytes if self.residency is not _ABSENT else 0
         self.graveyard.add(held_nbytes, self.block, self.transfer)
 
 

@@ -113,11 +113,10 @@ class Spiller:
         (self._staying if unit.stays else self._order).append(weakref.ref(unit))
 
     @property
-    def is_busy(self) -> bool:
-        """Whether ``settle`` may have something to do."""
-        return bool(
-            self._writing or self.graveyard.dead or self.graveyard.buried or self._links.arriving
-        )
+    def is_idle(self) -> bool:
+        """Whether ``settle`` has nothing to do; asked for each saved tensor, twice."""
+        grave = self.graveyard
+        return not (self._writing or grave.dead or grave.buried or self._links.arriving)
 
     # Out.
 
