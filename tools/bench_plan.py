@@ -3,15 +3,20 @@
     python tools/bench_plan.py --part memory --json runs/bench/plan_memory.json
 
 ``memory``: addresses of a step's transients, in two levels, on recorded steps of transformers.
+``published``: results of papers, from their own figures of the hardware, by the simulator.
 """
 
 import sys
 from collections.abc import Callable
 
 import bench_plan_memory
+import bench_published
 from benchlib import Result, arguments, finish
 
-PARTS: dict[str, Callable[..., None]] = {"memory": bench_plan_memory.measure}
+PARTS: dict[str, Callable[..., None]] = {
+    "memory": bench_plan_memory.measure,
+    "published": bench_published.measure,
+}
 
 
 def main() -> int:

@@ -40,7 +40,9 @@ def test_what_is_recomputed_or_swapped_or_leaves_does_not_stay() -> None:
 def test_the_quick_run_holds(monkeypatch, tmp_path, capsys) -> None:
     pytest.importorskip("transformers")
     file = tmp_path / "plan.json"
-    monkeypatch.setattr(sys, "argv", ["bench_plan.py", "--quick", "--json", str(file)])
+    monkeypatch.setattr(
+        sys, "argv", ["bench_plan.py", "--part", "memory", "--quick", "--json", str(file)]
+    )
     assert bench_plan.main() == 0
     document = json.loads(file.read_text())
     assert [check["holds"] for check in document["checks"]] == [True]
