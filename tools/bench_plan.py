@@ -3,15 +3,20 @@
     python tools/bench_plan.py --part memory --json runs/bench/plan_memory.json
 
 ``memory``: addresses of a step's transients, in two levels, on recorded steps of transformers.
+``simulator``: how fast steps are simulated, and what planning a deep model takes.
 """
 
 import sys
 from collections.abc import Callable
 
 import bench_plan_memory
+import bench_plan_simulator
 from benchlib import Result, arguments, finish
 
-PARTS: dict[str, Callable[..., None]] = {"memory": bench_plan_memory.measure}
+PARTS: dict[str, Callable[..., None]] = {
+    "memory": bench_plan_memory.measure,
+    "simulator": bench_plan_simulator.measure,
+}
 
 
 def main() -> int:
