@@ -1,6 +1,6 @@
 """Cutting the optimizer's work into tiles: pure arithmetic on element counts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -27,22 +27,35 @@ def cut(numels: Sequence[int], chunk_numel: int) -> list[tuple[Piece, ...]]:
     Raises:
         ValueError: ``chunk_numel`` is off the 64-element grid.
     """
+    tiles: list[tuple[Piece, ...]] = []
+    for tile, count in cut_runs(numels, chunk_numel):
+        tiles.append(tile)
+        index = tile[0].index
+        starts = range(chunk_numel, count * chunk_numel, chunk_numel)
+        tiles += [(Piece(index, start, start + chunk_numel),) for start in starts]
+    return tiles
+
+
+def cut_runs(numels: Sequence[int], chunk_numel: int) -> Iterator[tuple[tuple[Piece, ...], int]]:
+    """The tiles of ``cut``: the first of each run of whole ones of a parameter, and their count.
+
+    Raises:
+        ValueError: as ``cut``.
+    """
     if chunk_numel <= 0 or chunk_numel % 64:
         raise ValueError(f"chunk_numel must be a positive multiple of 64, not {chunk_numel}")
-    tiles: list[tuple[Piece, ...]] = []
     shared: list[Piece] = []
     shared_numel = 0
     for index, numel in enumerate(numels):
-        for start in range(0, numel, chunk_numel):
-            piece = Piece(index, start, min(start + chunk_numel, numel))
-            if piece.numel == chunk_numel:
-                tiles.append((piece,))
-                continue
-            if shared_numel + piece.numel > chunk_numel:
-                tiles.append(tuple(shared))
-                shared, shared_numel = [], 0
-            shared.append(piece)
-            shared_numel += piece.numel
+        whole, rest = divmod(numel, chunk_numel)
+        if whole:
+            yield (Piece(index, 0, chunk_numel),), whole
+        if not rest:
+            continue
+        if shared_numel + rest > chunk_numel:
+            yield tuple(shared), 1
+            shared, shared_numel = [], 0
+        shared.append(Piece(index, numel - rest, numel))
+        shared_numel += rest
     if shared:
-        tiles.append(tuple(shared))
-    return tiles
+        yield tuple(shared), 1

@@ -38,7 +38,7 @@ def record_training(shape: Shape, activations: Activations, *, gradients_leave: 
         gradients_leave: as soon as they are complete, as Offload's do; else they stay to the end.
     """
     with FakeTensorMode():
-        model = _model(shape)
+        model = model_of(shape)
         if activations == "recomputed":
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()
@@ -54,7 +54,8 @@ def record_training(shape: Shape, activations: Activations, *, gradients_leave: 
         return record_step(step)
 
 
-def _model(shape: Shape) -> Any:
+def model_of(shape: Shape) -> Any:
+    """The model of ``shape`` from transformers; call it under ``FakeTensorMode``."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     if shape.family == "gpt2":

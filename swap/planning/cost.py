@@ -7,14 +7,14 @@ on logarithmic scales; beyond them it stays what it was.
 """
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Literal
 
 from offload.allocator.errors import ConfigError
 from offload.swap.planning.program import Operation, Stepping
 from offload.tiers.hostmem import PAGE
-from offload.tiers.machine import Machine, Work
+from offload.tiers.machine import Link, Machine, Work
 from offload.tiers.pieces import PIECE_NBYTES
 
 FRESH_NBYTES = 256 << 10  # larger results are fresh memory: ``hostmem.return_freed_memory``
@@ -67,7 +67,9 @@ class Costs:
         self._machine = machine
         self._drive = drive
         self._curves: dict[tuple[Work, str], Curve] = {}
-        self._requests_s: dict[tuple[str, int], float] = {}
+        self._requests = {
+            pair: _by_block(machine, *pair) for pair in ((drive, "host"), ("host", drive))
+        }
         self.call_s = 1 / self._curve("dispatch", "float32").rate(1)
         self.hook_s = _HOOK_CALLS * self.call_s
         self.checksum_bytes_per_s = self._curve("checksum", "float32").rate(PIECE_NBYTES)
@@ -123,12 +125,10 @@ class Costs:
         return self._request_s("host", self._drive, nbytes)
 
     def _request_s(self, source: str, target: str, nbytes: int) -> float:
-        key = source, nbytes
-        if key not in self._requests_s:
-            moved = max(nbytes, PAGE)
-            link = self._machine.link(source, target, block_nbytes=moved)
-            self._requests_s[key] = max(moved / link.bytes_per_s, link.latency_s / link.in_flight)
-        return self._requests_s[key]
+        moved = max(nbytes, PAGE)
+        sizes, links = self._requests[source, target]
+        link = links[max(bisect_right(sizes, moved) - 1, 0)]
+        return max(moved / link.bytes_per_s, link.latency_s / link.in_flight)
 
     @property
     def together(self) -> float:
@@ -147,6 +147,15 @@ class Costs:
 
 
 _UNFUSED_PASSES = 2.5  # over the same bytes
+
+
+def _by_block(machine: Machine, source: str, target: str) -> tuple[list[int], list[Link]]:
+    """Sizes of the blocks that were measured, rising, and the best measurement of each."""
+    pair = source, target
+    sizes = sorted(
+        {link.block_nbytes for link in machine.links if (link.source, link.target) == pair}
+    )
+    return sizes, [machine.link(source, target, block_nbytes=size) for size in sizes]
 
 
 def _work_of(operation: Operation) -> Work:

@@ -11,6 +11,7 @@ from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.plan import Plan, choose_chunk_numel, make_plan, soft_limit_nbytes
+from offload.swap.planning.compiled import Compiled, compile_program
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Program
 from offload.swap.planning.simulate import SimulatedStep, Simulation
@@ -131,7 +132,18 @@ def predict(
         BudgetError: it does not fit memory, or the drive; names what would.
         ConfigError: a rate or a link is needed that the machine does not tell.
     """
-    costs = Costs(machine, settings.drive)
+    compiled = compile_program(program, Costs(machine, settings.drive))
+    return _predict(compiled, machine, settings, baseline, recorder)
+
+
+def _predict(
+    compiled: Compiled,
+    machine: Machine,
+    settings: Settings,
+    baseline: Baseline,
+    recorder: Recorder | None = None,
+) -> Prediction:
+    program = compiled.program
     chunk_numel = choose_chunk_numel(settings.budget_nbytes)
     plan = make_plan(
         program.census,
@@ -140,9 +152,8 @@ def predict(
         chunk_numel=chunk_numel,
     )
     simulation = Simulation(
-        program,
+        compiled,
         plan,
-        costs,
         chunk_numel=chunk_numel,
         resident_nbytes=baseline.running_nbytes,
         commits=settings.commits,
@@ -210,11 +221,12 @@ def least_budget(
     def attempt(mib: int) -> "Prediction | BudgetError":
         changed = dataclasses.replace(settings, budget_nbytes=mib * _MIB)
         try:
-            return predict(program, machine, changed, baseline)
+            return _predict(compiled, machine, changed, baseline)
         except BudgetError as error:
             return error
 
     _check_drive(machine, settings, drive_use(program, settings, 0))
+    compiled = compile_program(program, Costs(machine, settings.drive))
     low = 0
     high = max(1, baseline.attach_nbytes // _MIB)
     while isinstance(tried := attempt(high), BudgetError):

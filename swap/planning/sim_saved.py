@@ -3,10 +3,14 @@
 Units, their order, the limits and the times at which they are fetched are those of ``Spiller``
 ([Note: what is spilled], [Note: just in time]). A storage is in memory while its unit is, or while
 others than autograd hold it.
+
+[Note: turns] A unit's *turn* is its place in the order in which backward is expected to use them.
+What is absent is kept in the order of turns, so that the next one to be fetched is found at once,
+and what is on its way before it is a sum.
 """
 
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from offload.swap.activations import BATCH_ALIGN, BATCH_NBYTES
@@ -18,17 +22,53 @@ _ROLE = "activation"
 
 @dataclass(slots=True, eq=False)
 class _Unit:
-    """What moves as one: ``members`` are its storages that autograd still needs."""
+    """What moves as one: ``members`` are its storages that autograd still needs.
+
+    Attributes:
+        turn: see [Note: turns]; None where no use of it is expected.
+    """
 
     position: int
     nbytes: int
     members: set[int]
-    stays: bool = False
+    turn: int | None
+    stays: bool
     in_memory: bool = True
     on_file: bool = False
     writing: Flight | None = None
     fetching: Flight | None = None
     used: bool = False
+
+
+class _Turns:
+    """Units in the order of their turns, and their bytes."""
+
+    def __init__(self) -> None:
+        self._turns: list[int] = []
+        self._nbytes: dict[int, int] = {}
+        self._total_nbytes = 0
+
+    def add(self, unit: _Unit) -> None:
+        if unit.turn is not None:
+            insort(self._turns, unit.turn)
+            self._nbytes[unit.turn] = unit.nbytes
+            self._total_nbytes += unit.nbytes
+
+    def discard(self, unit: _Unit) -> None:
+        if unit.turn is not None and unit.turn in self._nbytes:
+            self._total_nbytes -= self._nbytes.pop(unit.turn)
+            del self._turns[bisect_left(self._turns, unit.turn)]
+
+    def after(self, turn: int) -> int | None:
+        """The first one behind ``turn``."""
+        at = bisect_right(self._turns, turn)
+        return self._turns[at] if at < len(self._turns) else None
+
+    def nbytes_between(self, after: int, before: int) -> int:
+        first, last = bisect_right(self._turns, after), bisect_left(self._turns, before)
+        if first == 0 and last == len(self._turns):
+            return self._total_nbytes
+        return sum(self._nbytes[turn] for turn in self._turns[first:last])
 
 
 class SimSaved:
@@ -37,29 +77,22 @@ class SimSaved:
     Args:
         storages: bytes of each storage of the program.
         limit_nbytes: of units that stay in memory; as many more may be leaving.
-        hook_s: what one hook costs the training thread.
     """
 
     def __init__(
-        self,
-        world: World,
-        storages: tuple[int, ...],
-        *,
-        limit_nbytes: int,
-        min_nbytes: int,
-        hook_s: float,
+        self, world: World, storages: tuple[int, ...], *, limit_nbytes: int, min_nbytes: int
     ) -> None:
         self._world = world
         self._storages = storages
         self._limit_nbytes = limit_nbytes
         self._min_nbytes = min_nbytes
-        self._hook_s = hook_s
         self._held_by_others: set[int] = set()
         self._unit_of: dict[int, _Unit] = {}
         self._units: list[_Unit] = []
         self._order: deque[_Unit] = deque()
         self._staying: deque[_Unit] = deque()
-        self._writing: list[_Unit] = []
+        self._writing: deque[_Unit] = deque()
+        self._writing_nbytes = 0
         self._batch: list[int] = []
         self._batch_nbytes = 0
         self._batched: set[int] = set()
@@ -67,6 +100,9 @@ class SimSaved:
         self.spilled_nbytes = 0  # the most that units took of the drive at once
         self._on_file_nbytes = 0
         self._absent = 0  # units whose bytes are in the file only
+        self._absent_turns = _Turns()
+        self._fetching_turns = _Turns()
+        self._labels: list[tuple[Label, Label]] = []  # out and in, by position
         # Of the last pass: units in the order of their first use, and when that was.
         self._uses: list[tuple[int, float]] = []
         self._expected: list[tuple[int, float]] = []
@@ -87,20 +123,17 @@ class SimSaved:
         self._uses, self._units = [], []
         self._order.clear()
         self._staying.clear()
+        self._absent_turns, self._fetching_turns = _Turns(), _Turns()
 
     # Storages.
 
-    def hold(self, storage: int) -> None:
-        """Others than autograd hold it from now on."""
-        self._held_by_others.add(storage)
-        self._world.memory.add("transients", self._storages[storage])
-
     def let_go(self, storage: int) -> None:
-        """Only autograd may hold it still."""
+        """Only autograd holds it still."""
+        memory, nbytes = self._world.memory, self._storages[storage]
         self._held_by_others.discard(storage)
-        self._world.memory.add("transients", -self._storages[storage])
+        memory.add("transients", -nbytes)
         if self._is_kept(storage):
-            self._world.memory.add("saved", self._storages[storage])
+            memory.add("saved", nbytes)
 
     def _is_kept(self, storage: int) -> bool:
         """Whether saving holds it in memory."""
@@ -120,20 +153,19 @@ class SimSaved:
     # Units.
 
     def save(self, storage: int) -> None:
-        """Autograd saves it."""
-        self._world.compute(self._hook_s)
-        self._settle()
+        """Autograd saves it, and others hold it, too."""
+        if self._writing:
+            self._settle()
+        self._held_by_others.add(storage)
         nbytes = self._storages[storage]
         if nbytes >= self._min_nbytes:
-            self._come(storage)
             self._add([storage], nbytes)
-        else:
-            self._batch.append(storage)
-            self._batched.add(storage)
-            self._come(storage)
-            self._batch_nbytes += nbytes
-            if self._batch_nbytes >= BATCH_NBYTES:
-                self._close_batch()
+            return
+        self._batch.append(storage)
+        self._batched.add(storage)
+        self._batch_nbytes += nbytes
+        if self._batch_nbytes >= BATCH_NBYTES:
+            self._close_batch()
 
     def _close_batch(self) -> None:
         waiting = [one for one in self._batch if one in self._batched]
@@ -142,14 +174,14 @@ class SimSaved:
         if self._batch_nbytes < BATCH_NBYTES // 2:
             return
         self._batch, self._batch_nbytes = [], 0
-        for storage in waiting:
-            self._batched.discard(storage)
+        self._batched.difference_update(waiting)
         sizes = (-(-self._storages[one] // BATCH_ALIGN) * BATCH_ALIGN for one in waiting)
         self._add(waiting, sum(sizes))
 
     def _add(self, members: list[int], nbytes: int) -> None:
-        unit = _Unit(len(self._units), nbytes, set(members))
-        unit.stays = unit.position in self._stay_positions
+        position = len(self._units)
+        turn = self._ranks.get(position) if self._expected else -position
+        unit = _Unit(position, nbytes, set(members), turn, position in self._stay_positions)
         self._units.append(unit)
         for storage in members:
             self._unit_of[storage] = unit
@@ -164,11 +196,11 @@ class SimSaved:
             first = self._writing[0]
             assert first.writing is not None
             self._world.wait(self._world.writes, first.writing, "full")
-            self._finish_write(first)
+            self._finish_write()
             self._send_excess_away(sparing)
 
     def _send_excess_away(self, sparing: _Unit | None) -> None:
-        excess = self.kept_nbytes - sum(unit.nbytes for unit in self._writing) - self._limit_nbytes
+        excess = self.kept_nbytes - self._writing_nbytes - self._limit_nbytes
         for queue in (self._order, self._staying):
             passed_over: list[_Unit] = []
             while excess > 0 and queue:
@@ -188,16 +220,31 @@ class SimSaved:
             return
         self._on_file_nbytes += unit.nbytes
         self.spilled_nbytes = max(self.spilled_nbytes, self._on_file_nbytes)
-        label = Label(f"saved {unit.position}", _ROLE, "host", "file")
-        unit.writing = self._world.submit(self._world.writes, label, unit.nbytes)
+        out, _ = self._labels_of(unit)
+        unit.writing = self._world.submit(self._world.writes, out, unit.nbytes)
         self._writing.append(unit)
+        self._writing_nbytes += unit.nbytes
+
+    def _labels_of(self, unit: _Unit) -> tuple[Label, Label]:
+        for position in range(len(self._labels), unit.position + 1):
+            name = f"saved {position}"
+            out = Label(name, _ROLE, "host", "file")
+            self._labels.append((out, Label(name, _ROLE, "file", "host")))
+        return self._labels[unit.position]
 
     def _settle(self) -> None:
-        for unit in [one for one in self._writing if one.writing and self._world.done(one.writing)]:
-            self._finish_write(unit)
+        # In the order in which they were submitted: what is waited for is the first of them.
+        while self._writing:
+            writing = self._writing[0].writing
+            assert writing is not None
+            if not self._world.done(writing):
+                return
+            self._finish_write()
 
-    def _finish_write(self, unit: _Unit) -> None:
-        self._writing.remove(unit)
+    def _finish_write(self) -> None:
+        """The first unit that is being written is on the drive."""
+        unit = self._writing.popleft()
+        self._writing_nbytes -= unit.nbytes
         unit.writing, unit.on_file = None, True
         if unit.members:
             self._drop(unit)
@@ -205,6 +252,7 @@ class SimSaved:
     def _drop(self, unit: _Unit) -> None:
         unit.in_memory = False
         self._absent += 1
+        self._absent_turns.add(unit)
         self.kept_nbytes -= unit.nbytes
         for storage in unit.members:
             self._go(storage)
@@ -213,8 +261,8 @@ class SimSaved:
 
     def unsave(self, storage: int) -> None:
         """Backward needs it now."""
-        self._world.compute(self._hook_s)
-        self._settle()
+        if self._writing:
+            self._settle()
         unit = self._unit_of.get(storage)
         if unit is None:
             return
@@ -228,46 +276,59 @@ class SimSaved:
         if unit.fetching is not None:
             self._world.wait(self._world.reads, unit.fetching, "late")
             unit.fetching = None
+            self._fetching_turns.discard(unit)
         if self._absent:
             self._fetch_ahead(unit)
 
     def _fetch(self, unit: _Unit) -> None:
-        label = Label(f"saved {unit.position}", _ROLE, "file", "host")
-        unit.fetching = self._world.submit(self._world.reads, label, unit.nbytes)
+        _, back = self._labels_of(unit)
+        unit.fetching = self._world.submit(self._world.reads, back, unit.nbytes)
         unit.in_memory = True
         self._absent -= 1
+        self._absent_turns.discard(unit)
+        self._fetching_turns.add(unit)
         self.kept_nbytes += unit.nbytes
         for member in unit.members:
             self._come(member)
         (self._staying if unit.stays else self._order).append(unit)
 
     def _fetch_ahead(self, present: _Unit) -> None:
-        next_use_s: float | None = None
-        queued_nbytes = 0
-        for unit, due_s in self._upcoming(present):
-            next_use_s = due_s if next_use_s is None else next_use_s
-            if unit.fetching is not None:
-                queued_nbytes += unit.nbytes
-            if unit.in_memory or not unit.members:
-                continue
-            queued_nbytes += unit.nbytes
-            lead_s = 2 * self._world.reads.work_s(queued_nbytes)
+        if present.turn is None:
+            self._fetch_backwards(present)
+            return
+        next_use_s = self._next_use_s(present.turn)
+        turn = self._absent_turns.after(present.turn)
+        while turn is not None:
+            unit, due_s = self._unit_at(turn), self._due_s(present.turn, turn)
+            coming_nbytes = self._fetching_turns.nbytes_between(present.turn, turn)
+            lead_s = 2 * self._world.reads.work_s(coming_nbytes + unit.nbytes)
             has_room = self.kept_nbytes + unit.nbytes <= self._limit_nbytes
             if due_s > lead_s + next_use_s or not has_room:
                 return
             self._fetch(unit)
+            turn = self._absent_turns.after(turn)
 
-    def _upcoming(self, present: _Unit) -> Iterator[tuple[_Unit, float]]:
-        rank = self._ranks.get(present.position)
-        if rank is None:
-            for place in range(present.position - 1, -1, -1):
-                yield self._units[place], 0.0
-            return
-        began_s = self._expected[rank][1]
-        for later in range(rank + 1, len(self._expected)):
-            position, used_s = self._expected[later]
-            if position < len(self._units):
-                yield self._units[position], used_s - began_s
+    def _unit_at(self, turn: int) -> _Unit:
+        return self._units[self._expected[turn][0] if self._expected else -turn]
+
+    def _due_s(self, present: int, turn: int) -> float:
+        """Seconds from one turn to another; 0 where it isn't known."""
+        return self._expected[turn][1] - self._expected[present][1] if self._expected else 0.0
+
+    def _next_use_s(self, present: int) -> float:
+        """Seconds until something is used again; 0 where it isn't known."""
+        for turn in range(present + 1, len(self._expected)) if self._expected else ():
+            if self._expected[turn][0] < len(self._units):
+                return self._due_s(present, turn)
+        return 0.0
+
+    def _fetch_backwards(self, present: _Unit) -> None:
+        """Nobody knew that ``present`` would be used: expect the ones that were saved before it."""
+        for unit in reversed(self._units[: present.position]):
+            if not unit.in_memory and unit.members:
+                if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
+                    return
+                self._fetch(unit)
 
     def forget(self, storage: int) -> None:
         """Autograd needs it no more."""
@@ -288,3 +349,4 @@ class SimSaved:
             self.kept_nbytes -= unit.nbytes
         else:
             self._absent -= 1
+            self._absent_turns.discard(unit)

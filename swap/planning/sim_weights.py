@@ -2,13 +2,17 @@
 
 Every decision is that of ``WeightSwapper``: what is fetched ahead, in which order, as far as the
 window and the budget reach, and what is given up for it (Belady's rule).
+
+[Note: places of next uses] Distances are counted from the present use, which moves; the *place* of
+a weight's next use in the expected pass stays until it is used. So weights are kept in the order of
+these places: what is used last stands at the end, and nothing is sorted when room is needed.
 """
 
 import sys
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from offload.swap.planning.world import Flight, World
 from offload.tiers.hostmem import page_ceil
@@ -16,15 +20,30 @@ from offload.tiers.journal import Label
 
 
 class SimTrace:
-    """``Trace`` for one kind of pass, with distances found by bisection."""
+    """``Trace`` for one kind of pass; keys are numbers.
 
-    def __init__(self, order: Sequence[str]) -> None:
-        self._now: list[str] = []
+    Args:
+        order: of the first uses, as far as it can be guessed.
+        count: of all keys.
+        moved: called with a key whose next use is another from now on, within a pass.
+
+    Attributes:
+        places: of the next expected use of each key; one past the end of the pass, and one more,
+            where none is expected.
+    """
+
+    def __init__(
+        self, order: Sequence[int], count: int, moved: Callable[[int], None] = lambda _key: None
+    ) -> None:
+        self._count = count
+        self._moved = moved
+        self._now: list[int] = []
+        self._expected: list[int] = []
+        self._following: list[int] = []  # the place of the same key's next use behind each place
         self._position = 0
-        self._expected: list[str] = []
         self._settled = 0  # uses before it need no fetch
-        self._places: dict[str, list[int]] = {}
         self._learned = [*order, *reversed(order)]
+        self.places = [1] * count
 
     def begin(self) -> None:
         """A pass begins; the last one is learned."""
@@ -38,54 +57,70 @@ class SimTrace:
         self._now = []
         self._expect([])
 
-    def _expect(self, expected: list[str]) -> None:
-        self._expected, self._position, self._places = expected, 0, {}
-        self._settled = 0
-        for place, key in enumerate(expected):
-            self._places.setdefault(key, []).append(place)
+    def _expect(self, expected: list[int]) -> None:
+        self._expected, self._position, self._settled = expected, 0, 0
+        self.places = places = [len(expected) + 1] * self._count
+        self._following = following = [0] * len(expected)
+        for place in range(len(expected) - 1, -1, -1):
+            key = expected[place]
+            following[place], places[key] = places[key], place
 
-    def use(self, key: str) -> None:
+    def use(self, key: int) -> None:
         """``key`` is used now."""
         if self._now and self._now[-1] == key:
             return
         self._now.append(key)
-        if (place := self._next(key)) is not None:
-            self._position = place + 1
+        place = self.places[key]
+        if place >= len(self._expected):
+            return  # unexpected: the prediction stays where it is
+        for passed in range(self._position, place + 1):
+            other = self._expected[passed]
+            self.places[other] = self._following[passed]
+            self._moved(other)
+        self._position = place + 1
 
-    def _next(self, key: str) -> int | None:
-        places = self._places.get(key, ())
-        at = bisect_left(places, self._position)
-        return places[at] if at < len(places) else None
-
-    def upcoming(self) -> Iterator[tuple[int, str]]:
-        """The keys expected next, nearest first, from where nothing is known to be in memory."""
+    def upcoming(self) -> Iterator[tuple[int, int]]:
+        """Places and keys expected next, nearest first, behind what is known to be in memory."""
         for place in range(max(self._position, self._settled), len(self._expected)):
             yield place, self._expected[place]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that is expected is known to be in memory."""
+        return self._settled >= len(self._expected)
 
     def settle(self, place: int) -> None:
         """What is used before ``place`` is in memory."""
         self._settled = place
 
-    def unsettle(self, key: str) -> None:
+    def unsettle(self, key: int) -> None:
         """``key`` has left memory."""
-        if (place := self._next(key)) is not None:
-            self._settled = min(self._settled, place)
-
-    def distance(self, key: str) -> int:
-        """Uses until ``key`` is expected; one past the end of the pass when it is not."""
-        place = self._next(key)
-        return (len(self._expected) + 1 if place is None else place) - self._position
+        self._settled = min(self._settled, self.places[key])
 
 
 @dataclass(slots=True, eq=False)
 class SimWeight:
-    """One weight; absent unless ``ready`` or in ``flight``."""
+    """One weight; absent unless ``ready`` or in ``flight``.
+
+    Attributes:
+        used: the number of its latest use.
+        rank: where it stands among the streaming ones; see [Note: places of next uses].
+    """
 
     name: str
     nbytes: int
+    number: int
     resident: bool = False
     ready: bool = False
     flight: Flight | None = None
+    used: int = -2
+    rank: tuple[int, int] | None = None
+    padded_nbytes: int = field(init=False)
+    label: Label = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.padded_nbytes = page_ceil(self.nbytes)
+        self.label = Label(self.name, "weight", "file", "host")
 
     @property
     def in_memory(self) -> bool:
@@ -99,60 +134,109 @@ class SimWeights:
     Args:
         sizes: bytes by name.
         order: of the first use, as the model's structure suggests it.
-        hook_s: what one use costs the training thread.
         checksum_bytes_per_s: at which a weight is compared with its version before it goes.
     """
 
     def __init__(
         self,
         world: World,
-        sizes: dict[str, int],
+        sizes: Mapping[str, int],
         order: Sequence[str],
         *,
         window_nbytes: int,
-        hook_s: float,
         checksum_bytes_per_s: float,
     ) -> None:
-        self.weights = {name: SimWeight(name, nbytes) for name, nbytes in sizes.items()}
-        self.trace = SimTrace(order)
+        self.weights = {
+            name: SimWeight(name, nbytes, number)
+            for number, (name, nbytes) in enumerate(sizes.items())
+        }
+        self._numbered = list(self.weights.values())
+        numbers = [self.weights[name].number for name in order]
+        self.trace = SimTrace(numbers, len(sizes), self._rerank)
         self._world = world
         self.window_nbytes = window_nbytes
-        self._hook_s = hook_s
         self._checksum_bytes_per_s = checksum_bytes_per_s
         self._streaming: dict[str, SimWeight] = {}
         self._streaming_nbytes = 0
-        self._in_use: list[tuple[str, ...]] = []
+        self._ranked: list[tuple[tuple[int, int], int]] = []  # of streaming ones, with the number
+        self._joined = 0  # so many have, one after the other
+        self._uses = 0
         self._pool: Counter[int] = Counter()  # ranges that wait for use, by their size
         self._pool_nbytes = 0
 
+    def begin_pass(self) -> None:
+        """A forward begins; the last pass is expected to repeat."""
+        self.trace.begin()
+        self._rerank_all()
+
+    def end_pass(self) -> None:
+        """Backward has ended."""
+        self.trace.end()
+        self._rerank_all()
+
     def keep(self, names: Collection[str]) -> None:
         """Make ``names`` the resident weights, fetched at their next use."""
-        for weight in self.weights.values():
+        for weight in self._numbered:
             weight.resident = weight.name in names
-            known = weight.name in self._streaming
+            known = weight.rank is not None
             if weight.resident and known:
                 self._leave_streaming(weight)
             elif not weight.resident and weight.in_memory and not known:
                 self._join_streaming(weight)
 
+    # Which of the streaming ones is used last.
+
     def _join_streaming(self, weight: SimWeight) -> None:
         self._streaming[weight.name] = weight
         self._streaming_nbytes += weight.nbytes
+        self._joined += 1
+        self._rank(weight, -self._joined)
 
     def _leave_streaming(self, weight: SimWeight) -> None:
-        if self._streaming.pop(weight.name, None) is not None:
+        if weight.rank is not None:
+            del self._streaming[weight.name]
             self._streaming_nbytes -= weight.nbytes
+            self._unrank(weight)
 
-    def use(self, names: tuple[str, ...]) -> None:
-        """Have ``names`` in memory now, and the next ones on their way."""
-        self._world.compute(self._hook_s)
-        self._in_use = [*self._in_use[-1:], names]
-        for name in names:
-            self.trace.use(name)
-            self.fetch_now(self.weights[name])
-        for name in names:
-            self._await(self.weights[name], "late")
-        self._prefetch()
+    def _rank(self, weight: SimWeight, order: int) -> None:
+        """Of two whose next use is not known, the one that joined first goes first."""
+        weight.rank = self.trace.places[weight.number], order
+        insort(self._ranked, (weight.rank, weight.number))
+
+    def _unrank(self, weight: SimWeight) -> None:
+        assert weight.rank is not None
+        del self._ranked[bisect_left(self._ranked, (weight.rank, weight.number))]
+        weight.rank = None
+
+    def _rerank(self, number: int) -> None:
+        weight = self._numbered[number]
+        if weight.rank is not None:
+            order = weight.rank[1]
+            self._unrank(weight)
+            self._rank(weight, order)
+
+    def _rerank_all(self) -> None:
+        self._ranked.clear()
+        for weight in self._streaming.values():
+            assert weight.rank is not None
+            self._rank(weight, weight.rank[1])
+
+    # Uses.
+
+    def use(self, weights: Sequence[SimWeight]) -> None:
+        """Have ``weights`` in memory now, and the next ones on their way."""
+        self._uses += 1
+        for weight in weights:
+            weight.used = self._uses
+        for weight in weights:
+            self.trace.use(weight.number)
+            if not weight.ready and weight.flight is None:
+                self.fetch_now(weight)
+        for weight in weights:
+            if weight.flight is not None:
+                self._await(weight, "late")
+        if not self.trace.is_settled:
+            self._prefetch()
 
     def fetch_now(self, weight: SimWeight) -> None:
         """Have ``weight`` in memory, if it is not on its way."""
@@ -167,10 +251,10 @@ class SimWeights:
             weight.flight, weight.ready = None, True
 
     def _prefetch(self) -> None:
-        # What is nearer than a weight is never given up for it: its distance says so.
-        for place, name in self.trace.upcoming():
-            weight = self.weights[name]
-            if weight.in_memory:
+        # What is nearer than a weight is never given up for it: its place says so.
+        for place, number in self.trace.upcoming():
+            weight = self._numbered[number]
+            if weight.ready or weight.flight is not None:
                 continue
             if not self._make_room(weight):
                 self.trace.settle(place)
@@ -186,19 +270,15 @@ class SimWeights:
         excess = max(beyond_window, beyond_budget)
         if excess <= 0:
             return True
-        protected = {name for names in self._in_use for name in names}
-        distances = [
-            (self.trace.distance(other.name), other)
-            for other in self._streaming.values()
-            if other.in_memory and other.name not in protected
-        ]
-        limit = -1 if force else self.trace.distance(weight.name)
+        limit = -1 if force else self.trace.places[weight.number]
         victims: list[SimWeight] = []
-        for distance, other in sorted(distances, key=lambda one: -one[0]):
-            if excess <= 0 or distance <= limit:
+        for (place, _), number in reversed(self._ranked):
+            if excess <= 0 or place <= limit:
                 break
-            victims.append(other)
-            excess -= other.nbytes
+            other = self._numbered[number]
+            if other.used < self._uses - 1:  # not by this use or the one before
+                victims.append(other)
+                excess -= other.nbytes
         if excess > 0 and not force:
             return False
         for victim in victims:
@@ -206,17 +286,17 @@ class SimWeights:
         return True
 
     def _fetch(self, weight: SimWeight, *, urgent: bool = False) -> None:
-        world, padded = self._world, page_ceil(weight.nbytes)
+        world, padded = self._world, weight.padded_nbytes
         if not weight.resident and self._pool[padded]:
             self._pool[padded] -= 1
             self._pool_nbytes -= padded
             world.memory.add("weights", -padded)
         world.memory.add("weights", padded)
-        label = Label(weight.name, "weight", "file", "host")
-        weight.flight = world.submit(world.reads, label, weight.nbytes, urgent=urgent)
+        weight.flight = world.submit(world.reads, weight.label, weight.nbytes, urgent=urgent)
         if not weight.resident:
             self._join_streaming(weight)
-        self._trim(min(self.window_nbytes - self._streaming_nbytes, world.memory.room()))
+        if self._pool_nbytes:
+            self._trim(min(self.window_nbytes - self._streaming_nbytes, world.memory.room()))
 
     def evict(self, weight: SimWeight) -> None:
         """Give the memory of ``weight`` back."""
@@ -225,23 +305,24 @@ class SimWeights:
             return
         self._world.compute(weight.nbytes / self._checksum_bytes_per_s)
         weight.ready = False
-        self.trace.unsettle(weight.name)
+        self.trace.unsettle(weight.number)
         self._leave_streaming(weight)
-        padded = page_ceil(weight.nbytes)
         if weight.resident:
-            self._world.memory.add("weights", -padded)
+            self._world.memory.add("weights", -weight.padded_nbytes)
         else:
-            self._pool[padded] += 1
-            self._pool_nbytes += padded
+            self._pool[weight.padded_nbytes] += 1
+            self._pool_nbytes += weight.padded_nbytes
 
     def evict_streaming(self) -> None:
         """Give back the memory of all weights that are not resident."""
-        self._in_use = []
+        self._uses += 2  # nothing is in use
         for weight in list(self._streaming.values()):
             self.evict(weight)
         self._trim(0)
 
     def _trim(self, limit_nbytes: int) -> None:
+        if self._pool_nbytes <= limit_nbytes:
+            return
         for padded in self._pool:
             while self._pool[padded] and self._pool_nbytes > limit_nbytes:
                 self._pool[padded] -= 1

@@ -21,15 +21,15 @@ from offload.swap.plan import (
     shrink,
     soft_limit_nbytes,
 )
-from offload.swap.planning.cost import Costs
-from offload.swap.planning.program import Program, What
+from offload.swap.planning.compiled import Compiled
+from offload.swap.planning.program import What
+from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_saved import SimSaved
-from offload.swap.planning.sim_step import SimGradients, SimStep
+from offload.swap.planning.sim_step import SimStep
 from offload.swap.planning.sim_weights import SimWeights
 from offload.swap.planning.world import Memory, Role, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
 from offload.tiers.hostmem import HUGE_PAGE, page_ceil
-from offload.tiers.journal import Journal
 
 # What one look at a mapped file brings in: the kernel maps the pages around it, too (debugfs
 # fault_around_bytes: 64 KiB). A table that was just built is in the page cache in large folios, of
@@ -70,9 +70,8 @@ class Simulation:
 
     def __init__(
         self,
-        program: Program,
+        compiled: Compiled,
         plan: Plan,
-        costs: Costs,
         *,
         chunk_numel: int,
         resident_nbytes: int = 0,
@@ -80,8 +79,10 @@ class Simulation:
         min_swap_nbytes: int = 64 << 10,
         recorder: Recorder | None = None,
     ) -> None:
+        program, costs = compiled.program, compiled.costs
         self.plan = plan
         self._program = program
+        self._moments = compiled.moments
         self._commits = commits
         self._costs = costs
         self._sizes = {weight.name: weight.nbytes for weight in program.census.weights}
@@ -92,16 +93,14 @@ class Simulation:
             write_lane(costs.write_s, costs.write_latency_s),
             together=costs.together,
             memory=memory,
+            recorder=recorder,
         )
-        if recorder is not None:
-            world.journal = Journal(recorder, clock=lambda: world.now_s)
         order = [name for info in program.census.modules for name in info.weights]
         self._weights = SimWeights(
             world,
             self._sizes,
             list(dict.fromkeys(order)),
             window_nbytes=plan.window_nbytes,
-            hook_s=costs.hook_s,
             checksum_bytes_per_s=costs.checksum_bytes_per_s,
         )
         self._saved = SimSaved(
@@ -109,7 +108,6 @@ class Simulation:
             program.storages,
             limit_nbytes=plan.activations_nbytes,
             min_nbytes=min_swap_nbytes,
-            hook_s=costs.hook_s / 2,
         )
         self._gradients = SimGradients(world, limit_nbytes=plan.gradients_nbytes)
         self._step: SimStep | None = None
@@ -124,9 +122,10 @@ class Simulation:
                 chunk_numel=chunk_numel,
                 staging_nbytes=plan.staging_nbytes,
             )
-        self._seconds = [costs.seconds(operation) for operation in program.operations]
-        self._fresh_s = [costs.fresh_s(nbytes) for nbytes in program.storages]
-        self._names = [weight.name for weight in program.census.weights]
+        weights = self._weights.weights
+        self._uses = [[weights[name] for name in names] for names in program.uses]
+        self._numbered = [weights[weight.name] for weight in program.census.weights]
+        self._kept_nbytes = self._states_nbytes()
         self._looked_up: dict[str, int] = {}
         self._steps = 0
 
@@ -188,43 +187,40 @@ class Simulation:
         return done
 
     def _handlers(self) -> tuple[Callable[[int], None], ...]:
-        """What each kind of event does, in the order of ``What``."""
-        saved, weights, uses = self._saved, self._weights, self._program.uses
+        """What each kind of moment does, in the order of ``What``."""
+        saved, weights, uses = self._saved, self._weights, self._uses
         by_kind = {
-            What.COMPUTE: lambda which: self.world.compute(self._seconds[which]),
             What.USE: lambda which: weights.use(uses[which]),
             What.LOOKUP: self._look_up,
-            What.ALLOCATE: self._allocate,
             What.FREE: saved.let_go,
             What.SAVE: saved.save,
             What.UNSAVE: saved.unsave,
             What.FORGET: saved.forget,
             What.GRADIENT: self._take_gradient,
             What.FORWARD: self._begin_pass,
-            What.STEP: lambda _which: None,
         }
-        return tuple(by_kind[what] for what in What)
+        return tuple(by_kind.get(what, _do_nothing) for what in What)
 
     def _pass(self) -> None:
         """Forward and backward."""
-        handlers = self._handlers()
-        for what, which in self._program.events:
+        handlers, world, memory = self._handlers(), self.world, self.world.memory
+        for seconds, highs, nbytes, what, which in self._moments:
+            if seconds:
+                world.compute(seconds)
+            if nbytes or highs:
+                memory.pass_through("transients", highs, nbytes)
             handlers[what](which)
 
     def _begin_pass(self, _which: int) -> None:
         self._gradients.poll()
-        self._weights.trace.begin()
+        self._weights.begin_pass()
         self._saved.begin()
 
-    def _allocate(self, storage: int) -> None:
-        self.world.compute(self._fresh_s[storage])
-        self._saved.hold(storage)
-
     def _take_gradient(self, which: int) -> None:
-        name = self._names[which]
-        self._gradients.take(name, self._sizes[name])
-        if name not in self._program.census.lookups:
-            self._weights.trace.use(name)
+        weight = self._numbered[which]
+        self._gradients.take(weight.name, weight.nbytes)
+        if weight.name not in self._program.census.lookups:
+            self._weights.trace.use(weight.number)
 
     def _look_up(self, which: int) -> None:
         lookup = self._program.lookups[which]
@@ -241,7 +237,7 @@ class Simulation:
         self._looked_up[lookup.weight] = nbytes
 
     def _optimize(self) -> None:
-        self._weights.trace.end()
+        self._weights.end_pass()
         self._gradients.poll()
         self._weights.evict_streaming()
         if self._step is not None:
@@ -263,14 +259,13 @@ class Simulation:
 
     def _replan(self, peak_nbytes: int) -> None:
         """As ``Replanner.finish_step``."""
-        states = self._states_nbytes()
-        census = self._program.census
+        states, census = self._kept_nbytes, self._program.census
         if self._steps == 1:
             self.plan = grow(self.plan, census, peak_nbytes=peak_nbytes, states_nbytes=states)
         elif (excess := peak_nbytes - self.plan.budget_nbytes + MARGIN_NBYTES // 2) > 0:
             self.plan = shrink(self.plan, census, excess_nbytes=excess, states_nbytes=states)
         if self._step is not None:
-            self._step.staging_nbytes = self.plan.staging_nbytes
+            self._step.pipeline.staging.limit_nbytes = self.plan.staging_nbytes
             self._step.keep(frozenset(self.plan.resident_states))
         self._weights.window_nbytes = self.plan.window_nbytes
         self._gradients.limit_nbytes = self.plan.gradients_nbytes
@@ -286,3 +281,7 @@ class Simulation:
             + (page_ceil(self._sizes[name]) if self._sizes[name] >= MIN_NBYTES else 0)
             for name, sizes in stepping.states_nbytes.items()
         }
+
+
+def _do_nothing(_which: int) -> None:
+    """Behind backward: memory comes and goes."""

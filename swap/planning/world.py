@@ -8,11 +8,12 @@ drive: each goes on at its own rate times ``together``, which the machine's meas
 writes at once gives (1: nothing is shared, 1/2: the drive does one thing at a time).
 """
 
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
+from offload.tiers.events import Recorder, Stall
 from offload.tiers.hostmem import PAGE
 from offload.tiers.journal import Journal, Label
 from offload.tiers.pieces import PIECE_NBYTES
@@ -21,6 +22,7 @@ Role: TypeAlias = Literal[
     "fixed", "weights", "saved", "transients", "gradients", "staging", "states", "pages"
 ]
 _READING, _WRITING = "file→host", "host→file"  # as ``Lanes`` names them
+_NO_WORK_S = 1e-12  # what rounding leaves of a transfer that has ended
 
 
 class Memory:
@@ -31,7 +33,7 @@ class Memory:
 
     def __init__(self, limit_nbytes: int) -> None:
         self.limit_nbytes = limit_nbytes
-        self.now: Counter[Role] = Counter()
+        self.now: dict[Role, int] = dict.fromkeys(get_args(Role), 0)
         self.nbytes = 0  # pages of files are not counted in
         self.peak_nbytes = 0
         self.peak_roles: dict[Role, int] = {}
@@ -41,18 +43,40 @@ class Memory:
         self.now[role] += nbytes
         if role != "pages":
             self.nbytes += nbytes
-        if nbytes > 0 and (resident := self.resident_nbytes) > self.peak_nbytes:
-            self.peak_nbytes = resident
-            self.peak_roles = dict(self.now)
+        # What is resident is at most the sum: it most often tells that this is no new peak.
+        if nbytes > 0 and self.nbytes + self.now["pages"] > self.peak_nbytes:
+            resident = self.resident_nbytes
+            if resident > self.peak_nbytes:
+                self.peak_nbytes = resident
+                self.peak_roles = dict(self.now)
+
+    def pass_through(self, role: Role, highs: Sequence[int], nbytes: int) -> None:
+        """``role`` comes and goes: it is ``nbytes`` more in the end.
+
+        Args:
+            highs: bytes more than at the beginning, each time that they were more than ever before.
+        """
+        if highs and self.nbytes + highs[-1] + self.now["pages"] > self.peak_nbytes:
+            for high in highs:
+                resident = self._resident(self.nbytes + high)
+                if resident > self.peak_nbytes:
+                    self.peak_nbytes = resident
+                    self.peak_roles = {**self.now, role: self.now[role] + high}
+        self.now[role] += nbytes
+        self.nbytes += nbytes
 
     @property
     def resident_nbytes(self) -> int:
         """The resident set."""
-        return self.nbytes + min(self.now["pages"], max(self.limit_nbytes - self.nbytes, 0))
+        return self._resident(self.nbytes)
+
+    def _resident(self, nbytes: int) -> int:
+        """With ``nbytes`` of everything but pages of files."""
+        return nbytes + min(self.now["pages"], max(self.limit_nbytes - nbytes, 0))
 
     def room(self) -> int:
         """Bytes left below the limit; negative above it."""
-        return self.limit_nbytes - self.resident_nbytes
+        return self.limit_nbytes - self._resident(self.nbytes)
 
     def restart_peak(self) -> None:
         """Begin a new measurement of the peak."""
@@ -83,17 +107,28 @@ class SimLane:
     def __init__(self, name: str, seconds: Callable[[int], float], latency_s: float) -> None:
         self.name = name
         self.queue: deque[Flight] = deque()
+        self.latency_s = latency_s
         self._seconds = seconds
-        self._latency_s = latency_s
+        self._known_s: dict[int, float] = {}
 
     def work_s(self, nbytes: int) -> float:
         """Seconds of the drive for ``nbytes``, cut into pieces as a run cuts them."""
-        pieces, rest = divmod(max(nbytes, PAGE), PIECE_NBYTES)
-        return pieces * self._seconds(PIECE_NBYTES) + (self._seconds(rest) if rest else 0.0)
+        found = self._known_s.get(nbytes)
+        if found is None:
+            pieces, rest = divmod(max(nbytes, PAGE), PIECE_NBYTES)
+            found = pieces * self._seconds(PIECE_NBYTES) + (self._seconds(rest) if rest else 0.0)
+            self._known_s[nbytes] = found
+        return found
 
-    def flight(self, label: Label, nbytes: int) -> Flight:
-        """A transfer that is not queued yet."""
-        return Flight(label, nbytes, self.work_s(nbytes), self._latency_s)
+
+class Reading(NamedTuple):
+    """Clock and counters at one moment."""
+
+    now_s: float
+    stall_s: float
+    drive_busy_s: float
+    read_nbytes: int
+    written_nbytes: int
 
 
 class World:
@@ -101,6 +136,7 @@ class World:
 
     Args:
         together: see [Note: a shared drive].
+        recorder: takes the events; without one only their totals are kept.
     """
 
     def __init__(
@@ -110,24 +146,30 @@ class World:
         *,
         together: float,
         memory: Memory,
-        journal: Journal | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.now_s = 0.0
         self.drive_busy_s = 0.0
         self.reads, self.writes = reads, writes
         self.memory = memory
-        self.journal = journal or Journal(clock=lambda: self.now_s)
+        self.is_recorded = recorder is not None
+        self.journal = Journal(recorder, clock=lambda: self.now_s)
+        self._totals = self.journal.totals
         self._together = together
 
     # What the training thread does.
 
     def compute(self, seconds: float) -> None:
         """Let time pass."""
-        self._pass_until(self.now_s + seconds)
+        until_s = self.now_s + seconds
+        reads, writes = self.reads.queue, self.writes.queue
+        while (reads or writes) and self.now_s < until_s:
+            self._serve_one(until_s)
+        self.now_s = until_s
 
     def submit(self, lane: SimLane, label: Label, nbytes: int, *, urgent: bool = False) -> Flight:
         """Queue a transfer; ``urgent`` is next after the one that is served."""
-        flight = lane.flight(label, nbytes)
+        flight = Flight(label, nbytes, lane.work_s(nbytes), lane.latency_s)
         if urgent and lane.queue:
             lane.queue.insert(1, flight)
         else:
@@ -138,63 +180,119 @@ class World:
         """Whether it has ended."""
         return flight.ended_s is not None and flight.ended_s <= self.now_s
 
-    def wait(self, lane: SimLane, flight: Flight, reason: str, role: str | None = None) -> None:
+    def wait(self, lane: SimLane, flight: Flight, reason: str) -> None:
         """Stall until ``flight`` has ended."""
-        if self.done(flight):
+        if flight.ended_s is not None and flight.ended_s <= self.now_s:
             return
-        self._expedite(lane, flight)
-        label = flight.label
-        with self.journal.stall(label.key, role or label.role, lane.name, reason):
-            while flight.ended_s is None:
-                self._serve(until_s=float("inf"))
-            self._pass_until(max(flight.ended_s, self.now_s))
+        if flight.ended_s is None:
+            self._expedite(lane, flight)
+        began_s = self.now_s
+        while flight.ended_s is None:
+            self._serve_one()
+        if flight.ended_s > self.now_s:  # the drive is done with it, the link is not
+            self.compute(flight.ended_s - self.now_s)
+            self.now_s = flight.ended_s
+        stalled_s = self.now_s - began_s
+        self._totals.stall_s += stalled_s
+        if self.is_recorded:
+            label = flight.label
+            self.journal.record(
+                Stall(
+                    t_s=self.now_s,
+                    key=label.key,
+                    role=label.role,
+                    lane=lane.name,
+                    reason=reason,
+                    duration_s=stalled_s,
+                )
+            )
 
     def drain(self) -> None:
         """Let everything end; counts as a stall of nobody."""
         while self.reads.queue or self.writes.queue:
-            self._serve(until_s=float("inf"))
+            self._serve_one()
 
     def _expedite(self, lane: SimLane, flight: Flight) -> None:
         queue = lane.queue
-        if flight in queue and queue[0] is not flight:
+        if queue[0] is not flight:
             queue.remove(flight)
             queue.insert(1, flight)
 
     # How time passes.
 
-    def _pass_until(self, until_s: float) -> None:
-        while self.now_s < until_s and (self.reads.queue or self.writes.queue):
-            self._serve(until_s)
-        self.now_s = max(self.now_s, until_s)
-
-    def _serve(self, until_s: float) -> None:
+    def _serve_one(self, until_s: float = float("inf")) -> None:
         """Serve both lanes until the next transfer ends, or until then."""
-        busy = [lane for lane in (self.reads, self.writes) if lane.queue]
-        speed = self._together if len(busy) > 1 else 1.0
-        for lane in busy:
-            if lane.queue[0].began_s is None:
-                lane.queue[0].began_s = self.now_s
-        span_s = min(min(lane.queue[0].work_s for lane in busy) / speed, until_s - self.now_s)
+        reads, writes = self.reads.queue, self.writes.queue
+        speed = self._together if reads and writes else 1.0
+        served_s = (until_s - self.now_s) * speed  # of each lane's first
+        read, write = reads[0] if reads else None, writes[0] if writes else None
+        if read is not None and read.work_s < served_s:
+            served_s = read.work_s
+        if write is not None and write.work_s < served_s:
+            served_s = write.work_s
+        began_s, span_s = self.now_s, served_s / speed
         self.now_s += span_s
         self.drive_busy_s += span_s
-        for lane in busy:
-            head = lane.queue[0]
-            head.work_s -= span_s * speed
-            if head.work_s <= 1e-12:
-                lane.queue.popleft()
-                head.ended_s = self.now_s + head.lag_s
-                self._tell(head, lane)
+        if read is not None:
+            if read.began_s is None:
+                read.began_s = began_s
+            read.work_s -= served_s
+            if read.work_s <= _NO_WORK_S:
+                self._end(read, self.reads)
+        if write is not None:
+            if write.began_s is None:
+                write.began_s = began_s
+            write.work_s -= served_s
+            if write.work_s <= _NO_WORK_S:
+                self._end(write, self.writes)
 
-    def _tell(self, flight: Flight, lane: SimLane) -> None:
-        assert flight.began_s is not None
-        assert flight.ended_s is not None
-        self.journal.moved(
-            flight.label,
-            flight.nbytes,
-            flight.ended_s - flight.began_s,
-            lane.name,
-            ended_s=flight.ended_s,
+    def _end(self, flight: Flight, lane: SimLane) -> None:
+        lane.queue.popleft()
+        flight.ended_s = self.now_s + flight.lag_s
+        if self.is_recorded:
+            assert flight.began_s is not None
+            self.journal.moved(
+                flight.label,
+                flight.nbytes,
+                flight.ended_s - flight.began_s,
+                lane.name,
+                ended_s=flight.ended_s,
+            )
+        elif lane is self.reads:
+            self._totals.read_nbytes += flight.nbytes
+        else:
+            self._totals.written_nbytes += flight.nbytes
+
+    # What repeats.
+
+    def reading(self) -> Reading:
+        """Clock and counters, now."""
+        totals = self._totals
+        return Reading(
+            self.now_s, totals.stall_s, self.drive_busy_s, totals.read_nbytes, totals.written_nbytes
         )
+
+    def ahead_s(self, flights: Iterable[Flight]) -> tuple[float, ...]:
+        """What the future depends on: work in the queues, and when ``flights`` end, from now on."""
+        ends = (
+            -1.0 if flight.ended_s is None else max(flight.ended_s - self.now_s, 0.0)
+            for flight in flights
+        )
+        queued = [flight.work_s for lane in (self.reads, self.writes) for flight in lane.queue]
+        return (*ends, float(len(self.reads.queue)), *queued)
+
+    def repeat(self, since: Reading, times: int, flights: Iterable[Flight]) -> None:
+        """What happened ``since`` then happens so many times more; ``flights`` are on their way."""
+        totals = self._totals
+        later_s = (self.now_s - since.now_s) * times
+        for flight in flights:
+            if flight.ended_s is not None:
+                flight.ended_s += later_s
+        self.drive_busy_s += (self.drive_busy_s - since.drive_busy_s) * times
+        totals.stall_s += (totals.stall_s - since.stall_s) * times
+        totals.read_nbytes += (totals.read_nbytes - since.read_nbytes) * times
+        totals.written_nbytes += (totals.written_nbytes - since.written_nbytes) * times
+        self.now_s += later_s
 
 
 def read_lane(seconds: Callable[[int], float], latency_s: float) -> SimLane:

@@ -26,6 +26,7 @@ from offload.planner.recording import recorded
 from offload.report.model import summarise
 from offload.report.reader import read_run
 from offload.swap.plan import MARGIN_NBYTES, Plan, soft_limit_nbytes
+from offload.swap.planning.compiled import compile_program
 from offload.swap.planning.cost import Costs, Curve
 from offload.swap.planning.predict import drive_use, largest, least_budget, predict
 from offload.swap.planning.simulate import Simulation
@@ -75,9 +76,8 @@ def test_it_moves_the_bytes_that_a_real_run_moves(tmp_path: Path, window_nbytes:
         staging_nbytes=staging_nbytes,
     )
     simulated = ListRecorder()
-    simulation = Simulation(
-        PROGRAM, plan, Costs(machine(), DRIVE), chunk_numel=chunk_numel, recorder=simulated
-    )
+    compiled = compile_program(PROGRAM, Costs(machine(), DRIVE))
+    simulation = Simulation(compiled, plan, chunk_numel=chunk_numel, recorder=simulated)
     simulation._replan = lambda _peak_nbytes: None  # as keep_streaming does
     for _ in range(4):
         simulation.step()
@@ -131,9 +131,8 @@ def test_the_books_balance_at_any_budget(more: int) -> None:
 
 def test_nothing_is_left_in_memory_but_what_stays() -> None:
     found = predict(PROGRAM, machine(), settings(LEAST + 8), BASELINE)
-    simulation = Simulation(
-        PROGRAM, found.steps[0].plan, Costs(machine(), DRIVE), chunk_numel=1 << 18
-    )
+    compiled = compile_program(PROGRAM, Costs(machine(), DRIVE))
+    simulation = Simulation(compiled, found.steps[0].plan, chunk_numel=1 << 18)
     for _ in range(3):
         simulation.step()
         now = simulation.world.memory.now

@@ -1,0 +1,83 @@
+"""A program made ready to be simulated often: only what the runtime decides upon is left.
+
+Between two *moments* at which the runtime acts, the training thread computes, and memory comes and
+goes that nobody moves. How long that takes and how high memory rises is the same in each step and
+under every plan, so it is added up once.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from offload.swap.planning.cost import Costs
+from offload.swap.planning.program import Program, What
+
+
+class Moment(NamedTuple):
+    """The runtime acts; what was before it is told, too.
+
+    Attributes:
+        seconds: of computing since the last moment, what calling the runtime costs included.
+        highs: of the memory that nobody moves, in bytes more than at the last moment: each time
+            that it was more than ever since then.
+        nbytes: that it has become more since the last moment.
+        what: makes the runtime act; ``FREE`` of a storage that autograd still needs.
+        which: as of an ``Event``.
+    """
+
+    seconds: float
+    highs: tuple[int, ...]
+    nbytes: int
+    what: What
+    which: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """A program on one machine.
+
+    Attributes:
+        moments: of one step, in order; behind the last of them the optimizer steps.
+    """
+
+    program: Program
+    costs: Costs
+    moments: tuple[Moment, ...]
+
+
+def compile_program(program: Program, costs: Costs) -> Compiled:
+    """Add up what is the same in each step of ``program``."""
+    return Compiled(program=program, costs=costs, moments=tuple(_moments(program, costs)))
+
+
+def _moments(program: Program, costs: Costs) -> Iterator[Moment]:
+    computing_s = [costs.seconds(operation) for operation in program.operations]
+    fresh_s = [costs.fresh_s(nbytes) for nbytes in program.storages]
+    # What a call of the runtime takes of the training thread before it decides anything.
+    calling_s = {
+        What.USE: costs.hook_s,
+        What.SAVE: costs.hook_s / 2,
+        What.UNSAVE: costs.hook_s / 2,
+    }
+    compute, allocate, free = What.COMPUTE, What.ALLOCATE, What.FREE
+    saved: set[int] = set()
+    seconds, nbytes, highs = 0.0, 0, [0]
+    for what, which in program.events:
+        if what is compute:
+            seconds += computing_s[which]
+        elif what is allocate:
+            seconds += fresh_s[which]
+            nbytes += program.storages[which]
+            if nbytes > highs[-1]:
+                highs.append(nbytes)
+        elif what is free and which not in saved:
+            nbytes -= program.storages[which]
+        else:
+            seconds += calling_s.get(what, 0.0)
+            yield Moment(seconds, tuple(highs[1:]), nbytes, what, which)
+            seconds, nbytes, highs = 0.0, 0, [0]
+            if what is What.SAVE:
+                saved.add(which)
+            elif what is What.FORGET:
+                saved.discard(which)
+    yield Moment(seconds, tuple(highs[1:]), nbytes, What.STEP, 0)

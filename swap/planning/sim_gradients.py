@@ -1,0 +1,74 @@
+"""Gradients of a simulated run: ``swap.gradients`` on a virtual clock."""
+
+from collections import deque
+from collections.abc import Collection  # noqa: TC003 (as all of ours)
+from dataclasses import dataclass
+
+from offload.swap.gradients import MIN_NBYTES
+from offload.swap.planning.world import Flight, World
+from offload.tiers.journal import Label
+
+
+@dataclass(slots=True)
+class _Leaving:
+    name: str
+    nbytes: int
+    flight: Flight
+
+
+class SimGradients:
+    """Gradients leave as backward produces them.
+
+    Args:
+        limit_nbytes: that may wait for their write.
+
+    Attributes:
+        kept: the weights whose gradients stay.
+    """
+
+    def __init__(self, world: World, *, limit_nbytes: int) -> None:
+        self._world = world
+        self.limit_nbytes = limit_nbytes
+        self._leaving: deque[_Leaving] = deque()
+        self._leaving_nbytes = 0
+        self.kept: Collection[str] = ()
+        self.on_file: set[str] = set()
+        self.in_memory_nbytes = 0
+
+    def take(self, name: str, nbytes: int) -> None:
+        """The gradient of the weight ``name`` is complete."""
+        world = self._world
+        if self._leaving:
+            self.poll()
+        world.memory.add("gradients", nbytes)
+        self.in_memory_nbytes += nbytes
+        if nbytes < MIN_NBYTES or name in self.kept:
+            return
+        label = Label(name, "gradient", "host", "file")
+        self._leaving.append(_Leaving(name, nbytes, world.submit(world.writes, label, nbytes)))
+        self._leaving_nbytes += nbytes
+        while self._leaving and (
+            self._leaving_nbytes > self.limit_nbytes or world.memory.room() < 0
+        ):
+            world.wait(world.writes, self._leaving[0].flight, "full")
+            self.poll()
+
+    def poll(self) -> None:
+        """Let go of the gradients whose write has ended."""
+        while self._leaving and self._world.done(self._leaving[0].flight):
+            left = self._leaving.popleft()
+            self.on_file.add(left.name)
+            self._let_go(left.nbytes)
+
+    def _let_go(self, nbytes: int) -> None:
+        self._leaving_nbytes -= nbytes
+        self.in_memory_nbytes -= nbytes
+        self._world.memory.add("gradients", -nbytes)
+
+    def clear(self) -> None:
+        """The step has used them all, and the user's code lets go of them."""
+        while self._leaving:
+            self._let_go(self._leaving.popleft().nbytes)
+        self._world.memory.add("gradients", -self.in_memory_nbytes)
+        self.in_memory_nbytes = 0
+        self.on_file.clear()

@@ -1,0 +1,224 @@
+"""Tiles in flight in a simulated run: ``swap.pipeline`` and ``swap.staging`` on a virtual clock.
+
+[Note: what repeats] Thousands of equal tiles may follow each other, and after some of them the
+lanes stand towards each other as they did before: from there on everything repeats. Where nothing
+is recorded, what repeats is counted rather than simulated. Bytes are the same; times are but for
+rounding.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from offload.swap.planning.world import Flight, Reading, World
+from offload.tiers.journal import Label
+
+_LEAST_COUNT = 16  # equal tiles that are worth a look for what repeats
+_LONGEST_PERIOD = 8  # tiles
+_TOLERANCE = 1e-9
+
+
+class SimTile(NamedTuple):
+    """What one tile moves and takes.
+
+    Attributes:
+        name: of its first weight.
+        numel: elements.
+        seconds: of its step.
+        temporary_nbytes: of memory that its step makes.
+    """
+
+    name: str
+    numel: int
+    read_nbytes: int
+    staging_nbytes: int
+    written_nbytes: int
+    seconds: float
+    temporary_nbytes: int
+
+    def equals(self, other: "SimTile") -> bool:
+        """Whether only the names differ."""
+        return self[1:] == other[1:]
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    tile: SimTile
+    count: int
+
+
+@dataclass(slots=True, eq=False)
+class _InFlight:
+    tile: SimTile
+    buffer_nbytes: int
+    flight: Flight
+
+
+@dataclass(frozen=True, slots=True)
+class _Sight:
+    """How tiles and lanes stood, and what had been until then."""
+
+    tile: SimTile
+    waiting: int
+    numbers: tuple[int, ...]
+    ahead_s: tuple[float, ...]
+    reading: Reading
+
+    def repeats(self, earlier: "_Sight") -> bool:
+        """Whether what follows is what followed ``earlier``."""
+        if (self.tile, self.numbers) != (earlier.tile, earlier.numbers):
+            return False
+        if len(self.ahead_s) != len(earlier.ahead_s) or self.waiting >= earlier.waiting:
+            return False
+        rounding_s = _TOLERANCE * (self.reading.now_s - earlier.reading.now_s)
+        return all(
+            abs(here - there) <= rounding_s
+            for here, there in zip(self.ahead_s, earlier.ahead_s, strict=True)
+        )
+
+
+class SimStaging:
+    """``Staging``: the buffers of tiles in flight.
+
+    Args:
+        limit_nbytes: bytes of all buffers; one, of any size, may always be taken.
+    """
+
+    def __init__(self, world: World, limit_nbytes: int) -> None:
+        self._world = world
+        self.limit_nbytes = limit_nbytes
+        self._taken_nbytes = 0
+        self._free_nbytes = 0
+        self.free: list[int] = []  # by their size
+
+    def take(self, nbytes: int) -> int:
+        """The size of the buffer; 0 for none."""
+        nbytes = max(nbytes, 1)
+        for buffer in self.free:
+            if buffer >= nbytes:
+                self.free.remove(buffer)
+                self._free_nbytes -= buffer
+                self._taken_nbytes += buffer
+                return buffer
+        while self.free and self._held_nbytes() + nbytes > self.limit_nbytes:
+            self._release()
+        if self._taken_nbytes and self._held_nbytes() + nbytes > self.limit_nbytes:
+            return 0
+        self._taken_nbytes += nbytes
+        self._world.memory.add("staging", nbytes)
+        return nbytes
+
+    def _held_nbytes(self) -> int:
+        return self._taken_nbytes + self._free_nbytes
+
+    def give_back(self, buffer: int) -> None:
+        """The tile is written: its buffer may be taken again."""
+        self._taken_nbytes -= buffer
+        self._free_nbytes += buffer
+        self.free.append(buffer)
+
+    def _release(self) -> None:
+        buffer = self.free.pop()
+        self._free_nbytes -= buffer
+        self._world.memory.add("staging", -buffer)
+
+    def close(self) -> None:
+        """Return the memory of free buffers."""
+        while self.free:
+            self._release()
+
+
+class SimPipeline:
+    """Streams tiles: ``add`` them, then ``move_on`` or ``finish``.
+
+    Args:
+        staging_nbytes: bytes of tiles in flight; one tile may always be.
+    """
+
+    def __init__(self, world: World, *, staging_nbytes: int) -> None:
+        self._world = world
+        self.staging = SimStaging(world, staging_nbytes)
+        self._waiting: deque[_Waiting] = deque()
+        self._reading: deque[_InFlight] = deque()
+        self._writing: deque[_InFlight] = deque()
+        self._seen: deque[_Sight] = deque(maxlen=_LONGEST_PERIOD)
+
+    def add(self, tile: SimTile, count: int) -> None:
+        """Line up so many equal tiles."""
+        last = self._waiting[-1] if self._waiting else None
+        if last is not None and not self._world.is_recorded and last.tile.equals(tile):
+            last.count += count
+        else:
+            self._waiting.append(_Waiting(tile, count))
+
+    def move_on(self) -> None:
+        """Let written tiles go and begin to read others, as far as staging reaches."""
+        world = self._world
+        while self._writing and world.done(self._writing[0].flight):
+            self._retire()
+        while self._waiting:
+            first = self._waiting[0]
+            tile = first.tile
+            buffer = self.staging.take(tile.staging_nbytes)
+            if not buffer:
+                return
+            first.count -= 1
+            if not first.count:
+                self._waiting.popleft()
+            label = Label(tile.name, "state", "file", "host")
+            flight = world.submit(world.reads, label, tile.read_nbytes)
+            self._reading.append(_InFlight(tile, buffer, flight))
+
+    def advance_one(self) -> None:
+        """Wait for the tile that is nearest to its end, and step it or let it go."""
+        self.move_on()
+        if self._reading:
+            self._step_first()
+        elif self._writing:
+            self._retire()
+
+    def finish(self) -> None:
+        """Go on until every tile has been written; no staging is kept."""
+        self._seen.clear()
+        while self._waiting or self._reading or self._writing:
+            self.advance_one()
+            if self._waiting and self._waiting[0].count >= _LEAST_COUNT:
+                self._skip_what_repeats()
+        self.staging.close()
+
+    def _step_first(self) -> None:
+        world, first = self._world, self._reading.popleft()
+        tile = first.tile
+        world.wait(world.reads, first.flight, "late")
+        if tile.temporary_nbytes:
+            world.memory.add("transients", tile.temporary_nbytes)
+            world.memory.add("transients", -tile.temporary_nbytes)
+        world.compute(tile.seconds)
+        label = Label(tile.name, "state", "host", "file")
+        first.flight = world.submit(world.writes, label, tile.written_nbytes)
+        self._writing.append(first)
+
+    def _retire(self) -> None:
+        first = self._writing.popleft()
+        self._world.wait(self._world.writes, first.flight, "full")
+        self.staging.give_back(first.buffer_nbytes)
+
+    def _skip_what_repeats(self) -> None:
+        """See [Note: what repeats]."""
+        first, world = self._waiting[0], self._world
+        tiles = [*self._reading, *self._writing]
+        if world.is_recorded or any(each.tile is not first.tile for each in tiles):
+            self._seen.clear()
+            return
+        flights = [each.flight for each in tiles]
+        numbers = len(self._reading), len(self._writing), *self.staging.free
+        now = _Sight(first.tile, first.count, numbers, world.ahead_s(flights), world.reading())
+        for earlier in reversed(self._seen):
+            if now.repeats(earlier):
+                period = earlier.waiting - now.waiting
+                times = (first.count - 1) // period
+                world.repeat(earlier.reading, times, flights)
+                first.count -= times * period
+                self._seen.clear()
+                return
+        self._seen.append(now)

@@ -1,0 +1,142 @@
+"""What the simulator does at once is what it would have done step by step."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planning_models import BASELINE, DRIVE, machine, settings
+from planning_programs import decoder
+
+from offload.swap.planning.compiled import compile_program
+from offload.swap.planning.cost import Costs
+from offload.swap.planning.predict import predict
+from offload.swap.planning.program import What
+from offload.swap.planning.sim_pipeline import SimPipeline, SimTile
+from offload.swap.planning.sim_weights import SimTrace
+from offload.swap.planning.whatif import changed, parse_changes
+from offload.swap.planning.world import Memory, World, read_lane, write_lane
+from offload.swap.trace import Trace
+from offload.tiers.events import ListRecorder
+
+RATES = st.floats(1e5, 1e8)
+
+
+def streamed(
+    tiles: list[tuple[SimTile, int]],
+    rates: tuple[float, float],
+    together: float,
+    recorder: ListRecorder | None,
+) -> World:
+    reads, writes = (
+        make(lambda nbytes, rate=rate: nbytes / rate, 1e-4)
+        for make, rate in zip((read_lane, write_lane), rates, strict=True)
+    )
+    world = World(reads, writes, together=together, memory=Memory(1 << 40), recorder=recorder)
+    pipeline = SimPipeline(world, staging_nbytes=400_000)
+    for tile, count in tiles:
+        pipeline.add(tile, count)
+    pipeline.finish()
+    world.drain()
+    return world
+
+
+TILES = st.lists(
+    st.tuples(
+        st.builds(
+            SimTile,
+            name=st.sampled_from("ab"),
+            numel=st.just(1000),
+            read_nbytes=st.sampled_from([80_000, 120_000]),
+            staging_nbytes=st.sampled_from([90_112, 131_072]),
+            written_nbytes=st.just(80_000),
+            seconds=st.floats(0, 0.1),
+            temporary_nbytes=st.sampled_from([0, 5000]),
+        ),
+        st.integers(1, 300),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(tiles=TILES, rates=st.tuples(RATES, RATES), together=st.floats(0.5, 1))
+def test_tiles_that_repeat_are_counted_as_they_would_be_simulated(
+    tiles: list[tuple[SimTile, int]], rates: tuple[float, float], together: float
+) -> None:
+    one = streamed(tiles, rates, together, ListRecorder())
+    other = streamed(tiles, rates, together, None)
+    totals, counted = one.journal.totals, other.journal.totals
+    assert counted.read_nbytes == totals.read_nbytes
+    assert counted.written_nbytes == totals.written_nbytes
+    assert other.now_s == pytest.approx(one.now_s, rel=1e-6)
+    assert counted.stall_s == pytest.approx(totals.stall_s, rel=1e-6, abs=1e-9)
+    assert other.drive_busy_s == pytest.approx(one.drive_busy_s, rel=1e-6)
+    assert other.memory.peak_nbytes == one.memory.peak_nbytes
+    assert other.memory.nbytes == one.memory.nbytes == 0
+
+
+def test_thousands_of_equal_tiles_take_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    plain = SimPipeline.advance_one
+    monkeypatch.setattr(SimPipeline, "advance_one", lambda self: steps.append(plain(self)))
+    tile = SimTile("a", 1000, 80_000, 90_112, 80_000, 1e-3, 0)
+    world = streamed([(tile, 5000), (tile._replace(name="b"), 5000)], (1e7, 1e7), 0.5, None)
+    assert world.journal.totals.read_nbytes == 10_000 * 80_000
+    assert len(steps) < 200
+
+
+@pytest.mark.parametrize("change", ["nvme=20GB/s", "nvme=300MB/s", "compute=0.1x"])
+def test_a_recorded_run_is_the_run_that_is_not_recorded(change: str) -> None:
+    program = decoder(blocks=2, width=1536, tokens=32, vocabulary=16_000)
+    faster, once = changed(machine(), DRIVE, parse_changes(change)), settings(900)
+    one = predict(program, faster, once, BASELINE, recorder=ListRecorder())
+    other = predict(program, faster, once, BASELINE)
+    for here, there in zip(one.steps, other.steps, strict=True):
+        first, second = dataclasses.asdict(here.finished), dataclasses.asdict(there.finished)
+        times = {key for key in first if key.endswith("_s")}
+        assert {key: first[key] for key in first.keys() - times} == {
+            key: second[key] for key in second.keys() - times
+        }
+        for key in times:
+            assert second[key] == pytest.approx(first[key], rel=1e-6, abs=1e-9)
+        assert here.peak_roles == there.peak_roles
+
+
+@given(
+    order=st.lists(st.integers(0, 5), unique=True),
+    passes=st.lists(st.lists(st.integers(0, 7), max_size=20), max_size=4),
+)
+def test_uses_are_expected_as_the_runtime_expects_them(
+    order: list[int], passes: list[list[int]]
+) -> None:
+    real, trace = Trace([str(key) for key in order]), SimTrace(order, 8)
+    for uses in passes:
+        real.begin("forward")
+        trace.begin()
+        for key in uses:
+            real.use(str(key))
+            trace.use(key)
+            assert [str(each) for _, each in trace.upcoming()] == list(real.upcoming())
+            distances = [place - trace._position for place in trace.places]
+            assert distances == [real.distance(str(each)) for each in range(8)]
+        real.end()
+        trace.end()
+
+
+def test_what_nobody_decides_upon_is_added_up() -> None:
+    program = decoder(blocks=4)
+    costs = Costs(machine(), DRIVE)
+    moments = compile_program(program, costs).moments
+    assert not {moment.what for moment in moments} & {What.COMPUTE, What.ALLOCATE}
+    computing = [event.which for event in program.events if event.what is What.COMPUTE]
+    made = [event.which for event in program.events if event.what is What.ALLOCATE]
+    calls = sum(event.what in {What.SAVE, What.UNSAVE} for event in program.events)
+    uses = sum(event.what is What.USE for event in program.events)
+    expected_s = sum(costs.seconds(program.operations[which]) for which in computing)
+    expected_s += sum(costs.fresh_s(program.storages[which]) for which in made)
+    expected_s += costs.hook_s * (uses + calls / 2)
+    assert sum(moment.seconds for moment in moments) == pytest.approx(expected_s)
+    freed = sum(program.storages[moment.which] for moment in moments if moment.what is What.FREE)
+    assert sum(moment.nbytes for moment in moments) == freed
+    assert all(list(moment.highs) == sorted(set(moment.highs)) for moment in moments)
