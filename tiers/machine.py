@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 _SLOWEST_BYTES_PER_S, _FASTEST_BYTES_PER_S = 1e4, 1e14
 _LONGEST_S = 60.0
 _SLOWEST_PER_S, _FASTEST_PER_S = 1e2, 1e16  # of any work
+_SLOWEST_FLUSHES_PER_S = 1e-1
 
 # What pydantic is told when a file is read: no guessing, no unknown keys.
 _RULES: "ConfigDict" = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -101,6 +102,9 @@ Work: TypeAlias = Literal[
     "optimizer thread",  # the same by one thread
     "checksum",  # bytes
     "dispatch",  # calls of the smallest kernels
+    "moves",  # bytes that lanes move while computing loses a second by it
+    "tiles",  # bytes that lanes move in a second of a streamed step of the optimizer
+    "flush",  # flushes of what a commit makes durable
 ]
 
 
@@ -358,7 +362,8 @@ def _problems(machine: Machine) -> Iterator[str]:
 
 def _compute_problems(machine: Machine) -> Iterator[str]:
     for place, rate in _placed("compute", machine.compute):
-        if rate.size < 1 or not _SLOWEST_PER_S <= rate.per_s <= _FASTEST_PER_S:
+        slowest = _SLOWEST_FLUSHES_PER_S if rate.work == "flush" else _SLOWEST_PER_S
+        if rate.size < 1 or not slowest <= rate.per_s <= _FASTEST_PER_S:
             yield f"{place}: {rate.per_s:g} a second, by calls of {rate.size}: no {rate.work} does"
 
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable
 
 import bench_plan_memory
-import bench_published
 import bench_plan_simulator
+import bench_published
 from benchlib import Result, arguments, finish
 
 PARTS: dict[str, Callable[..., None]] = {

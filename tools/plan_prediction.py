@@ -3,7 +3,8 @@
 Each configuration is predicted from this machine's measured rates, then trained for some steps in a
 child process (``plan_job``). Its budget is the least that is predicted to fit, times a factor, so
 that small factors are hard on both. Peaks are the kernel's, building the model included. A step is
-the median of those after the second. The machine must be quiet: rates are measured at the start.
+the median of those after the second. The machine must be quiet. Links are measured at the start,
+the processor's rates and a rehearsal before each prediction: a shared machine changes by minutes.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from fit_job import Decoder, Shape, loss_of
 from offload.allocator.errors import OffloadError
 from offload.doctor.examine import bench_links
 from offload.planner.baseline import measure_baseline
+from offload.planner.rehearsal import add_rehearsal
 from offload.swap.planning.predict import Baseline, Settings, least_budget, predict
 from offload.swap.planning.program import Program
 from offload.swap.planning.tracing import fake_mode, trace_step
@@ -85,10 +87,11 @@ def measure(options: argparse.Namespace) -> Result:
     result = Result("Predictions of the planner against real runs")
     directory: Path = options.nvme
     directory.mkdir(parents=True, exist_ok=True)
-    machine = add_compute(bench_links([directory], effort=Effort()).machine, seconds=8.0)
+    links = bench_links([directory], effort=Effort()).machine
     drive, baseline = file_tier_name(directory), measure_baseline()
     errors: dict[str, list[float]] = {"peak": [], "step": []}
     for case in QUICK if options.quick else FULL:
+        machine = add_rehearsal(add_compute(links, seconds=8.0), directory, drive)
         row = _row(case, machine, drive, baseline, directory, steps=4 if options.quick else 7)
         result.add(**row)
         for name, found in errors.items():

@@ -22,7 +22,8 @@ _THIN_ROWS = 32
 # In calls of the smallest kernel, which is mostly the interpreter's and the dispatcher's work.
 _VIEW_CALLS = 0.5
 _HOOK_CALLS = 6.0
-_FLUSHES = 3  # data, record, directory
+FLUSHES = 3  # of a commit: data, record, directory
+_LEAST_TOGETHER = 0.25
 _COMMIT_CALLS = 12.0  # for each weight in the record
 # Which rates stand in for those of a type that nobody measured.
 _ALIKE = {"float16": "bfloat16", "float64": "float32"}
@@ -76,6 +77,16 @@ class Costs:
         self._fresh_bytes_per_s = self._curve("first touch", "float32").rate(PIECE_NBYTES)
         read, write = machine.link(drive, "host"), machine.link("host", drive)
         self.read_latency_s, self.write_latency_s = read.latency_s, write.latency_s
+        self._read_bytes_per_s, self._write_bytes_per_s = read.bytes_per_s, write.bytes_per_s
+        self.lost_s_per_byte = self._seconds_each("moves", 0.0)  # as if lanes took nothing from it
+        self._flush_s = self._seconds_each("flush", write.latency_s)
+
+    def _seconds_each(self, work: Work, unknown: float) -> float:
+        """Of one unit of ``work``; ``unknown`` if nobody measured it."""
+        try:
+            return 1 / self._curve(work, "float32").rate(1)
+        except ConfigError:
+            return unknown
 
     def _curve(self, work: Work, dtype: str) -> Curve:
         key = work, dtype
@@ -131,19 +142,23 @@ class Costs:
         return max(moved / link.bytes_per_s, link.latency_s / link.in_flight)
 
     @property
-    def together(self) -> float:
-        """The share of its own rate at which each lane goes on while both are busy."""
-        read = self._machine.link(self._drive, "host").bytes_per_s
-        write = self._machine.link("host", self._drive).bytes_per_s
+    def both_bytes_per_s(self) -> float:
+        """What both lanes move together, where both are busy."""
         try:
             both = 2 * self._machine.link(self._drive, self._drive).bytes_per_s
-        except ConfigError:
-            return 0.5  # nobody measured it: as if the drive did one thing at a time
-        return min(max(both / (read + write), 0.5), 1.0)
+        except ConfigError:  # nobody measured it: as if the drive did one thing at a time
+            both = (self._read_bytes_per_s + self._write_bytes_per_s) / 2
+        return min(both, 1 / self._seconds_each("tiles", 1 / both))
+
+    @property
+    def together(self) -> float:
+        """The share of its own rate at which each lane goes on while both are busy."""
+        both, alone = self.both_bytes_per_s, self._read_bytes_per_s + self._write_bytes_per_s
+        return min(max(both / alone, _LEAST_TOGETHER), 1.0)
 
     def commit_s(self, weights: int) -> float:
         """What a commit costs beside the bytes that it writes."""
-        return _FLUSHES * self.write_latency_s + weights * _COMMIT_CALLS * self.call_s
+        return FLUSHES * self._flush_s + weights * _COMMIT_CALLS * self.call_s
 
 
 _UNFUSED_PASSES = 2.5  # over the same bytes

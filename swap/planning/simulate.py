@@ -93,6 +93,7 @@ class Simulation:
             write_lane(costs.write_s, costs.write_latency_s),
             together=costs.together,
             memory=memory,
+            lost_s_per_byte=costs.lost_s_per_byte,
             recorder=recorder,
         )
         order = [name for info in program.census.modules for name in info.weights]
@@ -128,6 +129,11 @@ class Simulation:
         self._kept_nbytes = self._states_nbytes()
         self._looked_up: dict[str, int] = {}
         self._steps = 0
+
+    def keep_streaming(self) -> "Simulation":
+        """Let no weight and no state stay in memory, as ``Engine.keep_streaming``."""
+        self._apply(dataclasses.replace(self.plan, resident=(), resident_states=()))
+        return self
 
     def step(self) -> SimulatedStep:
         """One more step.
@@ -261,9 +267,12 @@ class Simulation:
         """As ``Replanner.finish_step``."""
         states, census = self._kept_nbytes, self._program.census
         if self._steps == 1:
-            self.plan = grow(self.plan, census, peak_nbytes=peak_nbytes, states_nbytes=states)
+            self._apply(grow(self.plan, census, peak_nbytes=peak_nbytes, states_nbytes=states))
         elif (excess := peak_nbytes - self.plan.budget_nbytes + MARGIN_NBYTES // 2) > 0:
-            self.plan = shrink(self.plan, census, excess_nbytes=excess, states_nbytes=states)
+            self._apply(shrink(self.plan, census, excess_nbytes=excess, states_nbytes=states))
+
+    def _apply(self, plan: Plan) -> None:
+        self.plan = plan
         if self._step is not None:
             self._step.pipeline.staging.limit_nbytes = self.plan.staging_nbytes
             self._step.keep(frozenset(self.plan.resident_states))

@@ -136,6 +136,7 @@ class World:
 
     Args:
         together: see [Note: a shared drive].
+        lost_s_per_byte: by which computing takes longer for each byte that moves meanwhile.
         recorder: takes the events; without one only their totals are kept.
     """
 
@@ -146,9 +147,11 @@ class World:
         *,
         together: float,
         memory: Memory,
+        lost_s_per_byte: float = 0.0,
         recorder: Recorder | None = None,
     ) -> None:
         self.now_s = 0.0
+        self._lost_s_per_byte = lost_s_per_byte
         self.drive_busy_s = 0.0
         self.reads, self.writes = reads, writes
         self.memory = memory
@@ -160,11 +163,11 @@ class World:
     # What the training thread does.
 
     def compute(self, seconds: float) -> None:
-        """Let time pass."""
+        """Let time pass: ``seconds``, and what moves take from them."""
         until_s = self.now_s + seconds
         reads, writes = self.reads.queue, self.writes.queue
         while (reads or writes) and self.now_s < until_s:
-            self._serve_one(until_s)
+            until_s += self._serve_one(until_s) * self._lost_s_per_byte
         self.now_s = until_s
 
     def submit(self, lane: SimLane, label: Label, nbytes: int, *, urgent: bool = False) -> Flight:
@@ -220,8 +223,8 @@ class World:
 
     # How time passes.
 
-    def _serve_one(self, until_s: float = float("inf")) -> None:
-        """Serve both lanes until the next transfer ends, or until then."""
+    def _serve_one(self, until_s: float = float("inf")) -> int:
+        """Serve both lanes until the next transfer ends, or until then; bytes of what ended."""
         reads, writes = self.reads.queue, self.writes.queue
         speed = self._together if reads and writes else 1.0
         served_s = (until_s - self.now_s) * speed  # of each lane's first
@@ -233,18 +236,22 @@ class World:
         began_s, span_s = self.now_s, served_s / speed
         self.now_s += span_s
         self.drive_busy_s += span_s
+        ended_nbytes = 0
         if read is not None:
             if read.began_s is None:
                 read.began_s = began_s
             read.work_s -= served_s
             if read.work_s <= _NO_WORK_S:
                 self._end(read, self.reads)
+                ended_nbytes += read.nbytes
         if write is not None:
             if write.began_s is None:
                 write.began_s = began_s
             write.work_s -= served_s
             if write.work_s <= _NO_WORK_S:
                 self._end(write, self.writes)
+                ended_nbytes += write.nbytes
+        return ended_nbytes
 
     def _end(self, flight: Flight, lane: SimLane) -> None:
         lane.queue.popleft()
