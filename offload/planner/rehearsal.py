@@ -129,6 +129,7 @@ def _simulated(machine: Machine, drive: str, tokens: int) -> "StepFinished":
     """The second step of the small model, whose weights stream."""
     from offload.allocator.units import parse_nbytes
     from offload.swap.plan import choose_chunk_numel, make_plan
+    from offload.swap.planning.compiled import compile_program
     from offload.swap.planning.simulate import Simulation
 
     program, budget_nbytes = _program(tokens), parse_nbytes(_BUDGET.removeprefix("host="))
@@ -136,7 +137,8 @@ def _simulated(machine: Machine, drive: str, tokens: int) -> "StepFinished":
     plan = make_plan(
         program.census, budget_nbytes=budget_nbytes, baseline_nbytes=0, chunk_numel=chunk_numel
     )
-    simulation = Simulation(program, plan, Costs(machine, drive), chunk_numel=chunk_numel)
+    compiled = compile_program(program, Costs(machine, drive))
+    simulation = Simulation(compiled, plan, chunk_numel=chunk_numel)
     simulation.step()
     return simulation.keep_streaming().step().finished
 
