@@ -4,6 +4,7 @@
 
 ``memory``: addresses of a step's transients, in two levels, on recorded steps of transformers.
 ``published``: results of papers, from their own figures of the hardware, by the simulator.
+``prediction``: peaks and steps of real runs, predicted before; half an hour on a quiet machine.
 ``simulator``: how fast steps are simulated, and what planning a deep model takes.
 """
 
@@ -13,10 +14,12 @@ from collections.abc import Callable
 import bench_plan_memory
 import bench_plan_simulator
 import bench_published
+import plan_prediction
 from benchlib import Result, arguments, finish
 
 PARTS: dict[str, Callable[..., None]] = {
     "memory": bench_plan_memory.measure,
+    "prediction": plan_prediction.measure,
     "published": bench_published.measure,
     "simulator": bench_plan_simulator.measure,
 }
@@ -30,7 +33,8 @@ def main() -> int:
     parts = options.part or list(PARTS)
     result = Result(f"Plans: {', '.join(parts)}")
     for part in parts:
-        PARTS[part](result, quick=options.quick)
+        where = {"nvme": options.nvme} if part == "prediction" else {}
+        PARTS[part](result, quick=options.quick, **where)
     return finish(result, options.json)
 
 

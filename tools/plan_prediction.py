@@ -7,7 +7,6 @@ the median of those after the second. The machine must be quiet. Links are measu
 the processor's rates and a rehearsal before each prediction: a shared machine changes by minutes.
 """
 
-import argparse
 import json
 import shutil
 import statistics
@@ -78,21 +77,25 @@ FULL = (
 
 def main() -> int:
     """Run and print."""
-    options = arguments(__doc__ or "").parse_args()
-    return finish(measure(options), options.json)
-
-
-def measure(options: argparse.Namespace) -> Result:
-    """Predict and train every configuration; ``options`` as of ``benchlib.arguments``."""
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw it; needs matplotlib")
+    options = parser.parse_args()
     result = Result("Predictions of the planner against real runs")
-    directory: Path = options.nvme
-    directory.mkdir(parents=True, exist_ok=True)
-    links = bench_links([directory], effort=Effort()).machine
-    drive, baseline = file_tier_name(directory), measure_baseline()
+    measure(result, quick=options.quick, nvme=options.nvme)
+    if options.plot is not None:
+        draw(result.rows, options.plot)
+    return finish(result, options.json)
+
+
+def measure(result: Result, *, quick: bool, nvme: Path) -> None:
+    """Predict and train every configuration, with stores in ``nvme``."""
+    nvme.mkdir(parents=True, exist_ok=True)
+    links = bench_links([nvme], effort=Effort()).machine
+    drive, baseline = file_tier_name(nvme), measure_baseline()
     errors: dict[str, list[float]] = {"peak": [], "step": []}
-    for case in QUICK if options.quick else FULL:
-        machine = add_rehearsal(add_compute(links, seconds=8.0), directory, drive)
-        row = _row(case, machine, drive, baseline, directory, steps=4 if options.quick else 7)
+    for case in QUICK if quick else FULL:
+        machine = add_rehearsal(add_compute(links, seconds=8.0), nvme, drive)
+        row = _row(case, machine, drive, baseline, nvme, steps=4 if quick else 7)
         result.add(**row)
         for name, found in errors.items():
             if f"{name}_error" in row:
@@ -105,8 +108,30 @@ def measure(options: argparse.Namespace) -> Result:
     ):
         result.at_most(f"{name}: median error", statistics.median(found or [1.0]), median)
         result.at_most(f"{name}: worst error", max(found or [1.0]), worst)
-    result.check("configurations that ran", len(errors["peak"]), 3 if options.quick else 24)
-    return result
+    result.check("configurations that ran", len(errors["peak"]), 3 if quick else 24)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Measured against predicted, peaks and steps, on logarithmic scales."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    panels = (
+        ("peak_nbytes", "predicted_nbytes", "peak, MiB", _MIB, 0.08),
+        ("step_s", "predicted_s", "step, seconds", 1, 0.25),
+    )
+    for axes, (real, predicted, name, unit, worst) in zip(
+        figure.subplots(1, 2), panels, strict=True
+    ):
+        pairs = [(row[real] / unit, row[predicted] / unit) for row in rows if real in row]
+        ends = min(map(min, pairs)), max(map(max, pairs))
+        axes.fill_between(
+            ends, *([(1 + way * worst) * end for end in ends] for way in (-1, 1)), alpha=0.15
+        )
+        axes.plot(ends, ends, linewidth=0.8)
+        axes.scatter(*zip(*pairs, strict=True), s=16)
+        axes.set(xscale="log", yscale="log", xlabel=f"measured {name}", ylabel=f"predicted {name}")
+    figure.savefig(path)
 
 
 def _row(
