@@ -110,7 +110,7 @@ class _Table:
         if torch.is_grad_enabled() or self.parameter._backward_hooks:
             return False
         try:
-            return bool(torch._C._will_engine_execute_node(self.accumulator))  # type: ignore[attr-defined]
+            return bool(torch._C._will_engine_execute_node(self.accumulator))
         except RuntimeError:  # torch.autograd.grad asks for it
             return False
 
@@ -169,7 +169,7 @@ class RowGradients:
             self._handles.append(accumulator.register_prehook(before_accumulation))
 
         @uncompiled
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        def after(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
             indices = args[0] if args else kwargs["input"]
             if not _is_plain_lookup(output, indices, table):
                 return output
