@@ -138,6 +138,7 @@ def attach_in(
         if on_device is not None:
             move_states(optimizer)
         engine = Engine(model, optimizer, runtime, plan, on_device)
+        engine.weights.uncache(census.lookups)
     except BaseException:
         runtime.close()
         raise

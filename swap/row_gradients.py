@@ -34,11 +34,11 @@ from offload.allocator.units import format_nbytes
 from offload.swap.census import gives_rows, uses_rows_only
 from offload.swap.gradients import GradientSwapper
 from offload.swap.uncompiled import uncompiled
-from offload.tiers.hostmem import PAGE
 from offload.tiers.journal import Journal
 from offload.tiers.mapped import MappedTensor
 
 _SHARD_NBYTES = 8 << 20  # of pages that one shard of rows may bring into memory
+_FAULT_NBYTES = 64 << 10  # what the kernel maps around a page that is read, if it is cached
 
 
 class _Lookup(torch.autograd.Function):
@@ -252,7 +252,7 @@ def _write_rows(
 ) -> None:
     """Write ``values``, (rows, width), to these rows of a mapping; or ``add`` them."""
     table, width_nbytes = home.tensor, values.shape[1] * values.element_size()
-    for part in _parts(len(rows), max(width_nbytes, PAGE)):
+    for part in _parts(len(rows), max(width_nbytes, _FAULT_NBYTES)):
         new = values[part]
         if add:
             new = table.index_select(0, rows[part]).add_(new)
