@@ -117,7 +117,9 @@ def attach_in(
             model if called is None else called, optimizer, runtime.config, accelerator
         )
         runtime.governor.shed()
-        census = take_census(model)
+        census = take_census(
+            model, whole_gradients=is_compiled(model if called is None else called)
+        )
         in_memory = sum(
             parameter.nbytes
             for parameter in set(model.parameters())
@@ -136,6 +138,7 @@ def attach_in(
         if on_device is not None:
             move_states(optimizer)
         engine = Engine(model, optimizer, runtime, plan, on_device)
+        engine.weights.uncache(census.lookups)
     except BaseException:
         runtime.close()
         raise

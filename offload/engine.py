@@ -50,6 +50,7 @@ from offload.swap.loading import ExactLoading
 from offload.swap.masters import master_of
 from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.plan import Plan
+from offload.swap.row_gradients import RowGradients
 from offload.swap.states import StateKeeper
 from offload.swap.uncompiled import forget_compiled
 from offload.swap.weights import WeightSwapper
@@ -134,6 +135,9 @@ class Engine:
                 self.gradients.watch(name, parameter)
             if self.computing is None and name not in census.lookups:
                 self._hooks.watch_backward(weight)
+        self._rows = (
+            RowGradients(model, self.gradients, self._journal) if self.computing is None else None
+        )
         if optimizer is not None:
             names = {
                 parameter: weight.name
@@ -411,6 +415,8 @@ class Engine:
         if self.tokenwise is not None:
             self.tokenwise.remove()
         self.gradients.stop()
+        if self._rows is not None:
+            self._rows.remove()
         if self._backward_step is not None:
             self._backward_step.abandon()
         try:

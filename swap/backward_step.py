@@ -122,7 +122,7 @@ class BackwardStep:
             return
         target = self._streamed.target(group, parameter, self._written)
         self._weights.hold(target.weight)
-        self._pending_nbytes += target.gradient.nbytes
+        self._pending_nbytes += _held_nbytes(target)
         self._pipeline.add(group, [target])
         parameter.grad = consumed_gradient(parameter, name)
         self._pipeline.advance()
@@ -131,8 +131,8 @@ class BackwardStep:
 
     def _coming_nbytes(self, parameter: nn.Parameter) -> int:
         """Of the gradient that autograd makes next: nobody asks before it takes that memory."""
-        if parameter in self._next:
-            return self._next[parameter].nbytes
+        if (coming := self._next.get(parameter)) is not None:
+            return 0 if coming in self._streamed.gradients.by_rows else coming.nbytes
         unseen = self._groups.keys() - self._stepped if not self._next else ()
         return max((other.nbytes for other in unseen if other.requires_grad), default=0)
 
@@ -155,7 +155,7 @@ class BackwardStep:
     def _written(self, target: Target) -> None:
         self._streamed.publish(target)
         self._weights.let_go(target.weight)
-        self._pending_nbytes -= target.gradient.nbytes
+        self._pending_nbytes -= _held_nbytes(target)
         target.gradient = torch.empty(0)
 
     def end_backward(self) -> None:
@@ -209,3 +209,8 @@ class BackwardStep:
     def abandon(self) -> None:
         """Let go of what an error left in flight."""
         self._pipeline.abandon()
+
+
+def _held_nbytes(target: Target) -> int:
+    """What the gradient of ``target`` takes of memory."""
+    return 0 if target.home is not None else target.gradient.nbytes

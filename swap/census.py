@@ -36,12 +36,15 @@ class ModuleInfo:
 class Census:
     """Weights and their users, in the model's own order.
 
-    ``lookups`` are weights of which no module reads more than some rows.
+    Attributes:
+        lookups: weights of which no module reads more than some rows.
+        by_rows: those of them whose gradient is made of these rows alone (``row_gradients``).
     """
 
     weights: tuple[WeightInfo, ...]
     modules: tuple[ModuleInfo, ...]
     lookups: frozenset[str] = frozenset()
+    by_rows: frozenset[str] = frozenset()
 
     @property
     def weight_nbytes(self) -> int:
@@ -49,9 +52,19 @@ class Census:
         return sum(weight.nbytes for weight in self.weights)
 
     def module_nbytes(self) -> dict[str, int]:
-        """Bytes that each module needs at once in backward: its weights and their gradients."""
+        """Bytes that each module needs at once in backward: its weights and their gradients.
+
+        A table that is only looked up in needs none for itself. Its gradient, if that is made
+        whole, counts under the table's name.
+        """
         sizes = {weight.name: weight.nbytes * (1 + weight.trainable) for weight in self.weights}
-        return {info.name: sum(sizes[name] for name in info.weights) for info in self.modules}
+        modules = {info.name: sum(sizes[name] for name in info.weights) for info in self.modules}
+        tables = {
+            weight.name: weight.nbytes
+            for weight in self.weights
+            if weight.trainable and weight.name in self.lookups - self.by_rows
+        }
+        return modules | tables
 
     def working_set_nbytes(self) -> int:
         """The largest bytes that one module needs at once: its weights and their gradients.
@@ -59,10 +72,7 @@ class Census:
         In backward the module's weights, the gradient of each trainable one, and nothing else
         of the weight and gradient classes must be in memory at the same time.
         """
-        largest_gradient = max(
-            (weight.nbytes for weight in self.weights if weight.trainable), default=0
-        )
-        return max(self.module_nbytes().values(), default=0) or largest_gradient
+        return max(self.module_nbytes().values(), default=0)
 
 
 def unmovable_reason(parameter: nn.Parameter, *, on_device: bool = False) -> str | None:
@@ -109,11 +119,29 @@ def uses_rows_only(module: nn.Module) -> bool:
     return isinstance(module, _LOOKUPS) and getattr(module, "max_norm", None) is None
 
 
-def take_census(model: nn.Module, *, whole_tables: bool = False) -> Census:
+def gives_rows(module: nn.Module) -> bool:
+    """Whether the gradient of a lookup can be made of the rows that it looked up alone.
+
+    That of a lookup with a forward of its own, or of a bag, is whatever autograd makes of it.
+    """
+    return (
+        uses_rows_only(module)
+        and isinstance(module, nn.Embedding)
+        and not module.sparse
+        and type(module).forward is nn.Embedding.forward
+        and "forward" not in vars(module)
+        and getattr(module, "_compiled_call_impl", None) is None
+    )
+
+
+def take_census(
+    model: nn.Module, *, whole_tables: bool = False, whole_gradients: bool = False
+) -> Census:
     """The census of ``model``; runs nothing and allocates nothing.
 
     Args:
         whole_tables: lookup tables are used whole, as on a device, which faults no pages in.
+        whole_gradients: gradients of lookups are made whole, as by compiled code.
     """
     names: dict[int, str] = {}
     weights: list[WeightInfo] = []
@@ -128,6 +156,7 @@ def take_census(model: nn.Module, *, whole_tables: bool = False) -> Census:
         )
     modules = []
     looked_up: set[str] = set()
+    whole: set[str] = set()  # gradients
     for module_name, module in model.named_modules():
         used = tuple(
             dict.fromkeys(
@@ -138,9 +167,14 @@ def take_census(model: nn.Module, *, whole_tables: bool = False) -> Census:
         )
         if uses_rows_only(module) and not whole_tables:
             looked_up.update(used)
+            if whole_gradients or not gives_rows(module):
+                whole.update(used)
         elif used and not isinstance(module, _CONTAINERS):
             modules.append(ModuleInfo(name=module_name, weights=used))
-    whole = {name for info in modules for name in info.weights}
+    lookups = looked_up - {name for info in modules for name in info.weights}
     return Census(
-        weights=tuple(weights), modules=tuple(modules), lookups=frozenset(looked_up - whole)
+        weights=tuple(weights),
+        modules=tuple(modules),
+        lookups=frozenset(lookups),
+        by_rows=frozenset(lookups - whole),
     )

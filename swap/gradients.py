@@ -13,8 +13,8 @@ have a checksum taken there, and only those.
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,6 +85,8 @@ class GradientSwapper:
         self._outlived: list[MappedTensor] = []  # homes of old gradients that the user keeps
         self._leaving: deque[_Leaving] = deque()
         self._kept: frozenset[nn.Parameter] = frozenset()
+        self._begun: set[nn.Parameter] = set()  # their fresh gradients are made at home
+        self.by_rows: set[nn.Parameter] = set()  # as their last ones were, too
         self.stepper: Stepper | None = None  # uses gradients up as they arrive
         self.before_end: Callable[[], None] = lambda: None  # called as a backward ends
         # Of gradients that come from a device (``device_gradients``):
@@ -107,6 +109,44 @@ class GradientSwapper:
         """Whether ``watch`` has put a hook on ``parameter``."""
         return parameter in self._names
 
+    def keeps(self, parameter: nn.Parameter) -> bool:
+        """Whether the gradient of ``parameter`` stays in memory."""
+        return parameter in self._kept or parameter not in self._names
+
+    def settle(self, parameter: nn.Parameter) -> None:
+        """Have no gradient of ``parameter`` on its way.
+
+        Raises:
+            TierIOError: its write failed.
+        """
+        self.watch_backward()  # first of all, as in ``_take``
+        self.poll()
+        while any(left.parameter is parameter for left in self._leaving):
+            self._await_oldest("drain")
+
+    def begin(self, parameter: nn.Parameter, dtype: torch.dtype) -> MappedTensor:
+        """The home of a fresh gradient of ``parameter``, all zeros: what is written there is it.
+
+        Call ``settle`` before.
+
+        Raises:
+            TierIOError: the disk could not take it.
+        """
+        home = self._home(parameter, dtype)
+        assert home.block is not None
+        self.scratch.clear(home.block)
+        self._begun.add(parameter)
+        return home
+
+    @contextmanager
+    def writing(self, parameter: nn.Parameter, nbytes: int) -> Iterator[None]:
+        """Records that ``nbytes`` of the gradient of ``parameter`` are written to its home."""
+        began_s = self.journal.now()
+        yield
+        label = Label(self._names[parameter], "gradient", "host", self.scratch.spec.name)
+        duration_s = self.journal.now() - began_s
+        self.journal.moved(label, nbytes, duration_s, self.scratch.lanes.writes.name)
+
     def arrived(self, parameter: nn.Parameter) -> None:
         """The gradient of ``parameter`` has been accumulated, but not by autograd."""
         if parameter in self._names:
@@ -122,9 +162,12 @@ class GradientSwapper:
         self.watch_backward()  # first of all: to poll may send a gradient on its way again
         self.poll()
         gradient = parameter.grad
+        begun = parameter in self._begun
+        self._begun.discard(parameter)
+        (self.by_rows.add if begun else self.by_rows.discard)(parameter)
         if gradient is None or not _movable(gradient, parameter):
             return
-        if self.stepper is not None and self._step(parameter, self.stepper):
+        if self.stepper is not None and self._step(parameter, self.stepper, begun=begun):
             return
         home = self.homes.get(parameter)
         if home is not None and gradient.data_ptr() == home.address:
@@ -144,12 +187,13 @@ class GradientSwapper:
         ):
             self._await_oldest("full")
 
-    def _step(self, parameter: nn.Parameter, stepper: Stepper) -> bool:
+    def _step(self, parameter: nn.Parameter, stepper: Stepper, *, begun: bool) -> bool:
         """Whether the gradient was used up; an earlier part of it is back from its way by then."""
         assert parameter.grad is not None
         address, home = parameter.grad.data_ptr(), self.homes.get(parameter)
         earlier = [left.tensor.data_ptr() for left in self._leaving if left.parameter is parameter]
-        fresh = address not in [*earlier, home.address if home is not None else None]
+        known = address in [*earlier, home.address if home is not None else None]
+        fresh = begun or not known
         while any(left.parameter is parameter for left in self._leaving):
             self._await_oldest("drain")
         return stepper.take(parameter, fresh=fresh)

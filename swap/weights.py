@@ -94,6 +94,22 @@ class WeightSwapper(Window[Weight]):
             elif weight.residency is not Residency.ABSENT:
                 self._streaming[weight.name] = weight
 
+    def uncache(self, names: Iterable[str]) -> None:
+        """Drop what the page cache has of the weights ``names``, in which rows are looked up.
+
+        What was just built is cached in large folios, and a look at one row maps all of its folio.
+
+        Raises:
+            TierIOError: the disk could not take what was built.
+        """
+        file, tables = self.store.tier.file, [self.weights[name] for name in names]
+        if tables:
+            file.sync()
+        for table in tables:
+            if (block := table.mapped.block) is not None:
+                table.mapped.shed()
+                file.uncache(block.extent.offset, block.extent.nbytes)
+
     def hold(self, weight: Weight) -> None:
         """Keep ``weight`` where it is until ``let_go``: in memory, or in its file alone.
 

@@ -151,7 +151,8 @@ class Program:
     def to_json(self) -> str:
         """The program as one line of JSON."""
         fields = dataclasses.asdict(self)
-        fields["census"]["lookups"] = sorted(self.census.lookups)
+        for field in ("lookups", "by_rows"):
+            fields["census"][field] = sorted(fields["census"][field])
         fields["events"] = [number for event in self.events for number in event]
         return json.dumps(fields)
 
@@ -169,6 +170,7 @@ class Program:
                     for module in census["modules"]
                 ),
                 lookups=frozenset(census["lookups"]),
+                by_rows=frozenset(census["by_rows"]),
             ),
             itemsizes=fields["itemsizes"],
             buffers_nbytes=fields["buffers_nbytes"],

@@ -8,6 +8,7 @@ from offload.swap.census import (
     Census,
     ModuleInfo,
     WeightInfo,
+    gives_rows,
     named_weights,
     storage_key,
     take_census,
@@ -123,9 +124,44 @@ def test_a_weight_that_one_of_its_owners_trains_is_trainable():
     assert [weight.trainable for weight in take_census(model).weights] == [True]
 
 
-def test_the_working_set_of_a_model_of_lookups_is_its_largest_gradient():
-    assert take_census(nn.Embedding(5, 2)).working_set_nbytes() == 40
+def test_a_lookup_s_working_set_is_its_gradient_if_that_is_made_whole():
+    table = nn.Embedding(5, 2)
+    assert take_census(table).by_rows == {"weight"}
+    assert take_census(table).working_set_nbytes() == 0
+    assert take_census(table, whole_gradients=True).module_nbytes() == {"weight": 40}
+    assert take_census(table, whole_tables=True).working_set_nbytes() == 80
+    assert take_census(table.requires_grad_(False), whole_gradients=True).module_nbytes() == {}
+    assert take_census(nn.EmbeddingBag(5, 2)).working_set_nbytes() == 40
     assert Census(weights=(), modules=()).working_set_nbytes() == 0
+
+
+class Scaled(nn.Embedding):
+    def forward(self, indices):
+        return super().forward(indices) * 8.0
+
+
+def test_only_a_plain_embedding_gives_rows():
+    assert gives_rows(nn.Embedding(5, 2, padding_idx=1, scale_grad_by_freq=True))
+    assert not gives_rows(nn.Embedding(5, 2, max_norm=1.0))
+    assert not gives_rows(nn.Embedding(5, 2, sparse=True))
+    assert not gives_rows(nn.EmbeddingBag(5, 2))
+    assert not gives_rows(nn.Linear(5, 2))
+    assert not gives_rows(Scaled(5, 2))
+    patched = nn.Embedding(5, 2)
+    patched.forward = lambda indices: indices
+    assert not gives_rows(patched)
+    model = nn.Sequential(nn.Embedding(5, 2), Scaled(5, 2), Scaled(5, 2))
+    model[2].weight = model[0].weight
+    census = take_census(model)
+    assert (census.lookups, census.by_rows) == ({"0.weight", "1.weight"}, set())
+
+
+def test_a_tied_weight_s_gradient_counts_for_the_module_that_uses_it_whole():
+    model = nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 5, bias=False))
+    model[1].weight = model[0].weight
+    census = take_census(model)
+    assert census.by_rows == census.lookups == set()
+    assert census.module_nbytes() == {"1": 80}
 
 
 def test_a_weight_that_a_module_uses_twice_counts_once():
