@@ -51,11 +51,15 @@ def moved(events: list, step: int) -> Counter:
 
 
 @pytest.mark.parametrize("window_nbytes", [1 << 20, 3 << 20])
-def test_it_moves_the_bytes_that_a_real_run_moves(tmp_path: Path, window_nbytes: int) -> None:
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_it_moves_the_bytes_that_a_real_run_moves(
+    tmp_path: Path, window_nbytes: int, in_backward: bool
+) -> None:
     torch.manual_seed(0)
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    engine = offload.attach(model, optimizer, budget="host=8GiB", nvme=tmp_path)
+    config = {"step_in_backward": in_backward}
+    engine = offload.attach(model, optimizer, budget="host=8GiB", nvme=tmp_path, config=config)
     recorder = engine._journal.recorder = ListRecorder()
     engine.weights.window_nbytes = window_nbytes
     engine.activations.limit_nbytes = 256 << 10
@@ -74,6 +78,7 @@ def test_it_moves_the_bytes_that_a_real_run_moves(tmp_path: Path, window_nbytes:
         gradients_nbytes=engine.plan.gradients_nbytes,
         activations_nbytes=256 << 10,
         staging_nbytes=staging_nbytes,
+        step_in_backward=in_backward,
     )
     simulated = ListRecorder()
     compiled = compile_program(PROGRAM, Costs(machine(), DRIVE))
@@ -83,13 +88,12 @@ def test_it_moves_the_bytes_that_a_real_run_moves(tmp_path: Path, window_nbytes:
         simulation.step()
     real, virtual = (moved(each.events, 3) for each in (recorder, simulated))
     assert virtual["gradient", "read"] == real["gradient", "read"] == 0
-    for role, way in (
-        ("weight", "read"),
-        ("weight", "written"),
-        ("gradient", "written"),
-        ("state", "written"),
-    ):
-        assert virtual[role, way] == real[role, way] > 0, (role, way)
+    # What backward holds while it is written can't be given up: what is instead, the clock decides.
+    reads = pytest.approx(real["weight", "read"], rel=0.01 if in_backward else 0)
+    assert virtual["weight", "read"] == reads
+    for role, way in (("weight", "written"), ("gradient", "written"), ("state", "written")):
+        assert virtual[role, way] == real[role, way], (role, way)
+        assert bool(real[role, way]) is not (in_backward and role == "gradient")
     # Gradients that are still on their way when the step begins are not read back.
     largest_nbytes = 1000 * 256 * 4
     assert abs(virtual["state", "read"] - real["state", "read"]) <= 3 * largest_nbytes
