@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nvme", metavar="DIR", help="the directory of the store")
     parser.add_argument("--commit", choices=["step", "never"], default="step")
     parser.add_argument(
+        "--step-in-backward",
+        action="store_true",
+        help="step each parameter as soon as its gradient is complete",
+    )
+    parser.add_argument(
         "--machine",
         metavar="FILE|NAME",
         help="of offload doctor -o, or of the library (--machine list); default: this one",
@@ -130,6 +135,7 @@ class _Asking:
             budget_nbytes=budget or int(min(host.free_nbytes, host.capacity_nbytes) * 0.8),
             drive=drive,
             commits=arguments.commit != "never",
+            step_in_backward=arguments.step_in_backward,
         )
 
     def answer(self) -> Any:

@@ -110,7 +110,7 @@ def rows(answer: Answer) -> list[dict[str, Any]]:
         ),
         (
             "gradients", roles.get("gradients", 0), drive.gradients_nbytes,
-            "leave as they are produced",
+            "used up in backward" if budget.step_in_backward else "leave as they are produced",
         ),
         (
             "optimizer states", roles.get("states", 0), drive.states_nbytes,

@@ -80,4 +80,4 @@ def _moments(program: Program, costs: Costs) -> Iterator[Moment]:
                 saved.add(which)
             elif what is What.FORGET:
                 saved.discard(which)
-    yield Moment(seconds, tuple(highs[1:]), nbytes, What.STEP, 0)
+    yield Moment(seconds, tuple(highs[1:]), nbytes, compute, 0)  # the runtime does nothing there

@@ -45,12 +45,14 @@ class Settings:
         budget_nbytes: ``host``: bound of the process's resident set.
         drive: the name of the file tier.
         commits: whether anything is made durable, which takes two slots of the drive.
+        step_in_backward: weights are stepped as soon as their gradients are complete.
     """
 
     budget_nbytes: int
     drive: str
     commits: bool = True
     min_swap_nbytes: int = 64 << 10
+    step_in_backward: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +152,7 @@ def _predict(
         budget_nbytes=settings.budget_nbytes,
         baseline_nbytes=baseline.attach_nbytes,
         chunk_numel=chunk_numel,
+        step_in_backward=settings.step_in_backward,
     )
     simulation = Simulation(
         compiled,

@@ -7,6 +7,7 @@ rounding.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,15 +42,21 @@ class SimTile(NamedTuple):
         return self[1:] == other[1:]
 
 
+def _nothing_follows() -> None:
+    """Nobody asks when a tile is written."""
+
+
 @dataclass(slots=True, eq=False)
 class _Waiting:
     tile: SimTile
     count: int
+    written: Callable[[], None]
 
 
 @dataclass(slots=True, eq=False)
 class _InFlight:
     tile: SimTile
+    written: Callable[[], None]
     buffer_nbytes: int
     flight: Flight
 
@@ -143,13 +150,16 @@ class SimPipeline:
         self._writing: deque[_InFlight] = deque()
         self._seen: deque[_Sight] = deque(maxlen=_LONGEST_PERIOD)
 
-    def add(self, tile: SimTile, count: int) -> None:
-        """Line up so many equal tiles."""
+    def add(
+        self, tile: SimTile, count: int, written: Callable[[], None] = _nothing_follows
+    ) -> None:
+        """Line up so many equal tiles; ``written`` is called as each of them is."""
         last = self._waiting[-1] if self._waiting else None
-        if last is not None and not self._world.is_recorded and last.tile.equals(tile):
+        merges = last is not None and last.written == written and last.tile.equals(tile)
+        if last is not None and merges and not self._world.is_recorded:
             last.count += count
         else:
-            self._waiting.append(_Waiting(tile, count))
+            self._waiting.append(_Waiting(tile, count, written))
 
     def move_on(self) -> None:
         """Let written tiles go and begin to read others, as far as staging reaches."""
@@ -167,7 +177,14 @@ class SimPipeline:
                 self._waiting.popleft()
             label = Label(tile.name, "state", "file", "host")
             flight = world.submit(world.reads, label, tile.read_nbytes)
-            self._reading.append(_InFlight(tile, buffer, flight))
+            self._reading.append(_InFlight(tile, first.written, buffer, flight))
+
+    def advance(self) -> None:
+        """Read, step and write what can be without waiting for a lane."""
+        self.move_on()
+        while self._reading and self._world.done(self._reading[0].flight):
+            self._step_first()
+            self.move_on()
 
     def advance_one(self) -> None:
         """Wait for the tile that is nearest to its end, and step it or let it go."""
@@ -202,6 +219,7 @@ class SimPipeline:
         first = self._writing.popleft()
         self._world.wait(self._world.writes, first.flight, "full")
         self.staging.give_back(first.buffer_nbytes)
+        first.written()
 
     def _skip_what_repeats(self) -> None:
         """See [Note: what repeats]."""
@@ -219,6 +237,8 @@ class SimPipeline:
                 times = (first.count - 1) // period
                 world.repeat(earlier.reading, times, flights)
                 first.count -= times * period
+                for _ in range(times * period):
+                    first.written()
                 self._seen.clear()
                 return
         self._seen.append(now)

@@ -4,13 +4,13 @@ The tiles, and the order in which they are read, stepped and written, are those 
 stays in memory is stepped between them, and written at the commit.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Stepping
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_pipeline import SimPipeline, SimTile
-from offload.swap.planning.sim_weights import SimWeights
+from offload.swap.planning.sim_weights import SimWeight, SimWeights
 from offload.swap.planning.world import Flight, World
 from offload.swap.states import SMALL_NUMEL
 from offload.swap.tiles import Piece, cut, cut_runs
@@ -23,6 +23,9 @@ _TEMPORARIES = 2  # tensors of a tile's size that a step which is not fused make
 
 class SimStep:
     """Steps all weights that have a gradient.
+
+    Attributes:
+        names: of the weights that are stepped.
 
     Args:
         numels: elements of each weight.
@@ -51,7 +54,7 @@ class SimStep:
         self.pipeline = SimPipeline(world, staging_nbytes=staging_nbytes)
         self._held: set[str] = set()  # whose states are in memory
         self._has_states = False
-        self._names = list(stepping.states_nbytes)
+        self.names = list(stepping.states_nbytes)
         self._states_nbytes = {
             name: sum(map(page_ceil, sizes)) for name, sizes in stepping.states_nbytes.items()
         }
@@ -63,23 +66,28 @@ class SimStep:
         self._held &= set(names)
         self._gradients.kept = names
 
-    def step(self) -> None:
-        """The whole step."""
-        kept, weights = self._gradients.kept, self._weights.weights
+    def keeps(self, weight: SimWeight) -> bool:
+        """Whether ``weight`` is stepped in memory."""
+        return weight.resident and weight.name in self._gradients.kept
+
+    def step(self, stepped: Collection[str] = ()) -> None:
+        """The whole step, but for the weights that backward has ``stepped``."""
         held: list[str] = []
         streamed: list[str] = []
         small: list[str] = []
-        for name in self._names:
-            if name in kept and weights[name].resident:
+        for name in self.names:
+            if name in stepped:
+                continue
+            if self.keeps(self._weights.weights[name]):
                 held.append(name)
             elif self._numels[name] > SMALL_NUMEL:
                 streamed.append(name)
             else:
                 small.append(name)
-        for tile, count in self._tiles(streamed):
+        for tile, count in self.tiles(streamed):
             self.pipeline.add(tile, count)
         self.pipeline.move_on()
-        self._step_in_memory(held)
+        self.step_in_memory(held)
         self.pipeline.finish()
         self._step_small(small)
         self._has_states = True
@@ -87,7 +95,8 @@ class SimStep:
 
     # Tiles.
 
-    def _tiles(self, names: Sequence[str]) -> Iterable[tuple[SimTile, int]]:
+    def tiles(self, names: Sequence[str]) -> Iterator[tuple[SimTile, int]]:
+        """What a step of ``names`` moves, and how often."""
         for pieces, count in cut_runs([self._numels[name] for name in names], self._chunk_numel):
             yield self._tile(names, pieces), count
 
@@ -135,7 +144,8 @@ class SimStep:
 
     # In memory.
 
-    def _step_in_memory(self, names: Sequence[str]) -> None:
+    def step_in_memory(self, names: Sequence[str]) -> None:
+        """In place; what is not there yet comes first."""
         if not names:
             return
         world = self._world
@@ -174,7 +184,7 @@ class SimStep:
     def commit(self) -> None:
         """What only memory has newest is written, and all is made durable."""
         world = self._world
-        for name in self._names:
+        for name in self.names:
             weight = self._weights.weights[name]
             if name in self._held:
                 world.submit(world.writes, Label(name, "weight", "host", "file"), weight.nbytes)

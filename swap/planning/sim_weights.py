@@ -113,6 +113,7 @@ class SimWeight:
     resident: bool = False
     ready: bool = False
     flight: Flight | None = None
+    held: bool = False  # a step is changing it: neither fetched nor evicted
     used: int = -2
     rank: tuple[int, int] | None = None
     padded_nbytes: int = field(init=False)
@@ -240,7 +241,7 @@ class SimWeights:
 
     def fetch_now(self, weight: SimWeight) -> None:
         """Have ``weight`` in memory, if it is not on its way."""
-        if not weight.in_memory:
+        if not weight.in_memory and not weight.held:
             self._make_room(weight, force=True)
             self._fetch(weight, urgent=True)
             self._await(weight, "cold")
@@ -254,7 +255,7 @@ class SimWeights:
         # What is nearer than a weight is never given up for it: its place says so.
         for place, number in self.trace.upcoming():
             weight = self._numbered[number]
-            if weight.ready or weight.flight is not None:
+            if weight.ready or weight.flight is not None or weight.held:
                 continue
             if not self._make_room(weight):
                 self.trace.settle(place)
@@ -270,20 +271,49 @@ class SimWeights:
         excess = max(beyond_window, beyond_budget)
         if excess <= 0:
             return True
-        limit = -1 if force else self.trace.places[weight.number]
-        victims: list[SimWeight] = []
-        for (place, _), number in reversed(self._ranked):
-            if excess <= 0 or place <= limit:
-                break
-            other = self._numbered[number]
-            if other.used < self._uses - 1:  # not by this use or the one before
-                victims.append(other)
-                excess -= other.nbytes
-        if excess > 0 and not force:
+        victims = self._farthest(excess, -1 if force else self.trace.places[weight.number])
+        if excess > sum(victim.nbytes for victim in victims) and not force:
             return False
         for victim in victims:
             self.evict(victim)
         return True
+
+    def _farthest(self, nbytes: int, limit: int) -> list[SimWeight]:
+        """So many bytes of the streaming weights whose next use is behind the place ``limit``."""
+        found: list[SimWeight] = []
+        for (place, _), number in reversed(self._ranked):
+            if nbytes <= 0 or place <= limit:
+                break
+            other = self._numbered[number]
+            if other.used < self._uses - 1 and not other.held:  # not by this use or the one before
+                found.append(other)
+                nbytes -= other.nbytes
+        return found
+
+    # While a step in backward changes weights.
+
+    def hold(self, weight: SimWeight) -> None:
+        """Keep ``weight`` where it is until ``let_go``."""
+        weight.held = True
+        self._await(weight, "late")
+
+    def let_go(self, weight: SimWeight) -> None:
+        """``weight`` may be fetched and evicted again."""
+        weight.held = False
+        if not weight.in_memory:
+            self.trace.unsettle(weight.number)
+
+    def give_up(self, nbytes: int) -> None:
+        """Evict so many bytes of streaming weights, those used last first."""
+        self._trim(0)
+        for victim in self._farthest(nbytes, -1):
+            self.evict(victim)
+        self._trim(0)
+
+    def settle(self) -> None:
+        """Wait for what is on its way."""
+        for weight in self._numbered:
+            self._await(weight, "drain")
 
     def _fetch(self, weight: SimWeight, *, urgent: bool = False) -> None:
         world, padded = self._world, weight.padded_nbytes

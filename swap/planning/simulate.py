@@ -23,6 +23,7 @@ from offload.swap.plan import (
 )
 from offload.swap.planning.compiled import Compiled
 from offload.swap.planning.program import What
+from offload.swap.planning.sim_backward import SimBackwardStep
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_step import SimStep
@@ -123,6 +124,11 @@ class Simulation:
                 chunk_numel=chunk_numel,
                 staging_nbytes=plan.staging_nbytes,
             )
+        self._backward: SimBackwardStep | None = None
+        if plan.step_in_backward and self._step is not None:
+            self._backward = SimBackwardStep(
+                world, self._weights, self._step, limit_nbytes=plan.gradients_nbytes
+            )
         weights = self._weights.weights
         self._uses = [[weights[name] for name in names] for names in program.uses]
         self._numbered = [weights[weight.name] for weight in program.census.weights]
@@ -151,6 +157,7 @@ class Simulation:
         if not self._steps:
             self._check_fits()
         passed_s, stalled_s = world.now_s, world.journal.totals.stall_s
+        inside_s, inside_stall_s = self._spent_in_backward()
         self._optimize()
         stepped_s, stepped_stall_s = world.now_s, world.journal.totals.stall_s
         if self._step is not None and self._commits:
@@ -158,14 +165,14 @@ class Simulation:
         world.drain()
         self._steps += 1
         after, step_s = world.journal.totals, world.now_s - began_s
-        stall_s = stalled_s - totals.stall_s
+        stall_s = stalled_s - totals.stall_s - inside_stall_s
         finished = StepFinished(
             t_s=world.now_s,
             step=self._steps,
             step_s=step_s,
-            compute_s=passed_s - began_s - stall_s,
+            compute_s=passed_s - began_s - stall_s - inside_s,
             stall_s=stall_s,
-            optimizer_s=stepped_s - passed_s,
+            optimizer_s=stepped_s - passed_s + inside_s,
             commit_s=world.now_s - stepped_s,
             read_nbytes=after.read_nbytes - totals.read_nbytes,
             written_nbytes=after.written_nbytes - totals.written_nbytes,
@@ -177,7 +184,7 @@ class Simulation:
             },
         )
         world.journal.record(finished)
-        optimizer_s = finished.optimizer_s - (stepped_stall_s - stalled_s)
+        optimizer_s = finished.optimizer_s - (stepped_stall_s - stalled_s) - inside_stall_s
         done = SimulatedStep(
             finished=finished,
             busy_s={
@@ -204,6 +211,7 @@ class Simulation:
             What.FORGET: saved.forget,
             What.GRADIENT: self._take_gradient,
             What.FORWARD: self._begin_pass,
+            What.STEP: self._end_backward,
         }
         return tuple(by_kind.get(what, _do_nothing) for what in What)
 
@@ -224,9 +232,22 @@ class Simulation:
 
     def _take_gradient(self, which: int) -> None:
         weight = self._numbered[which]
-        self._gradients.take(weight.name, weight.nbytes)
+        if self._backward is not None and weight.nbytes >= MIN_NBYTES:
+            self._backward.take(weight)
+        else:
+            self._gradients.take(weight.name, weight.nbytes)
         if weight.name not in self._program.census.lookups:
             self._weights.trace.use(weight.number)
+
+    def _end_backward(self, _which: int) -> None:
+        if self._backward is not None:
+            self._backward.end_backward()
+
+    def _spent_in_backward(self) -> tuple[float, float]:
+        """Seconds that backward spent on steps, and those of it that were waits."""
+        if self._backward is None:
+            return 0.0, 0.0
+        return self._backward.spent_s, self._backward.stalled_s
 
     def _look_up(self, which: int) -> None:
         lookup = self._program.lookups[which]
@@ -245,9 +266,14 @@ class Simulation:
     def _optimize(self) -> None:
         self._weights.end_pass()
         self._gradients.poll()
-        self._weights.evict_streaming()
+        if self._backward is None:
+            self._weights.evict_streaming()
+        else:
+            self._weights.settle()
         if self._step is not None:
-            self._step.step()
+            self._step.step(self._backward.stepped if self._backward is not None else ())
+        if self._backward is not None:
+            self._backward.end_step()
         for name in list(self._looked_up):  # a new version is mapped afresh
             self.world.memory.add("pages", -self._looked_up.pop(name))
 
@@ -278,6 +304,8 @@ class Simulation:
             self._step.keep(frozenset(self.plan.resident_states))
         self._weights.window_nbytes = self.plan.window_nbytes
         self._gradients.limit_nbytes = self.plan.gradients_nbytes
+        if self._backward is not None:
+            self._backward.limit_nbytes = self.plan.gradients_nbytes
         self._weights.keep(frozenset(self.plan.resident))
 
     def _states_nbytes(self) -> dict[str, int]:
@@ -285,9 +313,10 @@ class Simulation:
         stepping = self._program.stepping
         if stepping is None:
             return {}
+        waits = self._backward is None  # else each gradient is used up at once
         return {
             name: sum(map(page_ceil, sizes))
-            + (page_ceil(self._sizes[name]) if self._sizes[name] >= MIN_NBYTES else 0)
+            + (page_ceil(self._sizes[name]) if waits and self._sizes[name] >= MIN_NBYTES else 0)
             for name, sizes in stepping.states_nbytes.items()
         }
 

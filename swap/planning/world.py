@@ -192,9 +192,10 @@ class World:
         began_s = self.now_s
         while flight.ended_s is None:
             self._serve_one()
-        if flight.ended_s > self.now_s:  # the drive is done with it, the link is not
-            self.compute(flight.ended_s - self.now_s)
-            self.now_s = flight.ended_s
+        # The drive is done with it, the link may not be.
+        while self.now_s < flight.ended_s and (self.reads.queue or self.writes.queue):
+            self._serve_one(flight.ended_s)
+        self.now_s = max(self.now_s, flight.ended_s)
         stalled_s = self.now_s - began_s
         self._totals.stall_s += stalled_s
         if self.is_recorded:

@@ -113,6 +113,18 @@ def test_json_tells_the_same(model: Path, capsys: pytest.CaptureFixture[str]) ->
     assert sum(memory.values()) == total
 
 
+def test_a_step_in_backward_moves_fewer_bytes(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [model, *LAPTOP, "--budget", "380MiB", "--seq", 128]
+    behind, within = answer(capsys, *words), answer(capsys, *words, "--step-in-backward")
+    assert within["plan"]["step_in_backward"]
+    assert not behind["plan"]["step_in_backward"]
+    how = {row["name"]: row["how"] for row in within["rows"]}
+    assert how["gradients"] == "used up in backward"
+    assert within["step"]["written_nbytes"] <= behind["step"]["written_nbytes"]
+
+
 def test_what_does_not_fit_is_3_with_a_budget_that_does(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,7 @@ CASES: Mapping[str, tuple[Callable[[], Program], Settings]] = {
     "frozen": (partial(_DEEP, frozen=True), settings(370)),
     "many tiles": (_WIDE, settings(680)),
     "many tiles, not fused": (partial(_WIDE, fused=False), settings(760)),
+    "in backward": (_DEEP, dataclasses.replace(settings(420), step_in_backward=True)),
     "never committed": (_WIDE, dataclasses.replace(settings(900), commits=False)),
 }
 

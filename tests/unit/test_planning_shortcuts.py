@@ -128,7 +128,7 @@ def test_what_nobody_decides_upon_is_added_up() -> None:
     program = decoder(blocks=4)
     costs = Costs(machine(), DRIVE)
     moments = compile_program(program, costs).moments
-    assert not {moment.what for moment in moments} & {What.COMPUTE, What.ALLOCATE}
+    assert not {moment.what for moment in moments[:-1]} & {What.COMPUTE, What.ALLOCATE}
     computing = [event.which for event in program.events if event.what is What.COMPUTE]
     made = [event.which for event in program.events if event.what is What.ALLOCATE]
     calls = sum(event.what in {What.SAVE, What.UNSAVE} for event in program.events)

@@ -1,0 +1,119 @@
+"""The step inside backward of a simulated run: ``swap.backward_step`` on a virtual clock."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from offload.swap.planning.sim_pipeline import SimPipeline
+from offload.swap.planning.sim_step import SimStep
+from offload.swap.planning.sim_weights import SimWeight, SimWeights
+from offload.swap.planning.world import World
+
+
+@dataclass(slots=True, eq=False)
+class _Target:
+    """A weight whose tiles are in flight."""
+
+    step: "SimBackwardStep"
+    weight: SimWeight
+    tiles: int
+
+    def wrote_one(self) -> None:
+        self.tiles -= 1
+        if not self.tiles:
+            self.step.wrote(self.weight)
+
+
+class SimBackwardStep:
+    """Steps weights as their gradients arrive.
+
+    Args:
+        limit_nbytes: bytes of gradients that may wait for their step.
+
+    Attributes:
+        stepped: the weights of the present step that are done, or on their way.
+        spent_s: seconds that backward spent on steps, since the last ``end_step``.
+        stalled_s: those of it that were waits.
+    """
+
+    def __init__(
+        self, world: World, weights: SimWeights, step: SimStep, *, limit_nbytes: int
+    ) -> None:
+        self._world = world
+        self._weights = weights
+        self._step = step
+        self.limit_nbytes = limit_nbytes
+        self.stepped: dict[str, SimWeight] = {}  # in the order of their gradients
+        self.spent_s = self.stalled_s = 0.0
+        self._next: dict[str, SimWeight] = {}  # the gradient that came after, last time
+        self._pending_nbytes = 0  # gradients whose weights are being stepped
+
+    @property
+    def _pipeline(self) -> SimPipeline:
+        return self._step.pipeline
+
+    def take(self, weight: SimWeight) -> None:
+        """The gradient of ``weight`` is complete."""
+        self._world.memory.add("gradients", weight.nbytes)
+        self.stepped[weight.name] = weight
+        with self._timed():
+            if self._step.keeps(weight):
+                self._step.step_in_memory([weight.name])
+                self._world.memory.add("gradients", -weight.nbytes)
+            else:
+                self._step_tiled(weight)
+            self._make_room(self._coming_nbytes(weight))
+
+    def _step_tiled(self, weight: SimWeight) -> None:
+        self._weights.hold(weight)
+        self._pending_nbytes += weight.nbytes
+        tiles = list(self._step.tiles([weight.name]))
+        target = _Target(self, weight, sum(count for _, count in tiles))
+        for tile, count in tiles:
+            self._pipeline.add(tile, count, target.wrote_one)
+        self._pipeline.advance()
+        while self._pending_nbytes > self.limit_nbytes:
+            self._pipeline.advance_one()
+
+    def wrote(self, weight: SimWeight) -> None:
+        """All tiles of ``weight`` are written: its gradient goes."""
+        self._weights.let_go(weight)
+        self._pending_nbytes -= weight.nbytes
+        self._world.memory.add("gradients", -weight.nbytes)
+
+    def _coming_nbytes(self, weight: SimWeight) -> int:
+        """Of the gradient that comes next; in the first step, of the largest that may."""
+        if self._next:
+            coming = self._next.get(weight.name)
+            return coming.nbytes if coming is not None else 0
+        unseen = (one for one in self._step.names if one not in self.stepped)
+        return max((self._weights.weights[one].nbytes for one in unseen), default=0)
+
+    def _make_room(self, nbytes: int) -> None:
+        room = self._world.memory.room
+        while nbytes > room() and self._pending_nbytes:
+            self._pipeline.advance_one()
+        if nbytes > room():
+            self._pipeline.staging.close()
+            self._weights.give_up(nbytes - room())
+
+    def end_backward(self) -> None:
+        """Backward gives control to the user's code: what it began is finished."""
+        with self._timed():
+            self._pipeline.finish()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = self._world.reading()
+        yield
+        ended = self._world.reading()
+        self.spent_s += ended.now_s - began.now_s
+        self.stalled_s += ended.stall_s - began.stall_s
+
+    def end_step(self) -> None:
+        """The step is over; the next one is expected to be like it."""
+        order = list(self.stepped.values())
+        self._next = {one.name: after for one, after in itertools.pairwise(order)}
+        self.stepped = {}
+        self.spent_s = self.stalled_s = 0.0
