@@ -11,6 +11,9 @@ PYTHON ?= python3
 TORCH_PIP_ARGS ?=
 # Extra arguments for pytest, for example: make test PYTEST_ARGS="-k store -x"
 PYTEST_ARGS ?=
+# Processes that run tests, each with one thread, or 0: all tests in the one process of pytest.
+# "logical" is one for each processor, up to 4 of them, for each may take 2 GiB of memory.
+TEST_WORKERS ?= logical
 # Extra arguments for the quickstart, for example: make run RUN_ARGS="--steps 40"
 RUN_ARGS ?=
 
@@ -39,7 +42,8 @@ run: setup
 	$(BIN)/python recipes/quickstart.py $(RUN_ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses=$(TEST_WORKERS) --maxprocesses=4 --dist=worksteal \
+	  $(PYTEST_ARGS)
 
 # Types and layers are checked in the type tree, where the mapped packages stand inside offload/.
 lint: setup

@@ -57,6 +57,7 @@ def run(*command: object, cwd: Path | None = None) -> "subprocess.CompletedProce
     return subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd)
 
 
+@pytest.mark.usefixtures("several_threads")
 def test_an_unmodified_script_gives_the_same_bits(script: Path, tmp_path: Path) -> None:
     plain = run(script, "7", "--flag")
     record = tmp_path / "record"

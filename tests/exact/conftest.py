@@ -32,6 +32,11 @@ class Comparison:
         return {event.role for event in events if isinstance(event, Move)}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _threads(several_threads: None) -> None:
+    """Whatever a thread computes of a tensor, the bits are the same."""
+
+
 @pytest.fixture
 def starve(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
     """Attaches with a window, gradients and activations of (nearly) no bytes."""
@@ -81,6 +86,12 @@ def compare(starve: Callable[..., Engine]) -> Callable[..., Comparison]:
         )
 
     return run
+
+
+@pytest.fixture
+def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an end that is off every grid: 300 * 257 = 77,100 elements."""
+    monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: 64 * 160)
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module) -> None:

@@ -1,25 +1,31 @@
 """States in 8 bits: the bits of a loop in memory that codes its states after each step."""
 
 import copy
-import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from master_runs import InMemory
+from state_runs import (
+    LARGE_NUMEL,
+    Lossy,
+    adamw,
+    adamw_of,
+    attach_with_room,
+    code_states,
+    through_a_file,
+)
 from test_exact_optimizers import OPTIMIZERS
 from torch import nn
 from torch.nn import functional as F
 
 import offload
-from offload.allocator.errors import StoreMismatchError, UnsupportedError
-from offload.engine import Engine
+from offload.allocator.errors import UnsupportedError
 from offload.saving import step_writes_nbytes
 from offload.swap.eightbit import pack, packed_nbytes, unpack
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.packed_state import PackedState
-from offload.swap.staged_states import rounding_key
 from offload.swap.state_precision import Precision
 from offload.tiers.events import Move
 
@@ -56,66 +62,27 @@ def make_model() -> Any:
     return model
 
 
-def adamw(parameters: Any) -> Any:
-    return torch.optim.AdamW(parameters, 1e-3, fused=True)
+def loss_of(model: Any, step: int) -> torch.Tensor:
+    x = torch.randn(8, 700, generator=torch.Generator().manual_seed(step))
+    x = x.to(model[0].weight.dtype)
+    return F.mse_loss(model(x).float() * model.scale, x[:, :303].float())
 
 
-def train(model: Any, optimizer: Any, steps: range, after: Any = None) -> list[float]:
-    losses = []
-    for step in steps:
-        x = torch.randn(8, 700, generator=torch.Generator().manual_seed(step))
-        x = x.to(model[0].weight.dtype)
-        loss = F.mse_loss(model(x).float() * model.scale, x[:, :303].float()) + model.empty.sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if after is not None:
-            after(step)
-    return losses
+def code(values: torch.Tensor, name: str, key: int) -> None:
+    signed = name in ("exp_avg", "momentum_buffer")
+    packed = torch.empty(packed_nbytes(values.numel()), dtype=torch.uint8)
+    pack(values.flatten(), packed, signed=signed, key=key, start=0)
+    unpack(packed, values.view(-1), signed=signed)
 
 
-def code_states(model: nn.Module, optimizer: Any, step: int, masters: Any = None) -> None:
-    """What the store does to states, done to those of a loop in memory."""
-    for (name, parameter), own in zip(
-        model.named_parameters(), masters or model.parameters(), strict=True
-    ):
-        for key, value in optimizer.state.get(own, {}).items():
-            if isinstance(value, torch.Tensor) and value.numel() > 1024:
-                signed = key in ("exp_avg", "momentum_buffer")
-                packed = torch.empty(packed_nbytes(parameter.numel()), dtype=torch.uint8)
-                bits = rounding_key(step, f"{name}#{key}", "step")
-                pack(value.flatten(), packed, signed=signed, key=bits, start=0)
-                unpack(packed, value.view(-1), signed=signed)
+def check(value: torch.Tensor, shown: torch.Tensor) -> None:
+    assert isinstance(shown, PackedState) == (value.numel() > LARGE_NUMEL)
+    assert (shown.dtype, shown.shape) == (value.dtype, value.shape)
+    assert torch.equal(value, shown)
 
 
-def assert_same(plain: Any, plain_optimizer: Any, model: Any, optimizer: Any) -> None:
-    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
-        assert torch.equal(one, other)
-        kept, shown = plain_optimizer.state.get(one, {}), optimizer.state.get(other, {})
-        assert list(kept) == list(shown)
-        for key, value in kept.items():
-            found = shown[key]
-            if isinstance(value, torch.Tensor):
-                assert isinstance(found, PackedState) == (value.numel() > 1024)
-                assert (found.dtype, found.shape) == (value.dtype, value.shape)
-                assert torch.equal(value, found), key
-            else:
-                assert value == found
-
-
-def run_both(
-    starve: Any, make_optimizer: Callable[[Any], Any], config: dict[str, Any]
-) -> tuple[Engine, Any, Any]:
-    torch.manual_seed(0)
-    plain = make_model()
-    model = copy.deepcopy(plain)
-    one, optimizer = make_optimizer(plain.parameters()), make_optimizer(model.parameters())
-    expected = train(plain, one, range(STEPS), lambda step: code_states(plain, one, step))
-    engine = starve(model, optimizer, config=config)
-    assert train(model, optimizer, range(STEPS)) == expected
-    assert_same(plain, one, model, optimizer)
-    return engine, model, optimizer
+IN_8_BITS = Lossy(make_model=make_model, loss_of=loss_of, code=code, check=check)
+train = IN_8_BITS.train
 
 
 @pytest.mark.parametrize("name", CODED)
@@ -123,7 +90,7 @@ def run_both(
 def test_each_optimizer_computes_with_its_states_coded(
     name: str, config: dict[str, Any], starve: Any
 ) -> None:
-    run_both(starve, CODED[name], config)
+    IN_8_BITS.run_both(starve, lambda model: CODED[name](model.parameters()), config, range(STEPS))
 
 
 @pytest.mark.parametrize("chunk_numel", [1 << 19, 2 << 20])
@@ -133,14 +100,11 @@ def test_tiles_of_any_size_give_the_same_bits(
 ) -> None:
     """Small budgets choose small tiles."""
     monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: chunk_numel)
-    run_both(starve, adamw, config)
+    IN_8_BITS.run_both(starve, adamw_of, config, range(STEPS))
 
 
 def test_with_room_for_everything_the_bits_are_the_same(tmp_path: Path) -> None:
-    def attach(model: Any, optimizer: Any, **options: Any) -> Engine:
-        return offload.attach(model, optimizer, budget="8GiB", nvme=tmp_path, **options)
-
-    engine, _, _ = run_both(attach, adamw, EIGHT)
+    engine, _, _ = IN_8_BITS.run_both(attach_with_room(tmp_path), adamw_of, EIGHT, range(STEPS))
     assert not set(engine.plan.resident_states) - {"empty"}
     engine.detach()
 
@@ -149,35 +113,23 @@ def test_with_masters_of_bf16_weights(starve: Any) -> None:
     torch.manual_seed(0)
     twin = make_model().bfloat16()
     model = copy.deepcopy(twin)
-    masters = [nn.Parameter(p.detach().float()) for p in twin.parameters()]
-    plain, optimizer = adamw(masters), adamw(model.parameters())
-
-    class Loop:
-        def step(self) -> None:
-            for parameter, master in zip(twin.parameters(), masters, strict=True):
-                master.grad = parameter.grad.float()
-            plain.step()
-            with torch.no_grad():
-                for parameter, master in zip(twin.parameters(), masters, strict=True):
-                    high = master.view(torch.int32) & -65536
-                    parameter.copy_(high.view(torch.float32))
-
-        def zero_grad(self) -> None:
-            twin.zero_grad()
-
+    plain, optimizer = InMemory(twin, adamw), adamw_of(model)
+    masters = [master for _, master in plain.pairs]
     steps = range(STEPS)
-    expected = train(twin, Loop(), steps, lambda step: code_states(twin, plain, step, masters))
+    expected = train(
+        twin, plain, steps, lambda step: code_states(code, twin, plain.optimizer, step, masters)
+    )
     starve(model, optimizer, config={**IN_BACKWARD, "master_weights": "fp32"})
     assert train(model, optimizer, steps) == expected
     for parameter, master in zip(model.parameters(), masters, strict=True):
-        for key, value in plain.state[master].items():
+        for key, value in plain.optimizer.state[master].items():
             assert torch.equal(value, optimizer.state[parameter][key])
     low = optimizer.state[model[0].weight]["master_low"].int() & 0xFFFF
     assert torch.equal(masters[2].view(torch.int32) & 0xFFFF, low)
 
 
 def test_two_bytes_a_parameter_of_states_move(starve: Any) -> None:
-    engine, model, _ = run_both(starve, adamw, IN_BACKWARD)
+    engine, model, _ = IN_8_BITS.run_both(starve, adamw_of, IN_BACKWARD, range(STEPS))
     weights = [p.numel() for p in model.parameters() if p.numel() > 64 << 10]
     states = 2 * sum(packed_nbytes(numel) for numel in weights)
     moves = [e for e in engine._journal.recorder.events if isinstance(e, Move)]  # type: ignore[attr-defined]
@@ -190,7 +142,7 @@ def test_two_bytes_a_parameter_of_states_move(starve: Any) -> None:
 
 def test_what_is_reserved_and_written_is_a_quarter_of_it_too() -> None:
     model = make_model()
-    optimizer = adamw(model.parameters())
+    optimizer = adamw_of(model)
     exact, coded = (
         state_nbytes(optimizer, precision=one) for one in (Precision(), Precision(states="8bit"))
     )
@@ -200,7 +152,7 @@ def test_what_is_reserved_and_written_is_a_quarter_of_it_too() -> None:
 
 
 def test_what_is_shown_reads_as_numbers_and_can_not_be_written(starve: Any) -> None:
-    _, model, optimizer = run_both(starve, adamw, EIGHT)
+    _, model, optimizer = IN_8_BITS.run_both(starve, adamw_of, EIGHT, range(STEPS))
     shown = optimizer.state[model[0].weight]["exp_avg_sq"]
     values = shown.clone()
     assert type(values) is torch.Tensor
@@ -224,17 +176,14 @@ def test_what_is_shown_reads_as_numbers_and_can_not_be_written(starve: Any) -> N
 
 def test_a_state_dict_goes_out_and_comes_back(starve: Any, tmp_path: Path) -> None:
     model = make_model()
-    optimizer = adamw(model.parameters())
+    optimizer = adamw_of(model)
     starve(model, optimizer, nvme=tmp_path / "one", config=EIGHT)
     train(model, optimizer, range(3))
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = through_a_file(optimizer.state_dict())
     direct = optimizer.state_dict()
     for source in (saved, direct, copy.deepcopy(direct)):
         fresh = make_model()
-        other = adamw(fresh.parameters())
+        other = adamw_of(fresh)
         place = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         with offload.attach(fresh, other, budget="8GiB", nvme=place, config=EIGHT) as engine:
             other.load_state_dict(source)
@@ -251,27 +200,9 @@ def test_a_state_dict_goes_out_and_comes_back(starve: Any, tmp_path: Path) -> No
 
 @BOTH
 def test_a_resumed_run_continues_bit_for_bit(config: dict[str, Any], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    start = make_model().state_dict()
-    ends = []
-    for parts in ([range(6)], [range(2), range(2, 5), range(5, 6)]):
-        losses = []
-        for steps in parts:
-            model = make_model()
-            model.load_state_dict(start)
-            optimizer = adamw(model.parameters())
-            nvme = tmp_path / str(len(parts))
-            with offload.attach(
-                model, optimizer, budget="8GiB", nvme=nvme, config=config
-            ) as engine:
-                assert engine.step == steps.start
-                losses += train(model, optimizer, steps)
-        ends.append((losses, model.state_dict(), optimizer.state_dict()["state"]))
-    assert ends[0][0] == ends[1][0]
-    assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
-    for index, state in ends[0][2].items():
+    states = IN_8_BITS.resume_and_compare(config, tmp_path)
+    for state in states.values():
         if state["exp_avg"].numel():
-            assert all(torch.equal(value, ends[1][2][index][key]) for key, value in state.items())
             assert all(type(value) is torch.Tensor for value in state.values())  # detached
             assert all(value.dtype == torch.float32 for value in state.values())
 
@@ -280,15 +211,7 @@ def test_a_resumed_run_continues_bit_for_bit(config: dict[str, Any], tmp_path: P
 def test_another_precision_does_not_continue_a_store(
     first: str, second: str, tmp_path: Path
 ) -> None:
-    model = make_model()
-    optimizer = adamw(model.parameters())
-    config = {"state_precision": first}
-    with offload.attach(model, optimizer, budget="8GiB", nvme=tmp_path, config=config):
-        train(model, optimizer, range(1))
-    message = f"state_precision is {first}, this one's is {second} .set it to '{first}'"
-    config = {"state_precision": second}
-    with pytest.raises(StoreMismatchError, match=message):
-        offload.attach(model, optimizer, budget="8GiB", nvme=tmp_path, config=config)
+    IN_8_BITS.refuse_another(first, second, tmp_path)
 
 
 @pytest.mark.parametrize("name", REFUSED)

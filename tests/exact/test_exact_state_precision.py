@@ -5,24 +5,21 @@ the number of starts.
 """
 
 import copy
-import io
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from state_runs import LARGE_NUMEL, Lossy, adamw_of, round_values, through_a_file
 from test_exact_optimizers import OPTIMIZERS, make_model, two_groups
 from torch import nn
 from torch.nn import functional as F
 
 import offload
-from offload.allocator.errors import StoreMismatchError, UnsupportedError
+from offload.allocator.errors import UnsupportedError
 from offload.engine import Engine
 from offload.saving import step_writes_nbytes
 from offload.swap.optim_kinds import state_nbytes
-from offload.swap.rounding import round_to_bf16
-from offload.swap.staged_states import rounding_key
 from offload.swap.state_precision import Precision
 from offload.tiers.events import Move
 
@@ -42,74 +39,22 @@ ROUNDABLE = {name: make for name, make in OPTIMIZERS.items() if name not in REFU
 }
 
 
-@pytest.fixture(autouse=True)
-def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an end that is off every grid: 300 * 257 = 77,100 elements."""
-    monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: 64 * 160)
+pytestmark = pytest.mark.usefixtures("many_tiles")
 
 
-def adamw(model: nn.Module) -> Any:
-    return torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+def loss_of(model: Any, step: int) -> torch.Tensor:
+    x = torch.randn(32, 300, generator=torch.Generator().manual_seed(step))
+    return F.mse_loss(model(x) * model.scale, x)
 
 
-def train(model: Any, optimizer: Any, steps: range, after: Any = None) -> list[float]:
-    losses = []
-    for step in steps:
-        x = torch.randn(32, 300, generator=torch.Generator().manual_seed(step))
-        loss = F.mse_loss(model(x) * model.scale, x) + model.empty.sum()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        if after is not None:
-            after(step)
-    return losses
+def check(value: torch.Tensor, shown: torch.Tensor) -> None:
+    large = value.numel() > LARGE_NUMEL
+    assert shown.dtype == (torch.bfloat16 if large else torch.float32)
+    assert torch.equal(value, shown.to(value.dtype))
 
 
-def round_states(model: nn.Module, optimizer: Any, step: int) -> None:
-    """What the store does to states, done to those of a loop in memory."""
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor) and value.numel() > 1024:
-                rounded = torch.empty(value.numel(), dtype=torch.bfloat16)
-                bits = rounding_key(step, f"{name}#{key}", "step")
-                round_to_bf16(value.flatten(), rounded, key=bits, start=0)
-                value.copy_(rounded.view_as(value))
-
-
-def assert_same(plain: Any, plain_optimizer: Any, model: Any, optimizer: Any) -> None:
-    mine, theirs = plain.state_dict(), model.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
-    for one, other in zip(plain.parameters(), model.parameters(), strict=True):
-        kept, shown = plain_optimizer.state.get(one, {}), optimizer.state.get(other, {})
-        assert list(kept) == list(shown)
-        for key, value in kept.items():
-            found = shown[key]
-            if isinstance(value, torch.Tensor):
-                large = value.numel() > 1024
-                assert found.dtype == (torch.bfloat16 if large else torch.float32)
-                assert torch.equal(value, found.to(value.dtype)), key
-            else:
-                assert value == found
-
-
-def run_both(
-    starve: Any, make_optimizer: Callable[[Any], Any], config: dict[str, Any]
-) -> tuple[Engine, Any]:
-    torch.manual_seed(0)
-    plain: Any = make_model()
-    model = copy.deepcopy(plain)
-    plain_optimizer, optimizer = make_optimizer(plain), make_optimizer(model)
-    expected = train(
-        plain,
-        plain_optimizer,
-        range(STEPS),
-        lambda step: round_states(plain, plain_optimizer, step),
-    )
-    engine = starve(model, optimizer, config=config)
-    assert train(model, optimizer, range(STEPS)) == expected
-    assert_same(plain, plain_optimizer, model, optimizer)
-    return engine, model
+ROUNDED = Lossy(make_model=make_model, loss_of=loss_of, code=round_values, check=check)
+train = ROUNDED.train
 
 
 @pytest.mark.parametrize("name", ROUNDABLE)
@@ -117,7 +62,9 @@ def run_both(
 def test_each_optimizer_computes_with_its_states_rounded(
     name: str, config: dict[str, Any], starve: Any
 ) -> None:
-    run_both(starve, lambda model: ROUNDABLE[name](model.parameters()), config)
+    ROUNDED.run_both(
+        starve, lambda model: ROUNDABLE[name](model.parameters()), config, range(STEPS)
+    )
 
 
 @pytest.mark.parametrize("chunk_numel", [64 * 32, 64 * 1024, 2 << 20])
@@ -127,11 +74,11 @@ def test_tiles_of_any_size_give_the_same_bits(
 ) -> None:
     """Small budgets choose small tiles."""
     monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: chunk_numel)
-    run_both(starve, two_groups, config)
+    ROUNDED.run_both(starve, two_groups, config, range(STEPS))
 
 
 def test_half_of_the_bytes_of_states_move(starve: Any) -> None:
-    engine, model = run_both(starve, adamw, IN_BACKWARD)
+    engine, model, _ = ROUNDED.run_both(starve, adamw_of, IN_BACKWARD, range(STEPS))
     stepped = sum(p.numel() for p in model.parameters() if p.numel() > 64 << 10)
     moves = [e for e in engine._journal.recorder.events if isinstance(e, Move)]  # type: ignore[attr-defined]
     states = [e for e in moves if e.role == "state"]
@@ -141,7 +88,7 @@ def test_half_of_the_bytes_of_states_move(starve: Any) -> None:
 
 def test_what_is_reserved_and_written_is_half_of_it_too() -> None:
     model = make_model()
-    optimizer = adamw(model)
+    optimizer = adamw_of(model)
     exact, rounded = (state_nbytes(optimizer, precision=one) for one in (Precision(), BF16_STATES))
     assert exact == 2 * rounded == 8 * sum(p.numel() for p in model.parameters())
     writes = [step_writes_nbytes(model, optimizer, one) for one in (Precision(), BF16_STATES)]
@@ -152,7 +99,7 @@ def test_training_is_close_to_that_with_exact_states(starve: Any) -> None:
     torch.manual_seed(0)
     plain: Any = make_model()
     model = copy.deepcopy(plain)
-    plain_optimizer, optimizer = adamw(plain), adamw(model)
+    plain_optimizer, optimizer = adamw_of(plain), adamw_of(model)
     expected = train(plain, plain_optimizer, range(60))
     starve(model, optimizer, config=IN_BACKWARD)
     losses = train(model, optimizer, range(60))
@@ -174,7 +121,7 @@ def test_parameters_that_are_bf16_have_exact_states(compare: Any) -> None:
             losses.append(loss.item())
         return losses
 
-    compare(lambda: make_model().bfloat16(), adamw, loop, config=BF16)
+    compare(lambda: make_model().bfloat16(), adamw_of, loop, config=BF16)
 
 
 def test_sparse_gradients(starve: Any) -> None:
@@ -199,16 +146,13 @@ def test_sparse_gradients(starve: Any) -> None:
 
 def test_a_state_dict_goes_out_and_comes_back(starve: Any, tmp_path: Path) -> None:
     model: Any = make_model()
-    optimizer = adamw(model)
+    optimizer = adamw_of(model)
     starve(model, optimizer, nvme=tmp_path / "one", config=BF16)
     train(model, optimizer, range(3))
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    saved = through_a_file(optimizer.state_dict())
     assert saved["state"][2]["exp_avg"].dtype == torch.bfloat16
     fresh: Any = make_model()
-    other = adamw(fresh)
+    other = adamw_of(fresh)
     engine = starve(fresh, other, nvme=tmp_path / "other", config=BF16)
     other.load_state_dict(saved)
     engine.commit()  # stored as it is: what bfloat16 holds is not rounded again
@@ -220,10 +164,10 @@ def test_a_state_dict_goes_out_and_comes_back(starve: Any, tmp_path: Path) -> No
 
 def test_exact_states_are_rounded_where_they_are_loaded(starve: Any) -> None:
     plain: Any = make_model()
-    plain_optimizer = adamw(plain)
+    plain_optimizer = adamw_of(plain)
     train(plain, plain_optimizer, range(3))
     model: Any = make_model()
-    optimizer = adamw(model)
+    optimizer = adamw_of(model)
     engine = starve(model, optimizer, config=BF16)
     optimizer.load_state_dict(plain_optimizer.state_dict())
     engine.commit()
@@ -238,57 +182,19 @@ def test_exact_states_are_rounded_where_they_are_loaded(starve: Any) -> None:
 
 @pytest.mark.parametrize("config", [BF16, IN_BACKWARD], ids=["behind", "in backward"])
 def test_a_resumed_run_continues_bit_for_bit(config: dict[str, Any], tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    start = make_model().state_dict()
-    ends = []
-    for parts in ([range(6)], [range(2), range(2, 5), range(5, 6)]):
-        losses = []
-        for steps in parts:
-            model: Any = make_model()
-            model.load_state_dict(start)
-            optimizer = adamw(model)
-            nvme = tmp_path / str(len(parts))
-            with offload.attach(
-                model, optimizer, budget="8GiB", nvme=nvme, config=config
-            ) as engine:
-                assert engine.step == steps.start
-                losses += train(model, optimizer, steps)
-        ends.append((losses, model.state_dict(), optimizer.state_dict()["state"]))
-    assert ends[0][0] == ends[1][0]
-    assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
-    for index, state in ends[0][2].items():
-        if state["exp_avg"].numel():
-            assert all(torch.equal(value, ends[1][2][index][key]) for key, value in state.items())
+    ROUNDED.resume_and_compare(config, tmp_path)
 
 
 @pytest.mark.parametrize(("first", "second"), [("exact", "bf16"), ("bf16", "exact")])
 def test_another_precision_does_not_continue_a_store(
     first: str, second: str, tmp_path: Path
 ) -> None:
-    def attach(precision: str, **options: Any) -> tuple[Any, Any, Engine]:
-        model: Any = make_model()
-        optimizer = adamw(model)
-        config = {"state_precision": precision}
-        engine = offload.attach(
-            model, optimizer, budget="8GiB", nvme=tmp_path, config=config, **options
-        )
-        return model, optimizer, engine
-
-    model, optimizer, engine = attach(first)
-    train(model, optimizer, range(2))
-    engine.detach()
-    message = f"state_precision is {first}, this one's is {second} .set it to '{first}'"
-    with pytest.raises(StoreMismatchError, match=message):
-        attach(second)
-    engine = attach(first)[2]
-    assert engine.step == 2
-    engine.detach()
-    attach(second, resume="never")[2].detach()
+    ROUNDED.refuse_another(first, second, tmp_path)
 
 
 def test_a_detached_optimizer_has_states_of_its_own_type(starve: Any) -> None:
     model: Any = make_model()
-    optimizer = adamw(model)
+    optimizer = adamw_of(model)
     engine = starve(model, optimizer, config=BF16)
     train(model, optimizer, range(2))
     engine.detach()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
 SCRIPT = """
 import sys, time
@@ -60,35 +61,31 @@ print("digest", digest.hexdigest(), flush=True)
 """
 
 
-def start(place: Path, steps: int, paths: int, step: str) -> "subprocess.Popen[str]":
+def words_of(place: Path, steps: int, paths: int, step: str) -> list[str]:
     script = place / "train.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, str(script), str(place), str(steps), str(paths), step]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return [str(script), str(place), str(steps), str(paths), step]
 
 
-def finish(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate()
-    assert process.returncode == 0
-    return output.splitlines()[-1]
+def finish(place: Path, steps: int, paths: int, step: str) -> str:
+    """The last line of a run in a process that nothing is known of."""
+    command = [sys.executable, *words_of(place, steps, paths, step)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 def killed_and_resumed(place: Path, steps: int, paths: int, step: str, kills: int) -> str:
     """Kill the run ``kills`` times, each a random instant after a random number of steps."""
     moments = random.Random(kills)
     for _ in range(kills):
-        process = start(place, steps, paths, step)
-        assert process.stdout is not None
-        for _ in range(moments.randint(1, 3)):
-            process.stdout.readline()
-        try:
-            # Somewhere inside a later step: forward, optimizer, commit, whatever it meets.
-            process.wait(timeout=moments.uniform(0, 0.03))
-        except subprocess.TimeoutExpired:
-            process.kill()
-        process.stdout.close()
-        process.wait()
-    return finish(start(place, steps, paths, step))
+        child = Forked(*words_of(place, steps, paths, step))
+        assert child.output.readline()
+        for _ in range(moments.randint(0, 2)):
+            child.output.readline()
+        # Somewhere inside a later step: forward, optimizer, commit, whatever it meets.
+        child.process.join(moments.uniform(0, 0.03))
+        child.kill()
+    return finish(place, steps, paths, step)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +112,7 @@ def test_killed_runs_end_like_an_undisturbed_one(
         place.mkdir()
     # Over several paths, with a step in backward, and with states in memory the same comes out.
     way = f"streaming, {step.partition(', ')[2]}"
-    expected = finish(start(calm, steps, 1, way))
+    expected = finish(calm, steps, 1, way)
     assert expected.startswith("digest ")
     assert killed_and_resumed(disturbed, steps, paths, step, kills) == expected
     for path in range(1, paths):

@@ -3,7 +3,6 @@
 import errno
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Forked
 from torch import nn
 from torch.nn import functional as F
 
@@ -89,10 +89,9 @@ def test_a_failing_path_stops_the_run_before_anything_is_lost(
     assert f"path {failing + 1} of 2" in message
     # The last commit is whole, and another process goes on from it with the same bits.
     found = tmp_path / "found.pt"
-    done = subprocess.run(
-        [sys.executable, "-c", RESUME, *paths, found], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "2"
+    script = tmp_path / "resume.py"
+    script.write_text(RESUME)
+    assert Forked(*map(str, (script, *paths, found))).finish() == "2\n"
     for name, value in torch.load(found).items():
         assert torch.equal(value, plain.state_dict()[name]), name
 

@@ -13,6 +13,8 @@ from offload.swap.tokenwise.rows import FACTORIES, RULES, Axis, base_name
 aten = torch.ops.aten
 WIDTH = 6
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 
 class Tails:
     """Keeps rebuilt rows, written straight where that is possible."""

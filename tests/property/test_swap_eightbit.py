@@ -19,6 +19,8 @@ from offload.swap.staged_states import StagedPacked, packed_staging_nbytes, roun
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.memory import HostBuffer
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 KEYS = st.integers(0, (1 << 64) - 1)
 SIGNED = pytest.mark.parametrize("signed", [True, False])
 # Numbers of any size whose magnitudes are those of a real state: no NaN, no infinity.

@@ -15,6 +15,8 @@ from offload.swap.staged_states import StagedRounded, rounded_staging_nbytes, ro
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.memory import HostBuffer
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 KEYS = st.integers(0, (1 << 64) - 1)
 BITS = st.lists(st.integers(0, (1 << 32) - 1), min_size=1, max_size=200)
 

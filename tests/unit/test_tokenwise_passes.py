@@ -16,6 +16,8 @@ from offload.swap.tokenwise.tokenwise import TokenWise
 
 WIDTH, ROWS = 48, 256
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 
 class Mlp(nn.Module):
     """A block of row-wise operations alone."""
