@@ -5,6 +5,7 @@
 ``memory``: addresses of a step's transients, in two levels, on recorded steps of transformers.
 ``published``: results of papers, from their own figures of the hardware, by the simulator.
 ``simulator``: how fast steps are simulated, and what planning a deep model takes.
+``placement``: where everything goes over all tiers, against fixed rules.
 """
 
 import sys
@@ -13,12 +14,14 @@ from collections.abc import Callable
 import bench_plan_memory
 import bench_plan_simulator
 import bench_published
+import bench_plan_placement
 from benchlib import Result, arguments, finish
 
 PARTS: dict[str, Callable[..., None]] = {
     "memory": bench_plan_memory.measure,
     "published": bench_published.measure,
     "simulator": bench_plan_simulator.measure,
+    "placement": bench_plan_placement.measure,
 }
 
 
