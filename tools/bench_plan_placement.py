@@ -17,7 +17,7 @@ from offload.swap.planning.placing.check import check
 from offload.swap.planning.placing.choices import Rules
 from offload.swap.planning.placing.network import Network
 from offload.swap.planning.placing.solve import place
-from offload.swap.planning.placing.work import Work
+from offload.swap.planning.placing.work import Role, Work
 from offload.swap.planning.predict import Baseline
 from offload.swap.planning.program import Program, What
 
@@ -115,11 +115,11 @@ def _step_s(works: Sequence[Work], network: Network, rules: Rules) -> float:
         return math.inf
 
 
-def _kept(network: Network) -> dict[str, tuple[str, ...]]:
+def _kept(network: Network) -> dict[Role, tuple[str, ...]]:
     return {"saved": (network.compute,)}
 
 
-def _streamed(network: Network) -> dict[str, tuple[str, ...]]:
+def _streamed(network: Network) -> dict[Role, tuple[str, ...]]:
     below = tuple(tier for tier in network.budgets if tier != network.compute)
     return {"weights": below, "frozen": below}
 

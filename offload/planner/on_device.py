@@ -174,7 +174,7 @@ class Placing:
 
     def _work(self, program: Program, passes: int) -> Work:
         kinds, order = reduce_program(program, self._costs.seconds)
-        staging = 16 * 4 * choose_chunk_numel(self.budgets["host"])  # tiles, as attach has them
+        staging = 16 * 4 * choose_chunk_numel(0)  # the least tiles that attach has in flight
         host = self._baseline.attach_nbytes + self._baseline.running_nbytes
         return Work(
             kinds=kinds,

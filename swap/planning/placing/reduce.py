@@ -209,10 +209,10 @@ class _Cutting:
         self._unsaved_nbytes += nbytes * (after - before)
         if current >= 0:
             stage = self._stages[current]
-            peak = stage.forward_peak if forward else stage.backward_peak
-            if self._unsaved_nbytes > peak:
-                name = "forward_peak" if forward else "backward_peak"
-                setattr(stage, name, self._unsaved_nbytes)
+            if forward:
+                stage.forward_peak = max(stage.forward_peak, self._unsaved_nbytes)
+            else:
+                stage.backward_peak = max(stage.backward_peak, self._unsaved_nbytes)
 
     def _work(self, number: int, stage: _Stage) -> BlockWork:
         trained = frozen = states = 0

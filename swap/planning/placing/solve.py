@@ -36,7 +36,7 @@ from offload.swap.planning.placing.choices import (
 from offload.swap.planning.placing.network import Network
 from offload.swap.planning.placing.placement import Placement, Price, make_placement
 from offload.swap.planning.placing.program import INFINITY, LinearProgram, Solved
-from offload.swap.planning.placing.work import Work
+from offload.swap.planning.placing.work import Role, Work
 
 _SAME = 1e-7  # of a step: plans that differ less are equally fast
 _MIB = 1 << 20
@@ -215,7 +215,7 @@ class _Program:
         for choice, column in zip(self.choices, columns, strict=True):
             key = choice.kind, choice.role, choice.part, choice.stepper
             groups[key][column] = self._share(choice)
-        self._check_placeable(groups)
+        self._check_placeable({key[:3] for key in groups})
         for at, kind in enumerate(self.work.kinds):
             if roles := stepped_roles(kind):
                 stepped = {
@@ -229,14 +229,13 @@ class _Program:
             if stepper is None:
                 program.row(1.0, terms, 1.0)
 
-    def _check_placeable(self, groups: object) -> None:
-        assert isinstance(groups, dict)
+    def _check_placeable(self, placeable: set[tuple[int, str, int]]) -> None:
         for at, kind in enumerate(self.work.kinds):
-            wanted = [(role, 0) for role in stepped_roles(kind)]
+            wanted: list[tuple[Role, int]] = [(role, 0) for role in stepped_roles(kind)]
             wanted += [("frozen", 0)] if kind.frozen_nbytes else []
             wanted += [("saved", number) for number in range(len(kind.saved))]
             for role, part in wanted:
-                if not any(key[:3] == (at, role, part) for key in groups):
+                if (at, role, part) not in placeable:
                     raise ConfigError(
                         f"{kind.name}: the rules leave no place for its {role}: allow one of "
                         f"{', '.join(self.network.budgets)}"
