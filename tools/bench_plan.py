@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable
 
 import bench_plan_memory
+import bench_plan_placement
 import bench_plan_simulator
 import bench_published
-import bench_plan_placement
 from benchlib import Result, arguments, finish
 
 PARTS: dict[str, Callable[..., None]] = {
