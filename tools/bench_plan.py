@@ -6,12 +6,14 @@
 ``published``: results of papers, from their own figures of the hardware, by the simulator.
 ``prediction``: peaks and steps of real runs, predicted before; half an hour on a quiet machine.
 ``simulator``: how fast steps are simulated, and what planning a deep model takes.
+``placement``: where everything goes over all tiers, against fixed rules.
 """
 
 import sys
 from collections.abc import Callable
 
 import bench_plan_memory
+import bench_plan_placement
 import bench_plan_simulator
 import bench_published
 import plan_prediction
@@ -22,6 +24,7 @@ PARTS: dict[str, Callable[..., None]] = {
     "prediction": plan_prediction.measure,
     "published": bench_published.measure,
     "simulator": bench_plan_simulator.measure,
+    "placement": bench_plan_placement.measure,
 }
 
 

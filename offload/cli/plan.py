@@ -11,6 +11,7 @@ from offload.allocator.units import format_nbytes, parse_nbytes
 from offload.config import make_config
 
 if TYPE_CHECKING:
+    from offload.planner.on_device import PlacementAnswer, Placing
     from offload.planner.sources import Batch
     from offload.swap.planning.predict import Baseline, Prediction
     from offload.swap.planning.program import Program
@@ -36,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optim", metavar="O", help="adamw (default), adam, sgd, …")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--method", choices=["full", "lora"])
-    parser.add_argument("--budget", metavar="B", help="for example host=24GiB, or just 24GiB")
+    parser.add_argument(
+        "--budget",
+        metavar="B",
+        help="for example host=24GiB, or just 24GiB; with device=20GiB, and numa:1=64GiB, on a GPU",
+    )
     parser.add_argument("--nvme", metavar="DIR", help="the directory of the store")
     parser.add_argument("--commit", choices=["step", "never"], default="step")
     parser.add_argument(
@@ -86,12 +91,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from offload.planner.machines import find_machine, list_machines
+    from offload.planner.on_device import split_budget
+    from offload.planner.placement_text import placement_to_json, print_placement
     from offload.planner.text import print_answer, to_json
 
     if arguments.machine == "list":
         print(list_machines())
         return 0
-    budget = _budget_of(arguments.budget)
+    host, others = split_budget(arguments.budget)
+    budget = _budget_of(host)
     baseline_nbytes = _size("--baseline", arguments.baseline)
     _check_counts(arguments)
     source = _source_of(arguments)
@@ -102,7 +110,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
         machine = changed(machine, drive, parse_changes(arguments.what_if))
         name += f", what if {arguments.what_if}"
-    answer = _Asking(arguments, source, name, machine, drive, budget, baseline_nbytes).answer()
+    asking = _Asking(arguments, source, name, machine, drive, budget, baseline_nbytes)
+    if others:
+        placed = asking.place(others if budget is None else {"host": budget, **others})
+        if arguments.json:
+            print(placement_to_json(placed))
+        else:
+            print_placement(placed, explain=arguments.explain)
+        return 0
+    answer = asking.answer()
     if arguments.json:
         print(to_json(answer))
     else:
@@ -181,6 +197,56 @@ class _Asking:
             solved=solved,
             advice=advise(program, self.machine, self.settings, self.baseline, prediction),
             notes=self._notes(prediction),
+            placement=self._beside(program, batch),
+        )
+
+    def place(self, budgets: dict[str, int]) -> "PlacementAnswer":
+        """The answer where the model computes on a GPU.
+
+        Raises:
+            BudgetError: it does not fit.
+            ConfigError: a tier that the machine has not, or what was not measured.
+        """
+        from offload.planner.on_device import answer_placement
+        from offload.planner.sources import Batch
+
+        if self.arguments.record is not None:
+            raise ConfigError("--record keeps what is simulated on the CPU: leave device= out")
+        batch = Batch(sequences=self.arguments.batch or 1, length=self._length())
+        return answer_placement(
+            self._placing(budgets),
+            batch,
+            name=self.name,
+            title=self._title,
+            solve=self.arguments.solve,
+            longest=self.source.longest(),
+        )
+
+    def _beside(self, program: "Program", batch: "Batch") -> "PlacementAnswer | str | None":
+        """The placement on the GPU that this machine has besides, or why there is none."""
+        from offload.planner.on_device import answer_placement
+
+        if not any(tier.kind == "device" for tier in self.machine.tiers):
+            return None
+        try:
+            placing = self._placing({"host": self.settings.budget_nbytes}, {batch: program})
+            return answer_placement(placing, batch, name=self.name, title=self._title)
+        except (BudgetError, ConfigError) as error:
+            return str(error)
+
+    def _placing(
+        self, budgets: dict[str, int], known: "dict[Batch, Program] | None" = None
+    ) -> "Placing":
+        from offload.planner.on_device import Placing
+
+        return Placing(
+            self.source.trace,
+            self.machine,
+            self.settings.drive,
+            budgets,
+            self.baseline,
+            commits=self.settings.commits,
+            known=known or {},
         )
 
     def _fits(self, program: "Program") -> bool:
@@ -225,7 +291,7 @@ class _Asking:
     def _notes(self, prediction: "Prediction") -> tuple[str, ...]:
         notes = []
         if any(tier.kind == "device" for tier in self.machine.tiers):
-            notes.append("attach computes on the CPU: the GPU of this machine is not used")
+            notes.append("computing on the CPU is predicted; for the GPU see the placement")
         if prediction.building_nbytes == prediction.peak_nbytes:
             notes.append("the peak is that of building the model with offload.init")
         host = self.machine.tier("host").capacity_nbytes

@@ -138,7 +138,7 @@ def library_machine(name: str) -> Machine:
         processors=tuple(processors),
         tiers=tuple(tiers),
         links=tuple(_links(library, cpu, drive, gpu, file)),
-        compute=tuple(_rates(library, cpu)),
+        compute=(*_rates(library, cpu), *(_gpu_rates(library, gpu) if gpu else ())),
     )
 
 
@@ -210,3 +210,20 @@ def _rates(library: Mapping[str, Any], cpu: Mapping[str, Any]) -> Iterator[Compu
     }
     for work, per_s in others.items():
         yield ComputeRate(processor="cpu", work=work, dtype="float32", size=1, per_s=per_s)
+
+
+def _gpu_rates(library: Mapping[str, Any], gpu: Mapping[str, Any]) -> Iterator[ComputeRate]:
+    share = library["sustained"]
+    memory = gpu["bytes_per_s"] * share["memory"]
+    for dtype, flops in gpu["flops"].items():
+        rates: dict[Work, float] = {
+            "matmul": flops * share["matmul"],
+            "thin matmul": flops * share["matmul"] / 2,
+            "attention": flops * share["attention"],
+            "attention backward": flops * share["attention"],
+            "pointwise": memory,
+            "heavy": memory,  # what takes a CPU long hides behind a GPU's memory
+            "optimizer": memory,
+        }
+        for work, per_s in rates.items():
+            yield ComputeRate(processor="cuda:0", work=work, dtype=dtype, size=1 << 20, per_s=per_s)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,9 @@ from offload.allocator.units import format_nbytes, format_rate, format_seconds
 from offload.swap.planning.predict import Prediction
 from offload.swap.planning.program import Program
 from offload.tiers.machine import Machine
+
+if TYPE_CHECKING:
+    from offload.planner.on_device import PlacementAnswer
 
 WIDTH = 80
 FORMAT_VERSION = 1
@@ -36,6 +39,7 @@ class Answer:
         solved: what ``--solve`` found.
         advice: what to change, the best first.
         notes: what the user should know of the prediction.
+        placement: on the GPU that the machine has, or why there is none.
     """
 
     title: str
@@ -46,6 +50,7 @@ class Answer:
     solved: str | None
     advice: tuple[Advice, ...]
     notes: tuple[str, ...]
+    placement: "PlacementAnswer | str | None" = None
 
 
 def print_answer(answer: Answer, *, explain: bool, console: Console | None = None) -> None:
@@ -83,6 +88,13 @@ def print_answer(answer: Answer, *, explain: bool, console: Console | None = Non
             console.print(f"why          {line}", markup=False)
     for note in answer.notes:
         console.print(f"note: {note}", markup=False)
+    if isinstance(answer.placement, str):
+        console.print(f"note: no placement on the GPU: {answer.placement}", markup=False)
+    elif answer.placement is not None:
+        from offload.planner.placement_text import print_placement
+
+        console.print()
+        print_placement(answer.placement, explain=explain, console=console)
 
 
 def _table(answer: Answer) -> Table:
@@ -199,8 +211,19 @@ def to_json(answer: Answer) -> str:
         "advice": [dataclasses.asdict(advice) for advice in answer.advice],
         "why": list(explanation(answer)),
         "notes": list(answer.notes),
+        "placement": _placement(answer.placement),
     }
     return json.dumps(document, indent=2)
+
+
+def _placement(found: "PlacementAnswer | str | None") -> dict[str, Any] | None:
+    from offload.planner.placement_text import placement_document
+
+    if found is None:
+        return None
+    if isinstance(found, str):
+        return {"fits": False, "message": found}
+    return {"fits": True, **placement_document(found)}
 
 
 def refusal_to_json(message: str, needed_nbytes: int, budget_nbytes: int) -> str:

@@ -50,6 +50,18 @@ def test_the_quick_run_holds(monkeypatch, tmp_path, capsys) -> None:
     assert "DOES NOT HOLD" not in capsys.readouterr().out
 
 
+def test_the_quick_run_of_placements_holds(monkeypatch, tmp_path) -> None:
+    pytest.importorskip("transformers")
+    file = tmp_path / "placement.json"
+    words = ["bench_plan.py", "--part", "placement", "--quick", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", words)
+    assert bench_plan.main() == 0
+    document = json.loads(file.read_text())
+    assert [check["holds"] for check in document["checks"]] == [True]
+    (row,) = document["rows"]
+    assert row["kinds"] < row["stages"] < row["tensors"]
+
+
 def test_requests_for_the_real_allocator_come_once_and_go_once() -> None:
     for requests in (recorded_step(), random_requests(1)):
         living: set[int] = set()

@@ -1,0 +1,376 @@
+"""Placements: what they decide, what they refuse, and what the checker sees."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+from placing_cases import (
+    GIB,
+    HALF,
+    MIB,
+    block,
+    link,
+    small_machine,
+    small_network,
+    small_work,
+    steppers,
+    tier,
+)
+
+from offload.allocator.bilevel import plan_memory
+from offload.allocator.errors import BudgetError, ConfigError
+from offload.allocator.extent import Extent
+from offload.swap.planning.placing.check import check
+from offload.swap.planning.placing.choices import REBUILD, Rules
+from offload.swap.planning.placing.network import COMPUTE, make_network
+from offload.swap.planning.placing.placement import Share
+from offload.swap.planning.placing.schedule import schedule_of
+from offload.swap.planning.placing.solve import least_budget, place
+from offload.swap.planning.placing.work import FULL, SavedPart, Work
+
+
+def placed(work=None, network=None, rules=None, **budgets):
+    work, network = work or small_work(), network or small_network(**budgets)
+    found = place([work], network, rules)
+    check(found, work, network, precisions=(HALF,))
+    return found
+
+
+def fraction(found, role, where, part=None):
+    shares = [share for share in found.of(0, role, part) if share.where == where]
+    return sum(share.fraction for share in shares)
+
+
+# What it decides.
+
+
+def test_what_fits_on_the_device_stays_there():
+    found = placed(rules=Rules(steppers=("device",)), device_0=64 * GIB)
+    for role in ("weights", "gradients", "states"):
+        assert fraction(found, role, "device:0") == pytest.approx(1)
+    assert fraction(found, "saved", "device:0", "rows") == pytest.approx(1)
+    assert found.bound_by == COMPUTE
+    assert found.exposed_s == 0
+
+
+def test_what_does_not_goes_where_it_costs_least():
+    roomy, tight = placed(device_0=16 * GIB), placed(device_0=4 * GIB)
+    assert tight.step_s > roomy.step_s
+    assert fraction(tight, "states", "device:0") < 0.1
+    assert fraction(tight, "weights", "device:0") < fraction(roomy, "weights", "device:0")
+
+
+def test_a_step_is_as_long_as_its_phases_and_what_nothing_hides():
+    work = Work(kinds=(block(saved=(), states_nbytes=0, gradients_nbytes=0),), order=(0,) * 4)
+    network = small_network(device_0=2 * GIB)
+    found = placed(work, network, Rules(homes={"weights": ("host",)}, steppers=("cpu",)))
+    nbytes, bus = 400 * MIB, 25e9
+    assert found.exposed_s == pytest.approx(nbytes / bus)  # the first block's weights
+    forward, backward, step = found.phases
+    assert forward.lanes["host → device:0"] == pytest.approx(3 * nbytes / bus)
+    assert backward.lanes["host → device:0"] == pytest.approx(3 * nbytes / bus)  # the last is there
+    assert forward.seconds == pytest.approx(4 * 0.05)
+    assert backward.seconds == pytest.approx(4 * 0.1)
+    assert step.seconds == pytest.approx(4 * 2 * nbytes / 50e9)
+    assert step.bound_by == "cpu"
+
+
+def test_without_room_for_a_block_ahead_nothing_hides():
+    work = Work(kinds=(block(saved=(), states_nbytes=0, gradients_nbytes=0),), order=(0,) * 4)
+    network = small_network(device_0=800 * MIB)
+    found = placed(work, network, Rules(homes={"weights": ("host",)}))
+    assert not found.ahead
+    assert found.window_blocks == 1
+    moved_s = 4 * 400 * MIB / 25e9
+    assert found.phases[0].seconds == pytest.approx(4 * 0.05 + moved_s)
+    with pytest.raises(BudgetError, match="device:0 has 500"):
+        place([work], small_network(device_0=500 * MIB), Rules(homes={"weights": ("host",)}))
+
+
+def test_memo_finds_its_alpha_where_host_memory_binds():
+    """7B, a million tokens, 2 TiB of host memory: 0.47 (MEMO, section 4; bytes of 16 b s h)."""
+    unit = 2 * (1 << 20) * 4096
+    saved = (
+        SavedPart(name="input", nbytes=unit),
+        SavedPart(name="attention", nbytes=unit),
+        SavedPart(name="rows", nbytes=14 * unit, rebuild_s=1.0),
+    )
+    layer = block(
+        trained_nbytes=0, gradients_nbytes=0, states_nbytes=0, saved=saved, forward_s=60.0,
+        backward_s=120.0, forward_workspace_nbytes=0, backward_workspace_nbytes=0,
+    )  # fmt: skip
+    budgets = {"device:0": 2 * 16 * unit, "host": 2 << 40}
+    network = make_network(small_machine(), budgets, compute="device:0", steppers=steppers())
+    work = Work(kinds=(layer,), order=(0,) * 32)
+    found = placed(work, network, Rules(homes={"saved": ("host",)}))
+    alpha = ((2 << 40) / 30 - 2 * unit) / (14 * unit)
+    assert alpha == pytest.approx(0.467, abs=0.001)
+    assert fraction(found, "saved", "host", "rows") == pytest.approx(alpha, rel=1e-4)
+    assert fraction(found, "saved", REBUILD, "rows") == pytest.approx(1 - alpha, rel=1e-4)
+    assert placed(work, network).step_s <= found.step_s  # it may keep some as well
+
+
+def test_rows_leave_as_far_as_compute_hides_them_and_the_rest_is_rebuilt():
+    slow = [link("host", "device:0", 2), link("device:0", "host", 2), link("host", "host", 20)]
+    budgets = {"device:0": 4 * GIB, "host": 64 * GIB}
+    network = make_network(small_machine(*slow), budgets, compute="device:0", steppers=steppers())
+    kind = block(trained_nbytes=0, gradients_nbytes=0, states_nbytes=0)
+    work = Work(kinds=(kind,), order=(0,) * 12)
+    found = placed(work, network)
+    forward = found.phases[0]
+    assert forward.lanes["device:0 → host"] == pytest.approx(forward.seconds)
+    assert forward.seconds == pytest.approx(12 * 0.05)
+    assert 0.05 < fraction(found, "saved", REBUILD, "rows") < 0.95
+    faster = placed(work, network.faster("device:0 → host", 2).faster("host → device:0", 2))
+    rebuilt = [fraction(one, "saved", REBUILD, "rows") for one in (faster, found)]
+    assert rebuilt[0] < rebuilt[1]
+    for rules in (Rules(homes={"saved": ("device:0",)}), Rules(rebuild=False)):
+        assert placed(work, network, rules).step_s > found.step_s
+
+
+def test_what_attention_made_is_rebuilt_for_whole_blocks_only():
+    part = SavedPart(name="attention", nbytes=GIB, rebuild_s=0.01, rowwise=False)
+    kind = block(trained_nbytes=0, gradients_nbytes=0, states_nbytes=0, saved=(part,))
+    found = placed(
+        Work(kinds=(kind,), order=(0,) * 10),
+        rules=Rules(homes={"saved": ("device:0",)}),
+        device_0=5 * GIB,
+    )
+    blocks = 10 * fraction(found, "saved", REBUILD, "attention")
+    assert blocks == pytest.approx(round(blocks), abs=1e-9)
+    assert blocks == pytest.approx(6)  # of 4.7 GiB beside kernels, four hold what is kept
+
+
+def test_states_go_to_the_node_as_far_as_it_is_no_slower():
+    """Side by side with DRAM, as ``swap.placement`` models it (arXiv 2507.03305)."""
+    kind = block(saved=(), trained_nbytes=0, gradients_nbytes=0, states_nbytes=GIB)
+    network = make_network(
+        small_machine(),
+        {"device:0": GIB, "host": 9 * GIB, "numa:1": 64 * GIB},
+        compute="device:0",
+        steppers=steppers(),
+    )
+    rules = Rules(steppers=("cpu",), homes={"states": ("host", "numa:1")})
+    found = placed(Work(kinds=(kind,), order=(0,) * 12), network, rules)
+    step = found.phases[2]
+    on_node = 12 * GIB * fraction(found, "states", "numa:1")
+    assert on_node >= 3 * GIB * (1 - 1e-6)
+    assert step.lanes["numa:1 → host"] == pytest.approx(on_node / 20e9)
+    assert step.seconds == pytest.approx(2 * 12 * GIB / 50e9)
+
+
+def test_reads_and_writes_of_one_drive_hinder_each_other():
+    network = small_network()
+    reads = next(one for one in network.limits if one.name == "reads of file:a")
+    share = 2 * 3 / (6 + 5)
+    assert reads.lanes == {"file:a → host": 1.0, "host → file:a": pytest.approx(1 / share - 1)}
+
+
+def test_two_tiers_on_one_drive_share_it():
+    links = [*small_machine().links, link("file:b", "host", 6), link("host", "file:b", 5)]
+    machine = small_machine(*links, tiers=(tier("file:b", "file", 1000, "nvme0"),))
+    budgets = {"device:0": GIB, "host": GIB, "file:a": GIB, "file:b": GIB}
+    network = make_network(machine, budgets, compute="device:0", steppers=steppers())
+    (reads,) = [one for one in network.limits if one.name.startswith("reads")]
+    assert reads.name == "reads of file:a and file:b"
+    assert reads.lanes["file:b → host"] == 1.0
+    assert network.route("file:a", "device:0").keys() == {"file:a → host", "host → device:0"}
+
+
+def test_lossy_states_are_chosen_only_where_they_are_allowed():
+    tight = {"host": 35 * GIB // 2, "file_a": 2 * GIB, "device_0": 4 * GIB}
+    with pytest.raises(BudgetError):
+        placed(**tight)
+    found = placed(rules=Rules(precisions=(FULL, HALF)), **tight)
+    precisions = {share.precision for share in found.of(0, "states")}
+    assert "bf16" in precisions
+
+
+def test_smaller_micro_batches_fit_where_the_whole_one_does_not():
+    def at(passes):
+        saved = (SavedPart(name="inputs", nbytes=2 * GIB // passes),)
+        kind = block(saved=saved, forward_s=0.05 / passes, backward_s=0.1 / passes)
+        return Work(kinds=(kind,), order=(0,) * 12, passes=passes, tokens=64)
+
+    works = [at(1), at(2), at(4)]
+    network = small_network(device_0=6 * GIB, host=36 * GIB, file_a=0)
+    with pytest.raises(BudgetError):
+        place(works[:1], network)
+    found = place(works, network)
+    assert found.passes > 1
+    check(found, works[1 if found.passes == 2 else 2], network)
+    assert place(works, small_network(device_0=64 * GIB)).passes == 1  # of equals the first
+
+
+def test_the_store_has_slots_of_everything_and_commits_write_them():
+    work = small_work(store="file:a", slots=2, commits=True)
+    found = placed(work, device_0=64 * GIB)
+    use = next(one for one in found.uses if one.tier == "file:a")
+    assert use.peak_nbytes == 12 * 2 * (400 + 1600) * MIB
+    written = found.phases[2].lanes["host → file:a"]
+    assert written == pytest.approx(12 * (400 + 1600) * MIB / 5e9)
+
+
+def test_blocks_of_other_sizes_are_placed_by_themselves():
+    kinds = (block("head", trained_nbytes=2 * GIB), block())
+    work = Work(kinds=kinds, order=(1, 1, 1, 0))
+    found = placed(work, device_0=12 * GIB)
+    assert {one.kind for one in found.classes} == {0, 1}
+    assert found.kinds == ("head", "layers.*")
+
+
+def test_a_plan_is_json_and_tells_what_binds():
+    found = placed(device_0=4 * GIB)
+    document = json.loads(found.to_json())
+    assert document["format"] == 1
+    assert document["step_s"] == found.step_s
+    prices = {price.tier: price.s_per_gib for price in found.prices}
+    assert prices["device:0"] > 0
+    assert prices["file:a"] == 0
+    more = placed(device_0=4 * GIB + 256 * MIB)
+    saved = (found.step_s - more.step_s) * 4
+    assert saved == pytest.approx(prices["device:0"], rel=0.5)
+
+
+# What it refuses.
+
+
+def test_an_impossible_budget_names_the_tier_and_the_smallest_change():
+    work, network = small_work(), small_network(device_0=GIB)
+    with pytest.raises(BudgetError, match=r"device:0 has 1\.00 GiB") as refused:
+        place([work], network)
+    assert "backward of stage" in str(refused.value)
+    mib = int(re.findall(r"The smallest change that fits: device=(\d+)MiB", str(refused.value))[0])
+    assert refused.value.needed_nbytes == mib * MIB
+    placed(work, network.with_budget("device:0", mib * MIB))
+    with pytest.raises(BudgetError):
+        place([work], network.with_budget("device:0", (mib - 1) * MIB))
+
+
+def test_the_smallest_of_several_changes_is_named_first():
+    work = small_work()
+    network = small_network(host=20 * GIB, file_a=0, device_0=6 * GIB)
+    with pytest.raises(BudgetError) as refused:
+        place([work], network)
+    named = {
+        name.replace("device", "device:0"): mib
+        for name, mib in re.findall(r"([a-z]+:?\w*)=(\d+)MiB", str(refused.value))
+    }
+    assert len(named) >= 2
+    for tier_name, mib in named.items():
+        placed(work, network.with_budget(tier_name, int(mib) * MIB))
+    first, *others = [
+        int(mib) * MIB - network.budgets[tier_name] for tier_name, mib in named.items()
+    ]
+    assert all(first <= other for other in others)
+
+
+def test_where_no_tier_alone_would_do_that_is_told():
+    kind = block(saved=(), forward_workspace_nbytes=4 * GIB)
+    work = Work(kinds=(kind,), order=(0, 0), fixed_nbytes={"host": 4 * GIB})
+    network = small_network(device_0=2 * GIB, host=2 * GIB)
+    with pytest.raises(BudgetError, match="no tier alone would mend it"):
+        place([work], network)
+    assert least_budget([work], network, "host") is None
+
+
+def test_missing_links_and_tiers_are_told_at_once():
+    machine = small_machine(*(one for one in small_machine().links if one.target != "file:a"))
+    budgets = {"device:0": GIB, "file:a": GIB, "file:z": GIB}
+    with pytest.raises(ConfigError) as refused:
+        make_network(machine, budgets, compute="device:0", steppers=steppers())
+    text = str(refused.value)
+    assert "a budget of host" in text
+    assert "the link host → file:a was not measured" in text
+    assert "no tier 'file:z'" in text
+
+
+def test_rules_that_leave_no_place_are_refused():
+    with pytest.raises(ConfigError, match="leave no place for its states"):
+        place([small_work()], small_network(), Rules(homes={"states": ()}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"order": ()}, "needs blocks"),
+        ({"order": (0, 1)}, "of a kind that is given"),
+        ({"passes": 0}, "0 passes"),
+        ({"kinds": (block(trained_nbytes=-1),)}, "below zero"),
+        ({"kinds": (block(forward_s=-1.0),)}, "below zero"),
+    ],
+)
+def test_work_that_is_none_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(small_work(), **changes)
+
+
+# What the checker sees.
+
+
+def _with(found, role, *shares, part=None):
+    classes = tuple(
+        dataclasses.replace(one, shares=shares) if (one.role, one.part) == (role, part) else one
+        for one in found.classes
+    )
+    return dataclasses.replace(found, classes=classes)
+
+
+def test_the_checker_finds_what_is_wrong():
+    work, network = small_work(), small_network(device_0=8 * GIB)
+    found = place([work], network)
+    check(found, work, network)
+    forward, *others = found.phases
+    steppers = {share.stepper for share in found.of(0, "weights")}
+    other = "device" if "cpu" in steppers else "cpu"
+    wrong = {
+        "each byte goes to one place": _with(
+            found, "weights", Share(where="host", fraction=0.5, stepper="cpu")
+        ),
+        "device:0 holds": _with(found, "saved", Share(where="device:0", fraction=1.0), part="rows"),
+        "is no place for it": _with(
+            found, "weights", Share(where=REBUILD, fraction=1.0, stepper="cpu")
+        ),
+        "no precision is called": _with(
+            found,
+            "states",
+            Share(where="host", fraction=1.0, stepper="cpu", precision="1bit"),
+        ),
+        "would step": _with(found, "states", Share(where="host", fraction=1.0, stepper=other)),
+        "nobody of that name": _with(
+            found, "gradients", Share(where="host", fraction=1.0, stepper="clerk")
+        ),
+        "classes are": dataclasses.replace(found, classes=found.classes[1:]),
+        "forward takes": dataclasses.replace(
+            found, phases=(dataclasses.replace(forward, seconds=0.9 * forward.seconds), *others)
+        ),
+        "are exposed": dataclasses.replace(found, exposed_s=found.exposed_s + 1),
+    }
+    for message, placement in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            check(placement, work, network, precisions=(HALF,))
+
+
+def test_addresses_are_checked_where_there_are_some():
+    work, network = small_work(6), small_network(device_0=6 * GIB)
+    found = place([work], network)
+    lifetimes = schedule_of(found, work, network).lifetimes("device:0")
+    packing = plan_memory(lifetimes).packing
+    check(found, work, network, packings={"device:0": packing})
+    first = lifetimes[0]
+    other = next(one for one in lifetimes[1:] if one.meets(first))
+    at = packing.extents[first.key].offset
+    extents = {**packing.extents, other.key: Extent(at, other.nbytes)}
+    broken = dataclasses.replace(packing, extents=extents, peak_nbytes=packing.peak_nbytes * 9)
+    with pytest.raises(ValueError, match="overlap while both are alive"):
+        check(found, work, network, packings={"device:0": broken})
+
+
+def test_every_use_has_its_fetch():
+    work, network = small_work(), small_network(device_0=3 * GIB)
+    schedule = schedule_of(place([work], network), work, network)
+    fetched = {move.key for move in schedule.moves if move.target == "device:0"}
+    visiting = {one.key for one in schedule.holdings if one.source not in {one.tier, "made"}}
+    assert fetched
+    assert {one.key for one in schedule.uses} & visiting <= fetched
