@@ -1,9 +1,18 @@
 """What all tests share: no deadline on a busy machine, no hub, no settings of the developer."""
 
+import dataclasses
 import os
 import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from offload.tiers.machine import Machine
 
 # Whoever starts the tests in the background has it ignored, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -17,3 +26,26 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads and fork do not go
 for name in [name for name in os.environ if name.startswith("OFFLOAD_")]:
     if not name.startswith("OFFLOAD_PEER_"):  # no setting: where tests/peers finds a checkout
         del os.environ[name]
+
+
+@pytest.fixture
+def made_up() -> "Callable[[Path, float], Machine]":
+    """This machine and the drive of a directory, all of whose links have a given rate."""
+    from offload.planner.machines import library_machine
+    from offload.tiers.inventory import file_tier_name, take_inventory
+    from offload.tiers.machine import Link
+
+    def make(directory: Path, bytes_per_s: float) -> "Machine":
+        name = file_tier_name(directory)
+        links = tuple(
+            Link(
+                source=source, target=target, block_nbytes=1 << 20, in_flight=4, repeats=3,
+                bytes_per_s=bytes_per_s, low_bytes_per_s=bytes_per_s / 2,
+                high_bytes_per_s=bytes_per_s * 2, latency_s=1e-4,
+            )
+            for source, target in (("host", "host"), ("host", name), (name, "host"), (name, name))
+        )  # fmt: skip
+        compute = library_machine("laptop-16gb").compute
+        return dataclasses.replace(take_inventory([directory]), links=links, compute=compute)
+
+    return make

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from offload.allocator.errors import BudgetError, ConfigError
 from offload.allocator.units import format_nbytes, parse_nbytes
+from offload.cli.sizes import LEAST_NBYTES, check_budget
 from offload.config import make_config
 
 if TYPE_CHECKING:
+    from offload.planner.refine import Recorded
     from offload.planner.sources import Batch
     from offload.swap.planning.predict import Baseline, Prediction
     from offload.swap.planning.program import Program
@@ -25,7 +27,6 @@ training script, which runs until its first backward (its own arguments after --
   offload plan checkpoints/llama --seq 2048 --budget host=8GiB --machine machine.json
   offload plan config.json --solve host
 Exit code 3 if it does not fit, with the smallest change that would."""
-_LEAST_BUDGET_NBYTES = 1 << 20  # smaller ones were meant in another unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--machine",
         metavar="FILE|NAME",
-        help="of offload doctor -o, or of the library (--machine list); default: this one",
+        help="of offload doctor -o, or of the library (--machine list); default: this one, as it "
+        "was measured last",
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="measure this machine again, whatever is kept"
+    )
+    parser.add_argument(
+        "--from",
+        dest="recorded",
+        metavar="RUN",
+        type=Path,
+        help="correct rates and memory by what a recorded run of this model has shown",
     )
     parser.add_argument(
         "--baseline", metavar="SIZE", help="resident set without a model; default: measured here"
@@ -89,15 +101,14 @@ def _run(arguments: argparse.Namespace) -> int:
     budget = _budget_of(arguments.budget)
     baseline_nbytes = _size("--baseline", arguments.baseline)
     _check_counts(arguments)
+    recorded = _recorded_of(arguments)
     source = _source_of(arguments)
-    name, machine, drive = find_machine(arguments.machine, arguments.nvme, _say)
+    name, machine, drive = find_machine(
+        arguments.machine, arguments.nvme, _say, measure=arguments.measure
+    )
     machine.check_measured()
-    if arguments.what_if:
-        from offload.swap.planning.whatif import changed, parse_changes
-
-        machine = changed(machine, drive, parse_changes(arguments.what_if))
-        name += f", what if {arguments.what_if}"
-    answer = _Asking(arguments, source, name, machine, drive, budget, baseline_nbytes).answer()
+    asking = _Asking(arguments, source, name, machine, drive, budget, baseline_nbytes, recorded)
+    answer = asking.answer()
     if arguments.json:
         print(to_json(answer))
     else:
@@ -117,14 +128,22 @@ class _Asking:
         drive: str,
         budget: int | None,
         baseline_nbytes: int | None,
+        recorded: "Recorded | None",
     ) -> None:
         from offload.swap.planning.predict import Settings
+        from offload.swap.planning.whatif import parse_changes
 
         self.arguments = arguments
+        self._changes = parse_changes(arguments.what_if) if arguments.what_if else {}
         self.source = source
         self.name = name
         self.machine = machine
-        self.baseline = _baseline_of(baseline_nbytes, source)
+        self._recorded = recorded
+        self._refined = ""
+        # A recorded run tells it, as far as nothing else is known.
+        self.baseline = _baseline_of(
+            baseline_nbytes or (recorded.attach_nbytes if recorded else None), source
+        )
         host = machine.tier("host")
         self.settings = Settings(
             budget_nbytes=budget or int(min(host.free_nbytes, host.capacity_nbytes) * 0.8),
@@ -145,6 +164,13 @@ class _Asking:
 
         arguments, solve = self.arguments, self.arguments.solve
         batch = Batch(sequences=arguments.batch or 1, length=self._length())
+        if self._recorded is not None:
+            self._refine(self.source.trace(batch), given=arguments.baseline is not None)
+        if self._changes:  # of what is known by then
+            from offload.swap.planning.whatif import changed
+
+            self.machine = changed(self.machine, self.settings.drive, self._changes)
+            self.name += f", what if {arguments.what_if}"
         solved = None
         if solve in {"seq", "batch"}:
             _say(f"looking for the largest {solve} that fits")
@@ -176,6 +202,16 @@ class _Asking:
             advice=advise(program, self.machine, self.settings, self.baseline, prediction),
             notes=self._notes(prediction),
         )
+
+    def _refine(self, program: "Program", *, given: bool) -> None:
+        """Take from the recorded run what it knows better; a given baseline stays."""
+        from offload.planner.refine import refine
+
+        assert self._recorded is not None
+        refined = refine(program, self.machine, self.settings.drive, self._recorded)
+        self.machine, self._refined = refined.machine, refined.note
+        if not given:
+            self.baseline = refined.baseline
 
     def _fits(self, program: "Program") -> bool:
         from offload.swap.planning.predict import predict
@@ -217,7 +253,7 @@ class _Asking:
         )
 
     def _notes(self, prediction: "Prediction") -> tuple[str, ...]:
-        notes = []
+        notes = [self._refined] if self._refined else []
         if any(tier.kind == "device" for tier in self.machine.tiers):
             notes.append("attach computes on the CPU: the GPU of this machine is not used")
         if prediction.building_nbytes == prediction.peak_nbytes:
@@ -231,16 +267,11 @@ class _Asking:
 def _budget_of(text: str | None) -> int | None:
     if text is None:
         return None
-    budget = make_config({}, budget=text).budget.get("host")
-    if budget is None:
+    budget = make_config({}, budget=text).budget
+    if "host" not in budget:
         raise ConfigError("--budget: host=SIZE bounds memory, for example host=24GiB")
-    if budget < _LEAST_BUDGET_NBYTES:
-        number = text.partition("=")[2] or text
-        raise ConfigError(
-            f"--budget {text}: {budget} bytes of memory hold nothing; a size has a unit: "
-            f"{number.strip()}GiB?"
-        )
-    return budget
+    check_budget(budget, text)
+    return budget["host"]
 
 
 def _size(option: str, text: str | None) -> int | None:
@@ -250,7 +281,7 @@ def _size(option: str, text: str | None) -> int | None:
         nbytes = parse_nbytes(text)
     except ValueError as error:
         raise ConfigError(f"{option}: {error}") from error
-    if nbytes < _LEAST_BUDGET_NBYTES:
+    if nbytes < LEAST_NBYTES:
         raise ConfigError(f"{option} {text}: {nbytes} bytes; a size has a unit: {text}MiB?")
     return nbytes
 
@@ -280,6 +311,12 @@ def _source_of(arguments: argparse.Namespace) -> Any:
         method=arguments.method or "full",
         optimizer=arguments.optim or "adamw",
     )
+
+
+def _recorded_of(arguments: argparse.Namespace) -> "Recorded | None":
+    from offload.planner.refine import read_recorded
+
+    return None if arguments.recorded is None else read_recorded(arguments.recorded)
 
 
 def _baseline_of(nbytes: int | None, source: Any) -> "Baseline":
