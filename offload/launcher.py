@@ -5,8 +5,16 @@ modules (the registration hook of ``offload.init``). The script's optimizer is m
 made, and the engine attaches at the first forward of the outermost module that owns its
 parameters, through PyTorch's global module hooks. The script itself is run by ``runpy`` with the
 arguments, path and ``__main__`` that Python would give it.
+
+[Note: a script that is stopped] With ``stop_after`` the process ends right behind that step: the
+record is closed, the store keeps its last commit, output is flushed, and ``os._exit`` follows. An
+exception would pass through the script's own ``finally`` and ``with``, and code that catches
+everything; what a script does at its end, such as writing its results, must not happen after a part
+of its steps.
 """
 
+import contextlib
+import os
 import runpy
 import signal
 import sys
@@ -19,9 +27,13 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from offload.allocator.errors import ConfigError, UnsupportedError
+from offload.allocator.units import format_nbytes, format_seconds
 from offload.attaching import attach_in
 from offload.building import Building
 from offload.config import OffloadConfig, make_config
@@ -33,10 +45,15 @@ if TYPE_CHECKING:
 
 
 class _Session:
-    """Waits for the script's model and optimizer, and attaches to them."""
+    """Waits for the script's model and optimizer, and attaches to them.
 
-    def __init__(self, config: OffloadConfig) -> None:
+    Args:
+        stop_after: end the process behind so many steps ([Note: a script that is stopped]).
+    """
+
+    def __init__(self, config: OffloadConfig, stop_after: int | None = None) -> None:
         self.config = config
+        self._stop_after = stop_after
         self.runtime = Runtime(config)
         self.engine: Engine | None = None
         self._building = Building(self.runtime)
@@ -57,6 +74,7 @@ class _Session:
             register_module_forward_pre_hook(self._on_forward),
             register_module_forward_pre_hook(self._move_inputs),
             register_optimizer_step_pre_hook(self._on_step),
+            register_optimizer_step_post_hook(self._behind_step),
         ]
         return self
 
@@ -108,6 +126,28 @@ class _Session:
                 "optimizer a model; put its parameters into groups of one optimizer"
             )
 
+    def _behind_step(self, optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Global hooks run behind the optimizer's own: the step is in the store."""
+        engine = self.engine
+        if engine is None or optimizer is not engine.optimizer:
+            return
+        if self._stop_after is not None and engine.stats.steps >= self._stop_after:
+            engine._detach("stopped")
+            sys.stderr.write(f"offload: stopped behind step {engine.step}, as asked\n")
+            _end_process()
+
+    def summary(self) -> str:
+        """The plan against what was measured, as a line; empty where nothing was trained."""
+        if self.engine is None or not (stats := self.engine.stats).steps:
+            return ""
+        plan = self.engine.plan
+        return (
+            f"plan against measured: at most {format_nbytes(plan.budget_nbytes)}, peak "
+            f"{format_nbytes(stats.peak_nbytes)} ({stats.peak_nbytes / plan.budget_nbytes:.0%}); "
+            f"{stats.steps} steps of {format_seconds(stats.step_s)}, of which stall "
+            f"{format_seconds(stats.stall_s)}"
+        )
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -125,12 +165,21 @@ class _Session:
         self.engine.__exit__(kind, error, trace)
 
 
-def launch(config: OffloadConfig, target: str, argv: list[str], *, is_module: bool) -> int:
+def launch(
+    config: OffloadConfig,
+    target: str,
+    argv: list[str],
+    *,
+    is_module: bool,
+    stop_after: int | None = None,
+) -> int:
     """Run a script or module under Offload; returns its exit code.
 
     Args:
         target: path of the script, or name of the module.
         argv: the script's own arguments.
+        stop_after: end the process with exit code 0 right behind so many steps; nothing that the
+            script would do after them happens ([Note: a script that is stopped]).
 
     Raises:
         OffloadError: Offload itself can't go on; the script's own errors pass through.
@@ -141,18 +190,30 @@ def launch(config: OffloadConfig, target: str, argv: list[str], *, is_module: bo
     saved_argv, saved_path = sys.argv, list(sys.path)
     sys.argv = [target, *argv]
     sys.path[0] = str(Path.cwd()) if is_module else str(Path(target).resolve().parent)
+    session = _Session(config, stop_after)
     try:
-        with _Session(config):
+        with session:
             if is_module:
                 runpy.run_module(target, run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(target, run_name="__main__")
     except SystemExit as exit_request:
-        return _exit_code(exit_request)
+        if code := _exit_code(exit_request):
+            return code
     finally:
         signal.signal(signal.SIGTERM, previous)
         sys.argv, sys.path[:] = saved_argv, saved_path
+    if summary := session.summary():
+        sys.stderr.write(f"offload: {summary}\n")
     return 0
+
+
+def _end_process() -> None:
+    """End without anything that Python, or the script, would do at the end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+            stream.flush()
+    os._exit(0)
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:

@@ -1,11 +1,19 @@
 """What all tests share: no deadline on a busy machine, no hub, no settings of the developer."""
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from offload.tiers.machine import Machine
 
 # Whoever starts the tests in the background has it ignored, and every child would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,3 +48,26 @@ def several_threads() -> Iterator[None]:
     del os.environ["OMP_NUM_THREADS"]
     if setting is not None:
         os.environ["OMP_NUM_THREADS"] = setting
+
+
+@pytest.fixture
+def made_up() -> "Callable[[Path, float], Machine]":
+    """This machine and the drive of a directory, all of whose links have a given rate."""
+    from offload.planner.machines import library_machine
+    from offload.tiers.inventory import file_tier_name, take_inventory
+    from offload.tiers.machine import Link
+
+    def make(directory: Path, bytes_per_s: float) -> "Machine":
+        name = file_tier_name(directory)
+        links = tuple(
+            Link(
+                source=source, target=target, block_nbytes=1 << 20, in_flight=4, repeats=3,
+                bytes_per_s=bytes_per_s, low_bytes_per_s=bytes_per_s / 2,
+                high_bytes_per_s=bytes_per_s * 2, latency_s=1e-4,
+            )
+            for source, target in (("host", "host"), ("host", name), (name, "host"), (name, name))
+        )  # fmt: skip
+        compute = library_machine("laptop-16gb").compute
+        return dataclasses.replace(take_inventory([directory]), links=links, compute=compute)
+
+    return make

@@ -101,7 +101,7 @@ class RunFinished:
     steps: int
     peak_nbytes: int
     budget_nbytes: int
-    status: str  # done | interrupted | failed
+    status: str  # done | stopped | interrupted | failed | ended
 
 
 Event: TypeAlias = RunStarted | Move | Stall | ResidencyChange | Notice | StepFinished | RunFinished

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from offload.allocator.errors import BudgetError, ConfigError
 from offload.allocator.units import format_nbytes, parse_nbytes
+from offload.cli.sizes import LEAST_NBYTES, check_budget
 from offload.config import make_config
 
 if TYPE_CHECKING:
     from offload.planner.on_device import PlacementAnswer, Placing
+    from offload.planner.refine import Recorded
     from offload.planner.sources import Batch
     from offload.swap.planning.predict import Baseline, Prediction
     from offload.swap.planning.program import Program
@@ -26,7 +28,6 @@ training script, which runs until its first backward (its own arguments after --
   offload plan checkpoints/llama --seq 2048 --budget host=8GiB --machine machine.json
   offload plan config.json --solve host
 Exit code 3 if it does not fit, with the smallest change that would."""
-_LEAST_BUDGET_NBYTES = 1 << 20  # smaller ones were meant in another unit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--machine",
         metavar="FILE|NAME",
-        help="of offload doctor -o, or of the library (--machine list); default: this one",
+        help="of offload doctor -o, or of the library (--machine list); default: this one, as it "
+        "was measured last",
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="measure this machine again, whatever is kept"
+    )
+    parser.add_argument(
+        "--from",
+        dest="recorded",
+        metavar="RUN",
+        type=Path,
+        help="correct rates and memory by what a recorded run of this model has shown",
     )
     parser.add_argument(
         "--baseline", metavar="SIZE", help="resident set without a model; default: measured here"
@@ -102,15 +114,13 @@ def _run(arguments: argparse.Namespace) -> int:
     budget = _budget_of(host)
     baseline_nbytes = _size("--baseline", arguments.baseline)
     _check_counts(arguments)
+    recorded = _recorded_of(arguments)
     source = _source_of(arguments)
-    name, machine, drive = find_machine(arguments.machine, arguments.nvme, _say)
+    name, machine, drive = find_machine(
+        arguments.machine, arguments.nvme, _say, measure=arguments.measure
+    )
     machine.check_measured()
-    if arguments.what_if:
-        from offload.swap.planning.whatif import changed, parse_changes
-
-        machine = changed(machine, drive, parse_changes(arguments.what_if))
-        name += f", what if {arguments.what_if}"
-    asking = _Asking(arguments, source, name, machine, drive, budget, baseline_nbytes)
+    asking = _Asking(arguments, source, name, machine, drive, budget, baseline_nbytes, recorded)
     if others:
         placed = asking.place(others if budget is None else {"host": budget, **others})
         if arguments.json:
@@ -138,14 +148,22 @@ class _Asking:
         drive: str,
         budget: int | None,
         baseline_nbytes: int | None,
+        recorded: "Recorded | None",
     ) -> None:
         from offload.swap.planning.predict import Settings
+        from offload.swap.planning.whatif import parse_changes
 
         self.arguments = arguments
+        self._changes = parse_changes(arguments.what_if) if arguments.what_if else {}
         self.source = source
         self.name = name
         self.machine = machine
-        self.baseline = _baseline_of(baseline_nbytes, source)
+        self._recorded = recorded
+        self._refined = ""
+        # A recorded run tells it, as far as nothing else is known.
+        self.baseline = _baseline_of(
+            baseline_nbytes or (recorded.attach_nbytes if recorded else None), source
+        )
         host = machine.tier("host")
         self.settings = Settings(
             budget_nbytes=budget or int(min(host.free_nbytes, host.capacity_nbytes) * 0.8),
@@ -167,6 +185,9 @@ class _Asking:
 
         arguments, solve = self.arguments, self.arguments.solve
         batch = Batch(sequences=arguments.batch or 1, length=self._length())
+        if self._recorded is not None:
+            self._refine(self.source.trace(batch), given=arguments.baseline is not None)
+        self._change_rates()  # of what is known by then
         solved = None
         if solve in {"seq", "batch"}:
             _say(f"looking for the largest {solve} that fits")
@@ -212,6 +233,9 @@ class _Asking:
 
         if self.arguments.record is not None:
             raise ConfigError("--record keeps what is simulated on the CPU: leave device= out")
+        if self._recorded is not None:
+            raise ConfigError("--from corrects what is simulated on the CPU: leave device= out")
+        self._change_rates()
         batch = Batch(sequences=self.arguments.batch or 1, length=self._length())
         return answer_placement(
             self._placing(budgets),
@@ -248,6 +272,24 @@ class _Asking:
             commits=self.settings.commits,
             known=known or {},
         )
+
+    def _change_rates(self) -> None:
+        """As ``--what-if`` asks."""
+        if self._changes:
+            from offload.swap.planning.whatif import changed
+
+            self.machine = changed(self.machine, self.settings.drive, self._changes)
+            self.name += f", what if {self.arguments.what_if}"
+
+    def _refine(self, program: "Program", *, given: bool) -> None:
+        """Take from the recorded run what it knows better; a given baseline stays."""
+        from offload.planner.refine import refine
+
+        assert self._recorded is not None
+        refined = refine(program, self.machine, self.settings.drive, self._recorded)
+        self.machine, self._refined = refined.machine, refined.note
+        if not given:
+            self.baseline = refined.baseline
 
     def _fits(self, program: "Program") -> bool:
         from offload.swap.planning.predict import predict
@@ -289,7 +331,7 @@ class _Asking:
         )
 
     def _notes(self, prediction: "Prediction") -> tuple[str, ...]:
-        notes = []
+        notes = [self._refined] if self._refined else []
         if any(tier.kind == "device" for tier in self.machine.tiers):
             notes.append("computing on the CPU is predicted; for the GPU see the placement")
         if prediction.building_nbytes == prediction.peak_nbytes:
@@ -303,16 +345,11 @@ class _Asking:
 def _budget_of(text: str | None) -> int | None:
     if text is None:
         return None
-    budget = make_config({}, budget=text).budget.get("host")
-    if budget is None:
+    budget = make_config({}, budget=text).budget
+    if "host" not in budget:
         raise ConfigError("--budget: host=SIZE bounds memory, for example host=24GiB")
-    if budget < _LEAST_BUDGET_NBYTES:
-        number = text.partition("=")[2] or text
-        raise ConfigError(
-            f"--budget {text}: {budget} bytes of memory hold nothing; a size has a unit: "
-            f"{number.strip()}GiB?"
-        )
-    return budget
+    check_budget(budget, text)
+    return budget["host"]
 
 
 def _size(option: str, text: str | None) -> int | None:
@@ -322,7 +359,7 @@ def _size(option: str, text: str | None) -> int | None:
         nbytes = parse_nbytes(text)
     except ValueError as error:
         raise ConfigError(f"{option}: {error}") from error
-    if nbytes < _LEAST_BUDGET_NBYTES:
+    if nbytes < LEAST_NBYTES:
         raise ConfigError(f"{option} {text}: {nbytes} bytes; a size has a unit: {text}MiB?")
     return nbytes
 
@@ -352,6 +389,12 @@ def _source_of(arguments: argparse.Namespace) -> Any:
         method=arguments.method or "full",
         optimizer=arguments.optim or "adamw",
     )
+
+
+def _recorded_of(arguments: argparse.Namespace) -> "Recorded | None":
+    from offload.planner.refine import read_recorded
+
+    return None if arguments.recorded is None else read_recorded(arguments.recorded)
 
 
 def _baseline_of(nbytes: int | None, source: Any) -> "Baseline":

@@ -90,6 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--alpha", metavar="A", help="the share of rows that is swapped, 0 to 1, or auto (default)"
     )
+    parser.add_argument(
+        "--stop-after",
+        metavar="N",
+        type=int,
+        help="end the process right behind its Nth step; nothing that the script would do after "
+        "it happens, and the same command goes on from there",
+    )
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module as a script")
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py args…")
 
@@ -118,6 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
         recompute=arguments.recompute,
         alpha=arguments.alpha,
     )
+    if arguments.stop_after is not None and arguments.stop_after < 1:
+        raise ConfigError(f"--stop-after {arguments.stop_after}: at least 1")
     rest = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
     if arguments.module:
         target, argv = arguments.module, rest
@@ -130,7 +139,13 @@ def run(arguments: argparse.Namespace) -> int:
     _claim_record(config, [target, *argv])
     from offload.launcher import launch
 
-    code = launch(config, target, argv, is_module=bool(arguments.module))
+    code = launch(
+        config,
+        target,
+        argv,
+        is_module=bool(arguments.module),
+        stop_after=arguments.stop_after,
+    )
     if config.record is not None:
         print(f"offload: see it with: offload report {config.record}", file=sys.stderr)
     return code

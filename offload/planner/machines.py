@@ -11,6 +11,7 @@ import yaml
 
 from offload.allocator.errors import ConfigError
 from offload.allocator.units import format_nbytes, format_rate, parse_nbytes
+from offload.planner.stored import Calibrated, Care, calibrated
 from offload.tiers.hostmem import PAGE
 from offload.tiers.inventory import file_tier_name
 from offload.tiers.machine import (
@@ -28,20 +29,24 @@ _FREE = 0.9  # of memory: the rest is the system's
 
 
 def find_machine(
-    given: str | None, nvme: str | None, say: Callable[[str], None]
+    given: str | None, nvme: str | None, say: Callable[[str], None], *, measure: bool = False
 ) -> tuple[str, Machine, str]:
     """(name, machine, name of the drive's tier).
 
     Args:
-        given: a file or a name of the library; None: this machine, measured now.
+        given: a file or a name of the library; None: this machine, as it is kept or measured now.
         nvme: the directory of the store; by default the machine's fastest drive.
+        measure: this machine, whatever is kept.
 
     Raises:
         ConfigError: no such machine, or one without such a drive.
     """
     if given is None:
         directory = Path(nvme or ".")
-        return "this machine", _measure(directory, say), file_tier_name(directory)
+        found = this_machine(directory, care="quick", again=measure, say=say)
+        return found.name, found.machine, file_tier_name(directory)
+    if measure:
+        raise ConfigError(f"--measure measures this machine: leave --machine {given} out")
     if Path(given).exists() or Path(given).suffix == ".json":
         machine = read_machine(Path(given))
         return given, machine, _drive_of(machine, nvme)
@@ -76,19 +81,34 @@ def _rate(machine: Machine, drive: str) -> float:
     return 0.0 if _misses(machine, drive) else machine.link(drive, "host").bytes_per_s
 
 
-def _measure(directory: Path, say: Callable[[str], None]) -> Machine:
-    from offload.doctor.examine import bench_links
-    from offload.tiers.probe.compute import add_compute
-    from offload.tiers.probe.pace import QUICK
+def this_machine(
+    directory: Path, *, care: Care, again: bool, say: Callable[[str], None]
+) -> Calibrated:
+    """The machine that this runs on, with the drive of ``directory``; ``stored.calibrated``.
 
-    say(
-        f"measuring this machine and {directory.resolve()}; keep the figures with: "
-        "offload doctor -o machine.json"
-    )
-    bench = bench_links([directory], effort=QUICK)
-    if bench.failures:
-        raise ConfigError(*(f"{one.subject}: {one.value}" for one in bench.failures))
-    return add_compute(bench.machine)
+    Raises:
+        ConfigError: it can't be measured.
+    """
+
+    def measure(directory: Path, care: Care) -> Machine:
+        from offload.doctor.examine import bench_links
+        from offload.planner.rehearsal import add_rehearsal
+        from offload.tiers.probe import compute, pace
+
+        say(f"measuring this machine and {directory.resolve()}: some seconds")
+        effort = pace.QUICK if care == "quick" else pace.Effort()
+        bench = bench_links([directory], effort=effort)
+        if bench.failures:
+            raise ConfigError(*(f"{one.subject}: {one.value}" for one in bench.failures))
+        machine = compute.add_compute(bench.machine)
+        if care == "full":
+            say("rehearsing some steps of a small model")
+            machine = add_rehearsal(machine, directory, file_tier_name(directory))
+        return machine
+
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no directory: make it, or name another with --nvme")
+    return calibrated(directory, care=care, again=again, say=say, measure=measure)
 
 
 @cache

@@ -3,19 +3,23 @@
 [Note: a model without bytes] Each parameter becomes a fake tensor as its module registers it, so
 that at most one is in memory. The script's optimizer is met when it is made, its model at the first
 forward of a module that owns the optimizer's parameters; from there on everything is fake until
-backward has ended, and the script with it. What Offload itself would do for the script is left out.
+backward has ended, and the process with it: by ``os._exit``, so that nothing of what the script
+does at its end happens, behind a ``finally`` neither. What Offload itself would do for the script
+is left out.
 
 Run as ``python -m offload.planner.trace_script OUT script.py args…``; writes OUT, a JSON file.
 """
 
 import contextlib
 import json
+import os
 import runpy
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
@@ -28,12 +32,20 @@ from torch.optim import Optimizer
 import offload
 from offload.allocator.errors import ConfigError, OffloadError
 from offload.swap.planning.program import Program
-from offload.swap.planning.tracing import Tracer, fake_mode
+from offload.swap.planning.tracing import ON_VALUES, Tracer, fake_mode
 from offload.swap.uncompiled import plain_module
 
 
-class _TracedError(BaseException):
-    """Ends the script: backward has been traced."""
+class _Tracer(Tracer):
+    """Ends the process where values are asked for: the script is not to handle that either."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except ON_VALUES as error:
+            _end(self.needs_values(error))
 
 
 class _NoEngine:
@@ -53,14 +65,18 @@ class _NoEngine:
 
 
 class Session:
-    """Waits for the script's model and optimizer, and traces their first step."""
+    """Waits for the script's model and optimizer, and traces their first step.
 
-    def __init__(self) -> None:
-        self.program: Program | None = None
+    Args:
+        finish: takes the program of the step; does not come back.
+    """
+
+    def __init__(self, finish: Callable[[Program], NoReturn]) -> None:
+        self._finish = finish
         self._mode = fake_mode()
         self._stack = ExitStack()
         self._optimizers: list[Optimizer] = []
-        self._tracer: Tracer | None = None
+        self._tracer: _Tracer | None = None
 
     def __enter__(self) -> Self:
         session, plain_init = self, Optimizer.__init__
@@ -119,7 +135,7 @@ class Session:
                     child._buffers[name] = self._mode.from_tensor(buffer)
         self._optimizer, self._tokens = optimizer, _tokens_of(arguments)
         self._stack.enter_context(self._mode)
-        self._tracer = Tracer(model)
+        self._tracer = _Tracer(model)
         self._stack.enter_context(self._tracer.running())
         self._tracer.join_forward()
 
@@ -136,8 +152,7 @@ class Session:
             run()
             return
         self._tracer.backward(run)
-        self.program = self._tracer.program(self._tokens, self._optimizer)
-        raise _TracedError
+        self._finish(self._tracer.program(self._tokens, self._optimizer))
 
 
 def _build(path: str | Path, *, dtype: torch.dtype | None = None, **_kwargs: object) -> nn.Module:
@@ -155,7 +170,7 @@ def _tokens_of(arguments: Any) -> int:
     return max((one.numel() for one in tensors if not one.is_floating_point()), default=1)
 
 
-def trace_script(script: Path) -> Program:
+def trace_script(script: Path, finish: Callable[[Program], NoReturn]) -> NoReturn:
     """Run ``script`` until its first backward.
 
     Raises:
@@ -163,39 +178,50 @@ def trace_script(script: Path) -> Program:
         UnsupportedError: what it computes needs values.
     """
     sys.path[0] = str(script.resolve().parent)
-    session = Session()
-    with contextlib.suppress(_TracedError, SystemExit), session:
+    with contextlib.suppress(SystemExit), Session(finish):
         runpy.run_path(str(script), run_name="__main__")
-    if session.program is None:
-        raise ConfigError(
-            f"{script} ended without a backward of a model whose parameters an optimizer steps"
-        )
-    return session.program
+    raise ConfigError(
+        f"{script} ended without a backward of a model whose parameters an optimizer steps"
+    )
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Trace, and write what was found."""
     out, script, *arguments = sys.argv[1:]
     sys.argv = [script, *arguments]
     before = {name.partition(".")[0] for name in sys.modules}
+
+    def finish(program: Program) -> NoReturn:
+        content = {"program": program.to_json(), "imports": _imports(before, Path(script))}
+        Path(out).write_text(json.dumps(content), encoding="utf-8")
+        _end(None)
+
     output: AbstractContextManager[Any] = contextlib.redirect_stdout(sys.stderr)
     try:
         with output:
-            program = trace_script(Path(script))
+            trace_script(Path(script), finish)
     except OffloadError as error:
+        _end(error)
+
+
+def _end(error: OffloadError | None) -> NoReturn:
+    """End the process; an error is its last word."""
+    if error is not None:
         sys.stderr.write(f"\n{error}\n")
-        return error.exit_code
+    sys.stderr.flush()
+    os._exit(0 if error is None else error.exit_code)
+
+
+def _imports(before: set[str], script: Path) -> list[str]:
+    """What the script has imported beside the standard library and its own folder."""
     names = {name.partition(".")[0] for name in sys.modules} - before
-    local = {path.stem for path in Path(script).resolve().parent.iterdir()}
-    imports = sorted(
+    local = {path.stem for path in script.resolve().parent.iterdir()}
+    return sorted(
         name
         for name in names - local - set(sys.stdlib_module_names)
         if name.isidentifier() and getattr(sys.modules.get(name), "__file__", None)
     )
-    content = {"program": program.to_json(), "imports": imports}
-    Path(out).write_text(json.dumps(content), encoding="utf-8")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

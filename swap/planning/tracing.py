@@ -32,7 +32,8 @@ from offload.swap.optim_kinds import Kind, kind_of, state_specs
 from offload.swap.planning.kernels import describe, tensors_of
 from offload.swap.planning.program import Event, Lookup, Operation, Program, Stepping, What
 
-_ON_VALUES = (
+# What torch raises where a fake tensor is asked for its values.
+ON_VALUES = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
     GuardOnDataDependentSymNode,
@@ -117,18 +118,22 @@ class Tracer(TorchDispatchMode):
             stack.callback(logging.getLogger(fake_tensor.__name__).removeFilter, _drop)
             try:
                 yield
-            except _ON_VALUES as error:
-                raise UnsupportedError(
-                    f"what {type(self._model).__name__} computes depends on the values of its "
-                    f"tensors ({error}), which planning does not have: run it with a first budget "
-                    "and read its report"
-                ) from error
+            except ON_VALUES as error:
+                raise self.needs_values(error) from error
             except (RuntimeError, NotImplementedError) as error:
                 raise UnsupportedError(
                     f"{type(self._model).__name__} can't be planned: torch refuses a step of it "
                     f"({error}). If a real run of it does not fail, give --dtype bfloat16, or run "
                     "it with a first budget and read its report"
                 ) from error
+
+    def needs_values(self, error: BaseException) -> UnsupportedError:
+        """What to raise for one of ``ON_VALUES``."""
+        return UnsupportedError(
+            f"what {type(self._model).__name__} computes depends on the values of its "
+            f"tensors ({error}), which planning does not have: run it with a first budget "
+            "and read its report"
+        )
 
     def backward(self, run: Callable[[], None]) -> None:
         """Let backward ``run``; the step ends with it."""

@@ -78,6 +78,32 @@ def test_an_unmodified_script_gives_the_same_bits(script: Path, tmp_path: Path) 
     assert "another command" in other.stderr
 
 
+@pytest.mark.parametrize("commit", ["step", "never"])
+def test_a_script_is_stopped_right_behind_a_step(
+    commit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of what it does at its end happens, not even behind a bare except."""
+    script = tmp_path / "train.py"
+    body = SCRIPT.partition("digest =")[0].replace("\n", "\n    ")
+    script.write_text(
+        "import atexit, contextlib\natexit.register(print, 'at exit')\n"
+        f"try:\n    {body.replace('range(10)', 'range(100)')}\n"
+        "except:\n    print('caught')\nfinally:\n    print('finally')\n"
+    )
+    nvme, record = tmp_path / "nvme", tmp_path / "record"
+    options = ["--budget=8GiB", "--nvme", nvme, "--record", record, "--commit", commit]
+    command = ["-m", "offload", "run", *options, "--stop-after", "3", script]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "stopped behind step 3" in done.stderr
+    assert len(done.stdout.splitlines()) == 1  # flushed, and no more than the loop's own
+    again = run(*command)  # goes on where there is something to go on from
+    assert f"stopped behind step {6 if commit == 'step' else 3}" in again.stderr
+    assert main(["report", str(record)]) == 0
+    assert "6 steps, started 2 times; stopped" in capsys.readouterr().out
+    assert not (nvme / "offload-store" / "commit.json").exists() or commit == "step"
+
+
 def test_states_may_be_kept_in_bf16(script: Path, tmp_path: Path) -> None:
     record = tmp_path / "record"
     options = ["--budget=8GiB", "--nvme", tmp_path / "nvme", "--record", record]
@@ -187,6 +213,7 @@ def test_interrupts_end_cleanly_and_the_run_continues(
         (["run", "missing.py"], "can't read the script missing.py"),
         (["run", "--budget", "much", "x.py"], "'much' is not a size"),
         (["run", "-m", "no.such.module"], "no module named"),
+        (["run", "--stop-after", "0", "x.py"], "--stop-after 0: at least 1"),
         (["run", "--alpha", "0.5", "x.py"], "only recompute='tokenwise' uses alpha"),
         (["run", "--recompute", "tokenwise", "--alpha", "2", "x.py"], "is no fraction of the rows"),
         (["report", "nowhere"], "not a run directory"),
