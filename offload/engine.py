@@ -44,6 +44,7 @@ from offload.swap.activations import ActivationCache
 from offload.swap.backward_step import BackwardStep
 from offload.swap.census import Census, take_census
 from offload.swap.device_plan import DevicePlan
+from offload.swap.gradient_stream import GradientStream
 from offload.swap.gradients import GradientSwapper
 from offload.swap.homes import Home
 from offload.swap.loading import ExactLoading
@@ -52,6 +53,7 @@ from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.plan import Plan
 from offload.swap.row_gradients import RowGradients
 from offload.swap.states import StateKeeper
+from offload.swap.torch_seams import lead, leave
 from offload.swap.uncompiled import forget_compiled
 from offload.swap.weights import WeightSwapper
 from offload.tiers import hostmem
@@ -105,6 +107,12 @@ class Engine:
         self.weights.learn_order([name for info in census.modules for name in info.weights])
         self.gradients = GradientSwapper(
             runtime.scratch, self._journal, runtime.governor, plan.gradients_nbytes
+        )
+        self.gradient_stream = GradientStream(
+            self.gradients,
+            chunk_numel=runtime.chunk_numel,
+            staging_nbytes=plan.staging_nbytes,
+            make_room=self.weights.give_up,
         )
         homes, self._write_budget = make_homes(runtime, model, optimizer)
         self.computing = on_device and Computing(
@@ -220,6 +228,7 @@ class Engine:
     def _set_limits(self, plan: Plan) -> None:
         self.weights.window_nbytes = plan.window_nbytes
         self.gradients.limit_nbytes = plan.gradients_nbytes
+        self.gradient_stream.staging.limit_nbytes = plan.staging_nbytes
         if self.optimizer is not None:
             self._streamed.pipeline.staging.limit_nbytes = plan.staging_nbytes
         if self._backward_step is not None:
@@ -247,6 +256,7 @@ class Engine:
         self._steps.begin()
         hostmem.trim_heap()
         self._runtime.governor.restart_peak()
+        lead(self.gradient_stream)
 
     # What the hooks call.
 
@@ -405,6 +415,7 @@ class Engine:
         if not self._attached:
             return
         self._attached = False
+        leave(self.gradient_stream)
         attached_models.discard(self.model)
         if self._step_hooks is not None:
             self._step_hooks.remove()

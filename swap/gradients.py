@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
 from offload.swap.copying import storage_use_count, write_jobs
 from offload.swap.governor import Governor
+from offload.swap.known_norms import KnownNorms
 from offload.tiers import hostmem
 from offload.tiers.filetier import FileTier
 from offload.tiers.journal import Journal, Label
@@ -80,12 +81,15 @@ class GradientSwapper:
         self.governor = governor
         self.limit_nbytes = limit_nbytes
         self.homes: dict[nn.Parameter, MappedTensor] = {}
+        self.norms = KnownNorms(scratch.file)
+        self._private: dict[MappedTensor, nn.Parameter] = {}  # mapped so while backward runs
         self._names: dict[nn.Parameter, str] = {}
         self._owners: dict[MappedTensor, int] = {}  # storage owners of an unshared home
         self._outlived: list[MappedTensor] = []  # homes of old gradients that the user keeps
         self._leaving: deque[_Leaving] = deque()
         self._kept: frozenset[nn.Parameter] = frozenset()
         self._begun: set[nn.Parameter] = set()  # their fresh gradients are made at home
+        self._written: set[nn.Parameter] = set()  # some rows of their gradients were
         self.by_rows: set[nn.Parameter] = set()  # as their last ones were, too
         self.stepper: Stepper | None = None  # uses gradients up as they arrive
         self.before_end: Callable[[], None] = lambda: None  # called as a backward ends
@@ -134,6 +138,8 @@ class GradientSwapper:
         """
         home = self._home(parameter, dtype)
         assert home.block is not None
+        if home in self._private:
+            self._share(home)
         self.scratch.clear(home.block)
         self._begun.add(parameter)
         return home
@@ -143,9 +149,14 @@ class GradientSwapper:
         """Records that ``nbytes`` of the gradient of ``parameter`` are written to its home."""
         began_s = self.journal.now()
         yield
+        self._written.add(parameter)
         label = Label(self._names[parameter], "gradient", "host", self.scratch.spec.name)
         duration_s = self.journal.now() - began_s
         self.journal.moved(label, nbytes, duration_s, self.scratch.lanes.writes.name)
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        """The name of the weight behind ``parameter``, which is watched."""
+        return self._names[parameter]
 
     def arrived(self, parameter: nn.Parameter) -> None:
         """The gradient of ``parameter`` has been accumulated, but not by autograd."""
@@ -162,8 +173,9 @@ class GradientSwapper:
         self.watch_backward()  # first of all: to poll may send a gradient on its way again
         self.poll()
         gradient = parameter.grad
-        begun = parameter in self._begun
+        begun, written = parameter in self._begun, parameter in self._written
         self._begun.discard(parameter)
+        self._written.discard(parameter)
         (self.by_rows.add if begun else self.by_rows.discard)(parameter)
         if gradient is None or not _movable(gradient, parameter):
             return
@@ -171,9 +183,7 @@ class GradientSwapper:
             return
         home = self.homes.get(parameter)
         if home is not None and gradient.data_ptr() == home.address:
-            if parameter in self._kept:
-                parameter.grad = gradient.clone()
-            home.shed()  # accumulated in place, through the mapping
+            self._accumulated(parameter, gradient, home, written=written)
             return
         if any(left.tensor.data_ptr() == gradient.data_ptr() for left in self._leaving):
             return  # accumulated in place while it leaves: ``_finish`` will see its version
@@ -186,6 +196,48 @@ class GradientSwapper:
             self._leaving_nbytes() > self.limit_nbytes or self.governor.room() < 0
         ):
             self._await_oldest("full")
+
+    def _accumulated(
+        self, parameter: nn.Parameter, gradient: torch.Tensor, home: MappedTensor, *, written: bool
+    ) -> None:
+        """In place, through the mapping; a part of it only if it was ``written`` there."""
+        if home in self._private:
+            self._share(home)
+        if parameter in self._kept:
+            parameter.grad = gradient.clone()
+        elif written:  # to take the norm now would bring all of it into memory
+            self.norms.forget(home)
+        elif self.norms.wanted and self.stepper is None:
+            self.norms.take(home, gradient)
+            self._watch_writes(parameter, home)
+        home.shed()
+
+    def _watch_writes(self, parameter: nn.Parameter, home: MappedTensor) -> None:
+        """See ``known_norms`` [Note: a norm is of these bytes]."""
+        home.map_again(shared=False)
+        self._private[home] = parameter
+
+    def _share(self, home: MappedTensor) -> None:
+        """Map a gradient as ever, and what was written to it meanwhile into scratch.
+
+        Raises:
+            TierIOError: a write failed; the gradient stays as it is.
+        """
+        if home.written_while_filed():
+            self.norms.forget(home)
+            self._write_through(self._names[self._private[home]], home)
+        home.map_again(shared=True)
+        del self._private[home]
+
+    def _write_through(self, name: str, home: MappedTensor) -> None:
+        assert home.block is not None
+        copy = home.tensor.clone()  # a write can't read from mappings of where it goes
+        label = Label(name, "gradient", "host", self.scratch.spec.name)
+        jobs = write_jobs(self.scratch.file, home.block, copy.data_ptr(), copy.nbytes)
+        transfer = self.scratch.lanes.writes.submit(jobs, label, copy.nbytes, owner=copy)
+        with self.journal.stall(name, "gradient", self.scratch.lanes.writes.name, "drain"):
+            transfer.settle()
+        transfer.wait()
 
     def _step(self, parameter: nn.Parameter, stepper: Stepper, *, begun: bool) -> bool:
         """Whether the gradient was used up; an earlier part of it is back from its way by then."""
@@ -205,7 +257,12 @@ class GradientSwapper:
         label = Label(name, "gradient", "host", self.scratch.spec.name)
         jobs = write_jobs(self.scratch.file, home.block, gradient.data_ptr(), gradient.nbytes)
         version = gradient._version
-        digest = _checksum(gradient) if torch._C._current_graph_task_id() == -1 else None
+        in_backward = torch._C._current_graph_task_id() != -1
+        digest = None if in_backward else _checksum(gradient)
+        if in_backward and self.norms.wanted and self.stepper is None:
+            self.norms.take(home, gradient)
+        else:
+            self.norms.forget(home)
         transfer = self.scratch.lanes.writes.submit(jobs, label, gradient.nbytes, owner=gradient)
         self._leaving.append(_Leaving(parameter, gradient, version, home, transfer, digest))
 
@@ -213,6 +270,10 @@ class GradientSwapper:
         """Be called at the end of the backward that runs now, if one does."""
         task = torch._C._current_graph_task_id()
         if task not in (-1, self._watched_task):
+            if task > self._watched_task:
+                self.norms.begin()
+            else:
+                self.norms.disable()  # the backward around the one that was watched last
             self._watched_task = task
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
@@ -220,6 +281,10 @@ class GradientSwapper:
         """The user's code runs next: note the bytes of the gradients that it could change."""
         self.before_end()
         self.poll()
+        if self.norms.wanted:
+            self.drain()
+        self._share_all()
+        self.norms.prove()
         for left in self._leaving:
             if left.checksum is None:
                 left.checksum = _checksum(left.tensor)
@@ -255,8 +320,14 @@ class GradientSwapper:
 
     def poll(self) -> None:
         """Let go of the gradients whose write has ended; never blocks."""
+        if self._private and torch._C._current_graph_task_id() == -1:
+            self._share_all()  # backward failed
         while self._leaving and self._leaving[0].transfer.done():
             self._finish(self._leaving.popleft())
+
+    def _share_all(self) -> None:
+        for home in list(self._private):
+            self._share(home)
 
     def drain(self) -> None:
         """Wait until every gradient has left."""
@@ -279,6 +350,11 @@ class GradientSwapper:
         if left.is_changed():
             self._leave(left.parameter, gradient)  # changed while it was written: again
             return
+        if self.norms.has(left.home):
+            if torch._C._current_graph_task_id() == -1:
+                self.norms.forget(left.home)  # backward failed
+            else:
+                self._watch_writes(left.parameter, left.home)
         # A tensor of its own over the same bytes: who keeps it is seen as an owner of them.
         left.parameter.grad = left.home.tensor.detach()
 
@@ -322,6 +398,7 @@ class GradientSwapper:
     def materialise(self) -> None:
         """Make the gradients that live in scratch ordinary tensors."""
         self.drain()
+        self._share_all()
         for parameter in self.homes:
             if self.home_of(parameter) is not None:
                 assert parameter.grad is not None

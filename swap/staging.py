@@ -21,6 +21,11 @@ class Staging:
         """Bytes that are taken, but that the kernel may not have been asked for yet."""
         return sum(buffer.nbytes for buffer in self._fresh)
 
+    @property
+    def free_nbytes(self) -> int:
+        """Bytes that are kept for the next tile."""
+        return sum(buffer.nbytes for buffer in self._free)
+
     def take(self, nbytes: int) -> HostBuffer | None:
         """A buffer of at least ``nbytes``, or None while others hold the room."""
         for buffer in self._free:
@@ -38,7 +43,7 @@ class Staging:
         return buffer
 
     def _held_nbytes(self) -> int:
-        return self._taken_nbytes + sum(buffer.nbytes for buffer in self._free)
+        return self._taken_nbytes + self.free_nbytes
 
     def give_back(self, buffer: HostBuffer) -> None:
         """The tile is written: its buffer may be taken again."""

@@ -88,6 +88,17 @@ class MappedTensor:
         self.block = block
         self.held = False
 
+    def map_again(self, *, shared: bool) -> None:
+        """Map the block of a *filed* tensor anew, without pages; private copies are given up.
+
+        Atomic for readers. What is written from now on reaches the file, or does not.
+        """
+        assert self.block is not None
+        # ``shed`` may run on another thread, and must never discard private copies.
+        self.shared = self.shared and shared
+        self.file.map(self.address, self.padded_nbytes, self.block.extent.offset, shared=shared)
+        self.shared = shared
+
     def fetch_jobs(self, pool: PagePool | None = None) -> list[Job]:
         """Jobs that bring the tensor into memory, *held* in pages of ``pool``.
 

@@ -173,6 +173,14 @@ class StripedFile:
         for run in self.stripes.runs(offset, nbytes):
             self.files[run.path].uncache(run.offset, run.nbytes)
 
+    def stamp(self) -> bool:
+        """Begin to tell, by ``is_stamped``, whether anything is written to any path."""
+        return all(file.stamp() for file in self.files)
+
+    def is_stamped(self) -> bool:
+        """Whether nothing has been written since ``stamp``, by anyone in any way."""
+        return all(file.is_stamped() for file in self.files)
+
     def close(self) -> None:
         """Close every file; mappings stay valid, reads and writes fail; once only."""
         for file in self.files:

@@ -10,7 +10,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 from offload.swap.governor import Governor
+from offload.swap.gradient_stream import GradientStream
 from offload.swap.gradients import GradientSwapper
+from offload.swap.torch_seams import lead, leave
 from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.journal import Journal
 
@@ -30,6 +32,8 @@ class GradientMachine(RuleBasedStateMachine):
         self.scratch = FileTier(Path(self.folder.name), None, self.lanes)
         self.governor = Governor(1 << 40)
         self.swapper = GradientSwapper(self.scratch, Journal(), self.governor, limit)
+        self.stream = GradientStream(self.swapper, chunk_numel=4096, staging_nbytes=limit)
+        lead(self.stream)
         self.swapped = [nn.Parameter(torch.zeros(NUMEL)) for _ in range(2)]
         self.plain = [nn.Parameter(torch.zeros(NUMEL)) for _ in range(2)]
         for index, parameter in enumerate(self.swapped):
@@ -59,11 +63,49 @@ class GradientMachine(RuleBasedStateMachine):
             for gradient in () if counted else found:
                 gradient.data.mul_(factor)  # tells no version counter
 
+    @rule(seed=st.integers(0, 99), factor=st.sampled_from([0.5, -2.0]))
+    def backward_with_hook(self, seed, factor):
+        """The user's code changes a gradient inside backward, when it may have left."""
+        for parameters in (self.swapped, self.plain):
+
+            def change(_parameter, other=parameters[1]):
+                self.swapper.drain()
+                if other.grad is not None:
+                    other.grad.data[100:200].mul_(factor)
+
+            handle = parameters[0].register_post_accumulate_grad_hook(change)
+            sum((one * gradient(seed)).sum() for one in parameters).backward()
+            handle.remove()
+
+    def both(self, call):
+        results = [call(parameters) for parameters in (self.swapped, self.plain)]
+        assert torch.equal(*results)
+
+    @rule(most=st.sampled_from([1.0, 1e9]), foreach=st.sampled_from([None, False]))
+    def clip(self, most, foreach):
+        self.both(lambda parameters: nn.utils.clip_grad_norm_(parameters, most, foreach=foreach))
+
     @precondition(lambda self: any(parameter.grad is not None for parameter in self.plain))
-    @rule()
-    def clip(self):
-        norms = [nn.utils.clip_grad_norm_(found, 1.0) for found in (self.swapped, self.plain)]
-        assert torch.equal(*norms)
+    @rule(most=st.sampled_from([0.5, 1e9]))
+    def clip_values(self, most):
+        for parameters in (self.swapped, self.plain):
+            nn.utils.clip_grad_value_(parameters, most)
+
+    @rule(spoil=st.booleans())
+    def unscale(self, spoil):
+        def unscaled(parameters):
+            if spoil and parameters[0].grad is not None:
+                parameters[0].grad.data[7] = torch.inf
+            scaler = torch.amp.GradScaler("cpu", init_scale=3.0)
+            scaler.scale(torch.ones(()))
+            optimizer = torch.optim.SGD(parameters)
+            scaler.unscale_(optimizer)
+            found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+            if spoil and parameters[0].grad is not None:
+                parameters[0].grad.data[7] = 1.0
+            return torch.stack([*found.values(), torch.zeros(())])
+
+        self.both(unscaled)
 
     @rule(which=WHICH, part=st.sampled_from([slice(None), slice(7, 90, 3)]))
     def keep(self, which, part):
@@ -106,6 +148,7 @@ class GradientMachine(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "swapper"):
+            leave(self.stream)
             self.swapper.stop()
             self.swapper.materialise()
             self.gradients_equal_their_twins()

@@ -3,8 +3,10 @@
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +18,7 @@ from offload.tiers.file import TierFile
 from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.hostmem import PAGE
 from offload.tiers.journal import Journal
+from offload.tiers.mapped import MappedTensor
 from offload.tiers.memory import memory_at
 from offload.tiers.testing import Memory, pattern
 
@@ -351,3 +354,36 @@ def test_moves_are_counted_by_what_they_read_and_wrote(tmp_path):
             tier.read(block, memory.address, nbytes=1000).wait()
         assert (journal.totals.written_nbytes, journal.totals.read_nbytes) == (5000, 1000)
     lanes.close()
+
+
+@pytest.mark.parametrize("write", ["read", "whole page", "tail", "mapped", "mapped again"])
+def test_a_stamp_tells_whether_anything_was_written(file, write):
+    if not file.stamp():
+        pytest.skip("this file system does not tell of writes through mappings")
+    buffer, tensor = Memory(PAGE), MappedTensor(file, torch.uint8, (PAGE,), shared=True)
+    file.map(tensor.address, PAGE, PAGE, shared=True)
+    if write == "mapped again":  # a page that is dirty already
+        tensor.tensor[0] = 1
+        file.map(tensor.address, PAGE, PAGE, shared=True)
+    assert file.stamp()
+    assert file.is_stamped()
+    if write == "read":
+        file.read(0, buffer.address, PAGE)
+        assert int(tensor.tensor.sum()) >= 0
+    elif write.startswith("mapped"):
+        tensor.tensor.numpy()[17] = 3
+    else:
+        file.write(0, buffer.address, PAGE if write == "whole page" else 5)
+    assert file.is_stamped() == (write == "read")
+
+
+def test_a_file_system_that_does_not_tell_of_mapped_writes(file, monkeypatch):
+    monkeypatch.setattr(file_module, "_tells_write", lambda *_args: False)
+    assert not file.stamp()
+    assert not file.is_stamped()
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="no tmpfs here")
+def test_tmpfs_does_not_tell_and_its_probe_says_so(tmp_path):
+    assert not file_module.tells_mapped_writes(Path("/dev/shm"))
+    assert not file_module.tells_mapped_writes(tmp_path / "nowhere")

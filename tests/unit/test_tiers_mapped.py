@@ -401,3 +401,22 @@ def test_a_kernel_that_can_not_move_pages_aside_recycles_none(tier, monkeypatch)
     mapped.file_as(mapped.block, pool)
     assert pool.nbytes == 0
     assert torch.equal(mapped.tensor, values)
+
+
+def test_mapped_again_it_keeps_writes_from_the_file_or_not(any_tier):
+    values = numbered((3000,))
+    mapped = MappedTensor(any_tier.file, torch.float32, (3000,), shared=True)
+    mapped.file_as(stored(any_tier, values))
+    mapped.tensor[5] = -1  # reaches the file
+    mapped.map_again(shared=False)
+    assert not mapped.written_while_filed()
+    mapped.tensor[6] = -2  # does not
+    assert mapped.written_while_filed()
+    mapped.shed()
+    assert mapped.tensor[5:7].tolist() == [-1, -2]
+    mapped.map_again(shared=True)
+    assert mapped.tensor[5:7].tolist() == [-1, 6]
+    mapped.tensor[6] = -3
+    mapped.shed()
+    found = torch.frombuffer(bytearray(on_disk(any_tier, mapped.block, 12_000)), dtype=values.dtype)
+    assert found[5:7].tolist() == [-1, -3]

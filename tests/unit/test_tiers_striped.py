@@ -347,3 +347,14 @@ def test_a_slow_path_does_not_hold_up_the_others(tier):
         gate.set()
         stuck.wait()
         assert memory.data() == data
+
+
+def test_a_stamp_tells_of_a_write_to_any_path(file):
+    if not file.stamp():
+        pytest.skip("this file system does not tell of writes through mappings")
+    assert file.is_stamped()
+    memory = Memory(PAGE)
+    for unit in (0, 3):  # one on each path
+        file.stamp()
+        file.write(unit * UNIT, memory.address, PAGE)
+        assert not file.is_stamped()

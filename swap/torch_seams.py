@@ -1,0 +1,98 @@
+"""Where torch's own functions on gradients are led through ``streamed_calls`` while attached.
+
+[Note: whoever holds the function] A script has often imported ``clip_grad_norm_`` by name before
+anything is attached, so that another function under that name in torch's modules would not be seen.
+torch makes these functions by a decorator (``no_grad``), whose result holds the undecorated
+function in a closure cell. It is the content of that cell that is replaced, so every holder of the
+function is served. Where an installed torch has no such cell, its function stays as it is:
+gradients are then read through their mappings, slower and as right.
+
+``GradScaler`` unscales by a method, which is looked up in the class at each call.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from types import CellType
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grad
+
+from offload.swap.gradient_stream import GradientStream
+from offload.swap.streamed_calls import StreamedCalls
+
+_FUNCTIONS = ("_get_total_norm", "_clip_grads_with_norm_", "clip_grad_norm_", "clip_grad_value_")
+
+_streams: weakref.WeakSet[GradientStream] = weakref.WeakSet()
+_restore: list[Callable[[], None]] = []
+_active = threading.local()  # .call: one of the functions runs, and calls others of them
+
+
+def lead(stream: GradientStream) -> None:
+    """Lead torch's functions on gradients through ``stream``, too, from now on."""
+    if not _restore:
+        for name in _FUNCTIONS:
+            if (cell := cell_of(getattr(clip_grad, name, None))) is not None:
+                _replace_in(cell)
+        _replace_unscaling()
+    _streams.add(stream)
+
+
+def leave(stream: GradientStream) -> None:
+    """Undo ``lead``; torch is as it was when nobody needs it any more."""
+    _streams.discard(stream)
+    if not _streams:
+        while _restore:
+            _restore.pop()()
+
+
+def cell_of(function: Any) -> CellType | None:
+    """The closure cell that holds what ``function`` decorates."""
+    original = getattr(function, "__wrapped__", None)
+    cells: tuple[CellType, ...] = getattr(function, "__closure__", None) or ()
+    return next((cell for cell in cells if cell.cell_contents is original), None)
+
+
+def _replace_in(cell: CellType) -> None:
+    original = cell.cell_contents
+    cell.cell_contents = _streamed(original)
+
+    def restore() -> None:
+        cell.cell_contents = original
+
+    _restore.append(restore)
+
+
+def _replace_unscaling() -> None:
+    scaler: Any = torch.amp.GradScaler
+    original = scaler._unscale_grads_
+    scaler._unscale_grads_ = _streamed(original)
+
+    def restore() -> None:
+        scaler._unscale_grads_ = original
+
+    _restore.append(restore)
+
+
+def _streamed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, with what it does to gradients in scratch done as a stream."""
+
+    @wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or getattr(_active, "call", False):
+            return original(*args, **kwargs)
+        calls = StreamedCalls(list(_streams))
+        if not calls.is_needed:
+            return original(*args, **kwargs)
+        _active.call = True
+        try:
+            with calls:
+                result = original(*args, **kwargs)
+        finally:
+            _active.call = False
+            calls.finish()
+        return result
+
+    return call
