@@ -3,7 +3,7 @@
 import atexit
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -55,6 +55,7 @@ from offload.swap.uncompiled import forget_compiled
 from offload.swap.weights import WeightSwapper
 from offload.tiers import hostmem
 from offload.tiers.accelerator import Accelerator
+from offload.vertical import Vertical, refuse_turns
 
 
 class Engine:
@@ -119,6 +120,14 @@ class Engine:
         self.activations = self._cache_activations(homes)
         self.tokenwise = rebuild_rows(model, self.activations, config)
         self._hooks = self._hook_modules(census)
+        self._vertical = Vertical(
+            model,
+            census,
+            self.weights,
+            self.gradients,
+            self._hooks,
+            self._replanner,
+        )
         self._buffers = BufferKeeper(
             runtime.store,
             model,
@@ -293,6 +302,46 @@ class Engine:
         return self.weights.dirty_nbytes() + self._keeper.held_nbytes(dirty=True)
 
     # The public surface.
+
+    def accumulate(
+        self,
+        batches: Iterable[Any],
+        forward: Callable[[Any], torch.Tensor],
+        *,
+        backward: Callable[[torch.Tensor], object] = torch.Tensor.backward,
+        blocks: Sequence[str] = (),
+    ) -> list[torch.Tensor]:
+        """Forward and backward of several micro-batches, which go through the model together.
+
+        Gives the gradients that this loop gives, bit for bit, but weights are read once for all
+        micro-batches, and gradients written once (``offload.vertical``, [Note: vertical order])::
+
+            for batch in batches:
+                backward(forward(batch))
+
+        Args:
+            batches: of the micro-batches; all of them are listed first.
+            forward: gives the loss of one of them, divided as it should be; called on another
+                thread. It may do what it likes between the model's blocks, but must not wait for
+                another micro-batch.
+            backward: of a loss, such as ``accelerator.backward``.
+            blocks: names of the model's blocks, or of lists of them; found by their repeating in
+                a list if there are none.
+
+        Returns:
+            The losses, detached, in the order of ``batches``.
+
+        Raises:
+            ConfigError: no batch, unknown blocks, more micro-batches than ``accumulation_steps``
+                of a step in backward, a call inside of forward or backward, or after ``detach``.
+            UnsupportedError: the model is compiled, computes on a device or is rebuilt token-wise;
+                a loss is no tensor; or a gradient's sum would not have the loop's order.
+        """
+        if not self._attached:
+            raise ConfigError("the engine was detached: accumulate in a loop")
+        listed = list(batches)
+        refuse_turns(self._runtime.config, len(listed), on_device=self.computing is not None)
+        return self._vertical.run(listed, forward, backward, blocks)
 
     def commit(self, extra: Mapping[str, Any] | None = None) -> None:
         """Make the present state durable: weights, optimizer states, buffers, generators.
