@@ -3,7 +3,7 @@
 import atexit
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -55,9 +55,10 @@ from offload.swap.row_gradients import RowGradients
 from offload.swap.states import StateKeeper
 from offload.swap.torch_seams import lead, leave
 from offload.swap.uncompiled import forget_compiled
-from offload.swap.weights import WeightSwapper
+from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers import hostmem
 from offload.tiers.accelerator import Accelerator
+from offload.vertical import Vertical, refuse_turns
 
 
 class Engine:
@@ -128,6 +129,14 @@ class Engine:
         self.activations = self._cache_activations(homes)
         self.tokenwise = rebuild_rows(model, self.activations, config)
         self._hooks = self._hook_modules(census)
+        self._vertical = Vertical(
+            model,
+            census,
+            self.weights,
+            self.gradients,
+            self._hooks,
+            self._replanner,
+        )
         self._buffers = BufferKeeper(
             runtime.store,
             model,
@@ -147,41 +156,7 @@ class Engine:
             RowGradients(model, self.gradients, self._journal) if self.computing is None else None
         )
         if optimizer is not None:
-            names = {
-                parameter: weight.name
-                for parameter, weight in by_parameter.items()
-                if parameter is weight.parameters[0]
-            }
-            self._keeper = StateKeeper(
-                runtime.store,
-                runtime.governor,
-                optimizer,
-                names,
-                runtime.chunk_numel,
-                precision=runtime.precision,
-                steps=lambda: self.step,
-            )
-            self._streamed = streamed = StreamedOptimizer(
-                optimizer,
-                self.weights,
-                by_parameter,
-                self.gradients,
-                self._keeper,
-                self._journal,
-                chunk_numel=runtime.chunk_numel,
-                staging_nbytes=plan.staging_nbytes,
-                gradients_wait=not config.step_in_backward or config.accumulation_steps > 1,
-            )
-            self._loading = ExactLoading(optimizer, runtime.precision.has_master)
-            self._replanner.memory = streamed.memory
-            self._backward_step = self._step_in_backward(streamed)
-            self._step_hooks = StepHooks(
-                optimizer,
-                streamed,
-                self._before_step,
-                self._after_step,
-                self._backward_step,
-            )
+            self._take_over(optimizer, by_parameter)
         if resuming:
             self._restore()
         self._begin()
@@ -189,6 +164,45 @@ class Engine:
         attached_models.add(model)
         self._at_exit = weakref.WeakMethod(self._exit)
         atexit.register(_call, self._at_exit)
+
+    def _take_over(self, optimizer: Optimizer, by_parameter: dict[nn.Parameter, Weight]) -> None:
+        """Have ``optimizer`` step by tiles, with its states in the store."""
+        runtime, config = self._runtime, self._runtime.config
+        names = {
+            parameter: weight.name
+            for parameter, weight in by_parameter.items()
+            if parameter is weight.parameters[0]
+        }
+        self._keeper = StateKeeper(
+            runtime.store,
+            runtime.governor,
+            optimizer,
+            names,
+            runtime.chunk_numel,
+            precision=runtime.precision,
+            steps=lambda: self.step,
+        )
+        self._streamed = streamed = StreamedOptimizer(
+            optimizer,
+            self.weights,
+            by_parameter,
+            self.gradients,
+            self._keeper,
+            self._journal,
+            chunk_numel=runtime.chunk_numel,
+            staging_nbytes=self.plan.staging_nbytes,
+            gradients_wait=not config.step_in_backward or config.accumulation_steps > 1,
+        )
+        self._loading = ExactLoading(optimizer, runtime.precision.has_master)
+        self._replanner.memory = streamed.memory
+        self._backward_step = self._step_in_backward(streamed)
+        self._step_hooks = StepHooks(
+            optimizer,
+            streamed,
+            self._before_step,
+            self._after_step,
+            self._backward_step,
+        )
 
     def _cache_activations(self, homes: list[Home]) -> ActivationCache:
         if self.computing is not None:
@@ -307,6 +321,46 @@ class Engine:
         return self.weights.dirty_nbytes() + self._keeper.held_nbytes(dirty=True)
 
     # The public surface.
+
+    def accumulate(
+        self,
+        batches: Iterable[Any],
+        forward: Callable[[Any], torch.Tensor],
+        *,
+        backward: Callable[[torch.Tensor], object] = torch.Tensor.backward,
+        blocks: Sequence[str] = (),
+    ) -> list[torch.Tensor]:
+        """Forward and backward of several micro-batches, which go through the model together.
+
+        Gives the gradients that this loop gives, bit for bit, but weights are read once for all
+        micro-batches, and gradients written once (``offload.vertical``, [Note: vertical order])::
+
+            for batch in batches:
+                backward(forward(batch))
+
+        Args:
+            batches: of the micro-batches; all of them are listed first.
+            forward: gives the loss of one of them, divided as it should be; called on another
+                thread. It may do what it likes between the model's blocks, but must not wait for
+                another micro-batch.
+            backward: of a loss, such as ``accelerator.backward``.
+            blocks: names of the model's blocks, or of lists of them; found by their repeating in
+                a list if there are none.
+
+        Returns:
+            The losses, detached, in the order of ``batches``.
+
+        Raises:
+            ConfigError: no batch, unknown blocks, more micro-batches than ``accumulation_steps``
+                of a step in backward, a call inside of forward or backward, or after ``detach``.
+            UnsupportedError: the model is compiled, computes on a device or is rebuilt token-wise;
+                a loss is no tensor; or a gradient's sum would not have the loop's order.
+        """
+        if not self._attached:
+            raise ConfigError("the engine was detached: accumulate in a loop")
+        listed = list(batches)
+        refuse_turns(self._runtime.config, len(listed), on_device=self.computing is not None)
+        return self._vertical.run(listed, forward, backward, blocks)
 
     def commit(self, extra: Mapping[str, Any] | None = None) -> None:
         """Make the present state durable: weights, optimizer states, buffers, generators.

@@ -4,9 +4,14 @@
 inside it, so that other models of the same thread are left alone. Modules that run again inside
 backward (``torch.utils.checkpoint``) belong to the pass whose backward it is: they fetch weights,
 but begin no pass and push no hooks, for checkpoint's own hooks must stay innermost.
+
+Of micro-batches that run in turns, each on a thread of its own, the passes are one: it begins with
+the first of them (``in_turns``). Whether a call is an outermost one is known for each thread.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +35,13 @@ def in_backward() -> bool:
 def _hooks_allowed() -> bool:
     """Whether saved-tensor hooks may be pushed here."""
     return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
+
+
+class _Here(threading.local):
+    """How deep this thread is in hooked modules, and whether saved-tensor hooks are on."""
+
+    depth = 0
+    pushed = False
 
 
 class ModelHooks:
@@ -57,8 +69,8 @@ class ModelHooks:
         self._activations = activations
         self._on_pass = on_pass
         self._saved = saved
-        self._depth = 0
-        self._pushed = False
+        self._here = _Here()
+        self._in_turns = False
         self._handles: list[RemovableHandle] = []
         self._running: dict[nn.Module, Callable[[], None]] = {}
         users = {info.name: info.weights for info in census.modules}
@@ -82,12 +94,12 @@ class ModelHooks:
         def before_on_device(module: nn.Module, args: Any, kwargs: Any) -> Any:
             before(module, args)
             assert computing is not None
-            return computing.enter(module, args, kwargs, outermost=self._depth == 1)
+            return computing.enter(module, args, kwargs, outermost=self._here.depth == 1)
 
         def after_on_device(module: nn.Module, args: Any, output: Any) -> None:
             assert computing is not None
-            if self._depth:
-                computing.leave(module, outermost=self._depth == 1)
+            if self._here.depth:
+                computing.leave(module, outermost=self._here.depth == 1)
             after(module, args, output)
 
         first: Any = before if computing is None else before_on_device
@@ -114,29 +126,49 @@ class ModelHooks:
                 )
 
     def _enter(self, name: str) -> None:
-        self._depth += 1
-        if self._depth > 1 or in_backward():
+        here = self._here
+        here.depth += 1
+        if here.depth > 1 or in_backward():
             return
-        self._on_pass()
-        if self._computing is not None:
-            self._computing.begin_pass()
-        self._weights.trace.begin((name, torch.is_grad_enabled()))
+        if not self._in_turns:
+            self._on_pass()
+            if self._computing is not None:
+                self._computing.begin_pass()
+            self._weights.trace.begin((name, torch.is_grad_enabled()))
         # torch.func forbids such hooks inside its transforms: what it saves then stays in memory.
         if torch.is_grad_enabled() and _hooks_allowed():
-            self._activations.begin_pass(name)
+            if not self._in_turns:
+                self._activations.begin_pass(name)
             put_on(self._activations, self._saved)
-            self._pushed = True
+            here.pushed = True
+
+    @contextmanager
+    def in_turns(self, kind: Hashable, uses: Sequence[str]) -> Iterator[None]:
+        """All passes inside, on whichever thread, are one of ``kind``.
+
+        Args:
+            uses: of weights, in the order in which they are expected the first time.
+        """
+        self._on_pass()
+        self._weights.trace.begin(kind, uses)
+        self._activations.begin_pass(kind)
+        self._in_turns = True
+        try:
+            yield
+        finally:
+            self._in_turns = False
 
     def join_pass(self, module: nn.Module) -> None:
         """``module`` is already running: its pass begins now, its pre-hooks are made up for."""
         self._running[module]()
 
     def _leave(self, output: Any) -> None:
-        if self._depth == 0:
+        here = self._here
+        if here.depth == 0:
             return  # a global hook failed before ours: this call never entered
-        self._depth -= 1
-        if self._depth == 0 and self._pushed:
-            self._pushed = False
+        here.depth -= 1
+        if here.depth == 0 and here.pushed:
+            here.pushed = False
             take_off()
             self._activations.count_unseen(output)
 

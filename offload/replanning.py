@@ -1,5 +1,6 @@
 """The plan of a run, held against the peaks that its steps show."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ class Replanner:
         governor: Governor,
         apply: Callable[[Plan], None],
     ) -> None:
-        self.plan = plan
+        self.plan = self._first = plan
         self._apply = apply
         self._census = census
         self._weights = weights
@@ -49,6 +50,7 @@ class Replanner:
         self._states_nbytes: Mapping[str, int] = {}  # known when the first step has made them
         self._steps = 0
         self._may_grow = True
+        self._is_untypical = False
 
     def check_fits(self) -> None:
         """The first passes have shown what activations and kernels need: stop if it is too much.
@@ -71,6 +73,10 @@ class Replanner:
 
     def finish_step(self) -> None:
         """A step has ended: its peak tells what can stay resident."""
+        if self._is_untypical:
+            self._is_untypical = False
+            self._governor.restart_peak()
+            return
         self._steps += 1
         peak = self._governor.peak_nbytes
         self._governor.restart_peak()
@@ -88,6 +94,30 @@ class Replanner:
             )
         self._apply(self.plan)
         self._keep(self.plan.resident, self.plan.resident_states)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a step has been measured."""
+        return self._steps > 0
+
+    def reserve_in_turns(self, nbytes: int) -> None:
+        """Micro-batches use weights of ``nbytes`` in turns: have room for them when there is.
+
+        Steps that were measured before took other peaks: the next one is the first again.
+        """
+        is_new = not self.plan.in_turns_nbytes
+        if nbytes <= self.plan.in_turns_nbytes:
+            return
+        self.plan = dataclasses.replace(self.plan, in_turns_nbytes=nbytes)
+        if is_new and self._steps and self._may_grow:
+            self.plan = dataclasses.replace(self._first, in_turns_nbytes=nbytes)
+            self._steps = 0
+            self._apply(self.plan)
+            self._keep((), ())
+
+    def leave_out(self) -> None:
+        """The present step is none like those to come: its peak tells nothing."""
+        self._is_untypical = True
 
     def keep_streaming(self) -> None:
         """Keep nothing resident from now on, whatever the budget has to spare."""

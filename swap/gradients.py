@@ -9,6 +9,11 @@ through to scratch. Its pages can be shed at any moment.
 Whether it was changed, its version counter tells; but ``p.grad.data`` and numpy change bytes
 without counting. So gradients still on their way when backward gives control to the user's code
 have a checksum taken there, and only those.
+
+[Note: parts that come together] Where several backward passes run in turns, a gradient gets its
+parts one soon after the other. It stays in memory until the last has been added, and leaves once.
+That is no promise: where memory is short the oldest leave before, and later parts are added
+through the mapping, as behind any backward that has ended.
 """
 
 import ctypes
@@ -87,6 +92,10 @@ class GradientSwapper:
         self._owners: dict[MappedTensor, int] = {}  # storage owners of an unshared home
         self._outlived: list[MappedTensor] = []  # homes of old gradients that the user keeps
         self._leaving: deque[_Leaving] = deque()
+        self._incomplete: dict[nn.Parameter, torch.Tensor] = {}  # stay for the parts to come
+        self._expects_more: Callable[[nn.Parameter], bool] | None = None  # in turns only
+        self._most_nbytes = 0  # of incomplete ones
+        self._reserve_nbytes = 0  # for the next gradient and its weight
         self._kept: frozenset[nn.Parameter] = frozenset()
         self._begun: set[nn.Parameter] = set()  # their fresh gradients are made at home
         self._written: set[nn.Parameter] = set()  # some rows of their gradients were
@@ -103,6 +112,7 @@ class GradientSwapper:
         """Take charge of the gradients of ``parameter`` from now on."""
         if parameter.requires_grad and parameter.nbytes >= MIN_NBYTES:
             self._names[parameter] = name
+            self._reserve_nbytes = max(self._reserve_nbytes, 2 * parameter.nbytes)
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
 
     def keep(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -173,17 +183,23 @@ class GradientSwapper:
         self.watch_backward()  # first of all: to poll may send a gradient on its way again
         self.poll()
         gradient = parameter.grad
-        begun, written = parameter in self._begun, parameter in self._written
+        begun = parameter in self._begun
         self._begun.discard(parameter)
-        self._written.discard(parameter)
         (self.by_rows.add if begun else self.by_rows.discard)(parameter)
         if gradient is None or not _movable(gradient, parameter):
             return
         if self.stepper is not None and self._step(parameter, self.stepper, begun=begun):
+            self._written.discard(parameter)
             return
+        if self._stays_incomplete(parameter, gradient):
+            return
+        self._send(parameter, gradient)
+
+    def _send(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Let ``gradient`` leave, unless it has left, is on its way, or is kept."""
         home = self.homes.get(parameter)
         if home is not None and gradient.data_ptr() == home.address:
-            self._accumulated(parameter, gradient, home, written=written)
+            self._accumulated(parameter, gradient, home)
             return
         if any(left.tensor.data_ptr() == gradient.data_ptr() for left in self._leaving):
             return  # accumulated in place while it leaves: ``_finish`` will see its version
@@ -198,18 +214,19 @@ class GradientSwapper:
             self._await_oldest("full")
 
     def _accumulated(
-        self, parameter: nn.Parameter, gradient: torch.Tensor, home: MappedTensor, *, written: bool
+        self, parameter: nn.Parameter, gradient: torch.Tensor, home: MappedTensor
     ) -> None:
-        """In place, through the mapping; a part of it only if it was ``written`` there."""
+        """In place, through the mapping."""
         if home in self._private:
             self._share(home)
         if parameter in self._kept:
             parameter.grad = gradient.clone()
-        elif written:  # to take the norm now would bring all of it into memory
+        elif parameter in self._written:  # its norm would bring all of it into memory
             self.norms.forget(home)
         elif self.norms.wanted and self.stepper is None:
             self.norms.take(home, gradient)
             self._watch_writes(parameter, home)
+        self._written.discard(parameter)
         home.shed()
 
     def _watch_writes(self, parameter: nn.Parameter, home: MappedTensor) -> None:
@@ -244,11 +261,72 @@ class GradientSwapper:
         assert parameter.grad is not None
         address, home = parameter.grad.data_ptr(), self.homes.get(parameter)
         earlier = [left.tensor.data_ptr() for left in self._leaving if left.parameter is parameter]
+        if parameter in self._incomplete:
+            earlier.append(self._incomplete[parameter].data_ptr())
         known = address in [*earlier, home.address if home is not None else None]
         fresh = begun or not known
         while any(left.parameter is parameter for left in self._leaving):
             self._await_oldest("drain")
-        return stepper.take(parameter, fresh=fresh)
+        if not stepper.take(parameter, fresh=fresh):
+            return False
+        self._incomplete.pop(parameter, None)
+        return True
+
+    @contextmanager
+    def in_turns(
+        self, expects_more: Callable[[nn.Parameter], bool], most_nbytes: int
+    ) -> Iterator[None]:
+        """Several backward passes run in turns inside; see [Note: parts that come together].
+
+        Args:
+            expects_more: whether more parts of a gradient are to come.
+            most_nbytes: of gradients that wait for them.
+
+        Raises:
+            TierIOError: a write failed.
+        """
+        self._expects_more, self._most_nbytes = expects_more, most_nbytes
+        self.norms.skip()
+        is_whole = False
+        try:
+            yield
+            is_whole = True
+        finally:
+            self._expects_more = None
+            while self._incomplete:
+                self._release_oldest()
+            self._note_bytes()
+            if is_whole and self.stepper is not None:
+                self.stepper.end_backward()
+
+    def _stays_incomplete(self, parameter: nn.Parameter, gradient: torch.Tensor) -> bool:
+        """Whether ``gradient`` stays in memory now, for more parts of it."""
+        self._incomplete.pop(parameter, None)
+        if self._expects_more is None or parameter in self._kept:
+            return False
+        if any(left.parameter is parameter for left in self._leaving):
+            return False
+        if self.home_of(parameter) is not None or not self._expects_more(parameter):
+            return False
+        self._incomplete[parameter] = gradient
+        while self._incomplete and self._is_short():
+            self._release_oldest()
+        return True
+
+    def _is_short(self) -> bool:
+        """Whether incomplete gradients must leave: beyond the limit they take spare bytes only."""
+        waiting = sum(gradient.nbytes for gradient in self._incomplete.values())
+        if waiting > self._most_nbytes:
+            return True
+        if waiting + self._leaving_nbytes() <= self.limit_nbytes:
+            return self.governor.room() < 0
+        return self.governor.room() < self._reserve_nbytes
+
+    def _release_oldest(self) -> None:
+        parameter = next(iter(self._incomplete))
+        gradient = self._incomplete.pop(parameter)
+        if parameter.grad is not None and parameter.grad.data_ptr() == gradient.data_ptr():
+            self._send(parameter, gradient)
 
     def _leave(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         home = self._home(parameter, gradient.dtype)
@@ -269,6 +347,8 @@ class GradientSwapper:
     def watch_backward(self) -> None:
         """Be called at the end of the backward that runs now, if one does."""
         task = torch._C._current_graph_task_id()
+        if self._expects_more is not None:
+            return  # others run when it ends, and ``in_turns`` knows when all have
         if task not in (-1, self._watched_task):
             if task > self._watched_task:
                 self.norms.begin()
@@ -279,6 +359,11 @@ class GradientSwapper:
 
     def _end_backward(self) -> None:
         """The user's code runs next: note the bytes of the gradients that it could change."""
+        self._note_bytes()
+        if self.stepper is not None:
+            self.stepper.end_backward()
+
+    def _note_bytes(self) -> None:
         self.before_end()
         self.poll()
         if self.norms.wanted:
@@ -288,8 +373,6 @@ class GradientSwapper:
         for left in self._leaving:
             if left.checksum is None:
                 left.checksum = _checksum(left.tensor)
-        if self.stepper is not None:
-            self.stepper.end_backward()
 
     def _home(self, parameter: nn.Parameter, dtype: torch.dtype) -> MappedTensor:
         """The gradient's place in scratch; a new one if the user still holds the old."""

@@ -79,6 +79,11 @@ class KnownNorms:
         )
         self._threads = torch.get_num_threads()
 
+    def skip(self) -> None:
+        """Several backward passes begin, which run in turns: what is known is of none of them."""
+        self.begin()
+        self.wanted = False
+
     def disable(self) -> None:
         """Backward runs inside of backward here: whose end is the last one is not known."""
         self._disabled = True

@@ -45,6 +45,8 @@ class Plan:
         resident_states_nbytes: bytes of these gradients and states.
         step_in_backward: tiles of the step are in flight while backward runs.
         tile_nbytes: of one tile of the optimizer step.
+        in_turns_nbytes: weights of one block that micro-batches use in turns; 0 if none do. Where
+            there is room the window holds all of them, and so many gradients wait for all parts.
     """
 
     budget_nbytes: int
@@ -60,6 +62,7 @@ class Plan:
     resident_states_nbytes: int = 0
     step_in_backward: bool = False
     tile_nbytes: int = 0
+    in_turns_nbytes: int = 0
 
     @property
     def ahead_nbytes(self) -> int:
@@ -224,16 +227,22 @@ def shrink(
 def _move_ahead(plan: Plan, census: Census, spare_nbytes: int) -> Plan:
     """The plan with at most ``spare_nbytes`` more for weights, gradients and tiles on their way."""
     most = 2 * max((weight.nbytes for weight in census.weights), default=0)
+    window_most, gradients_most = plan.working_nbytes // 2 + most, most
     staging = plan.staging_nbytes
-    if plan.step_in_backward:  # gradients wait for tiles, weights are needed for one use less
+    if plan.step_in_backward:
         staging = min(staging + spare_nbytes // 5, _TILES_IN_FLIGHT * plan.tile_nbytes)
+    if plan.in_turns_nbytes:
+        window_most = max(window_most, plan.in_turns_nbytes + most // 2)
+        gradients_most = max(gradients_most, plan.in_turns_nbytes)
+        window = gradients = 2 * spare_nbytes // 5
+    elif plan.step_in_backward:  # gradients wait for tiles, weights are needed for one use less
         window, gradients = spare_nbytes // 6, spare_nbytes // 3
     else:
         window, gradients = spare_nbytes // 3, spare_nbytes // 6
     return dataclasses.replace(
         plan,
-        window_nbytes=min(plan.window_nbytes + window, plan.working_nbytes // 2 + most),
-        gradients_nbytes=min(plan.gradients_nbytes + gradients, most),
+        window_nbytes=min(plan.window_nbytes + window, window_most),
+        gradients_nbytes=min(plan.gradients_nbytes + gradients, gradients_most),
         staging_nbytes=staging,
     )
 

@@ -21,7 +21,7 @@ adding 0.0. That is done to whatever rows are added to.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 from offload.allocator.units import format_nbytes
 from offload.swap.census import gives_rows, uses_rows_only
 from offload.swap.gradients import GradientSwapper
+from offload.swap.parts import looks_away
 from offload.swap.uncompiled import uncompiled
 from offload.tiers.journal import Journal
 from offload.tiers.mapped import MappedTensor
@@ -100,14 +101,16 @@ class _Table:
 
     parameter: nn.Parameter
     accumulator: Node
-    task: int = -1  # the backward in which rows are on their way to the accumulator
+    # The backward passes, which may run in turns, in which rows are on their way to it.
+    tasks: set[int] = field(default_factory=set)
 
     def wants_rows(self) -> bool:
         """Whether the backward that runs now accumulates into ``parameter``, unseen by others.
 
         Otherwise someone gets to see the gradient itself, which is to be the usual dense one.
         """
-        if torch.is_grad_enabled() or self.parameter._backward_hooks:
+        hooks = self.parameter._backward_hooks or {}
+        if torch.is_grad_enabled() or not all(map(looks_away, hooks.values())):
             return False
         try:
             return bool(torch._C._will_engine_execute_node(self.accumulator))
@@ -116,13 +119,15 @@ class _Table:
 
     def note(self, found: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """The rows as autograd can add them to others."""
-        self.task = torch._C._current_graph_task_id()
+        self.tasks.add(torch._C._current_graph_task_id())
         return _sparse(*found, self.parameter.shape)
 
     def take_note(self) -> bool:
         """Whether rows came in this backward; once."""
-        task, self.task = self.task, -1
-        return task == torch._C._current_graph_task_id()
+        task = torch._C._current_graph_task_id()
+        came = task in self.tasks
+        self.tasks.discard(task)
+        return came
 
 
 class RowGradients:

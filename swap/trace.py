@@ -25,11 +25,15 @@ class Trace:
         self._expected = self._default
         self._position = 0
 
-    def begin(self, kind: Hashable) -> None:
-        """A pass of ``kind`` begins (training or evaluation, say); the last one is learned."""
+    def begin(self, kind: Hashable, uses: Sequence[str] | None = None) -> None:
+        """A pass of ``kind`` begins (training or evaluation, say); the last one is learned.
+
+        Args:
+            uses: what the first pass of this kind is predicted as.
+        """
         self.end()
         self._kind = kind
-        self._expected = self._learned.get(kind, self._default)
+        self._expected = self._learned.get(kind, self._default if uses is None else list(uses))
         self._position = 0
 
     def end(self) -> None:

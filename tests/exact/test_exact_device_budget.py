@@ -166,6 +166,17 @@ def test_what_works_on_the_cpu_only_is_refused(name: str, tmp_path: Path) -> Non
         )
 
 
+def test_micro_batches_in_turns_are_refused(tmp_path: Path) -> None:
+    model = Deep()
+    with (
+        offload.attach(
+            model, adamw(model), budget="8GiB", nvme=tmp_path, accelerator=CpuAccelerator()
+        ) as engine,
+        pytest.raises(UnsupportedError, match="share a thread there"),
+    ):
+        engine.accumulate([torch.ones(1)], lambda x: x.sum())
+
+
 def test_a_step_on_the_device_is_refused(tmp_path: Path) -> None:
     model = Deep()
     optimizer = adamw(model)

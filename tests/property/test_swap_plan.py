@@ -1,5 +1,6 @@
 """The plan shares a budget out: never more than there is, and its errors can be believed."""
 
+import dataclasses
 import json
 
 import pytest
@@ -182,6 +183,7 @@ def test_shrinking_gives_up_the_largest_first_and_no_more_than_it_must(census, b
 
 
 IN_BACKWARD = st.booleans()
+IN_TURNS = st.just(0) | SIZES  # bytes of a block that micro-batches use in turns
 
 
 def made(census, budget, baseline, in_backward):
@@ -199,12 +201,20 @@ def made(census, budget, baseline, in_backward):
 
 
 @given(
-    census=censuses(), budget=BUDGETS, baseline=BASELINES, in_backward=IN_BACKWARD, spare=BUDGETS
+    census=censuses(),
+    budget=BUDGETS,
+    baseline=BASELINES,
+    in_backward=IN_BACKWARD,
+    in_turns=IN_TURNS,
+    spare=BUDGETS,
 )
-def test_what_moves_ahead_takes_spare_bytes_only(census, budget, baseline, in_backward, spare):
+def test_what_moves_ahead_takes_spare_bytes_only(
+    census, budget, baseline, in_backward, in_turns, spare
+):
     first = made(census, budget, baseline, in_backward)
     unplanned = budget - baseline - first.working_nbytes - OVERHEAD_NBYTES
     assert 0 <= first.ahead_nbytes <= unplanned // 4
+    first = dataclasses.replace(first, in_turns_nbytes=in_turns)
     plan = grow(first, census, peak_nbytes=budget - MARGIN_NBYTES - spare)
     assert 0 <= plan.ahead_nbytes - first.ahead_nbytes + plan.resident_nbytes <= spare
     assert all(getattr(plan, field) >= getattr(first, field) for field in FIELDS)
@@ -218,15 +228,24 @@ def test_what_moves_ahead_takes_spare_bytes_only(census, budget, baseline, in_ba
     budget=BUDGETS,
     baseline=BASELINES,
     in_backward=IN_BACKWARD,
+    in_turns=IN_TURNS,
     excess=st.integers(0, 4096 * MIB),
 )
-def test_what_moves_ahead_shrinks_last(census, budget, baseline, in_backward, excess):
-    before = grow(made(census, budget, baseline, in_backward), census, peak_nbytes=0)
+def test_what_moves_ahead_shrinks_last(census, budget, baseline, in_backward, in_turns, excess):
+    first = made(census, budget, baseline, in_backward)
+    before = grow(dataclasses.replace(first, in_turns_nbytes=in_turns), census, peak_nbytes=0)
     after = shrink(before, census, excess_nbytes=excess)
     taken = before.ahead_nbytes + before.resident_nbytes
     assert after.ahead_nbytes + after.resident_nbytes <= max(taken - excess, 0)
     if after.resident:
         assert after.ahead_nbytes == before.ahead_nbytes
+
+
+@given(census=censuses(), in_backward=IN_BACKWARD, in_turns=SIZES)
+def test_where_there_is_room_a_block_that_is_used_in_turns_stays(census, in_backward, in_turns):
+    first = made(census, 64 << 30, 0, in_backward)
+    plan = grow(dataclasses.replace(first, in_turns_nbytes=in_turns), census, peak_nbytes=0)
+    assert min(plan.window_nbytes, plan.gradients_nbytes) >= in_turns
 
 
 @given(

@@ -117,3 +117,14 @@ def test_a_skipped_use_is_skipped_in_the_prediction_too():
     trace.use("c")
     assert list(trace.upcoming()) == ["d", "d", "c", "b", "a"]
     assert trace.distance("b") == 3
+
+
+@given(order=ORDERS, uses=USES, other=USES)
+def test_the_first_pass_of_a_kind_may_be_told(order, uses, other):
+    trace = Trace(order)
+    trace.begin("in turns", uses)
+    assert list(trace.upcoming()) == uses
+    for key in other:
+        trace.use(key)
+    trace.begin("in turns", uses)  # what was seen counts more than what was told
+    assert list(trace.upcoming()) == collapsed(other)
