@@ -63,8 +63,9 @@ class LinearProgram:
         Raises:
             RuntimeError: the solver gave up; a defect.
         """
-        import highspy
+        import highspy as typed_in_part
 
+        highspy: Any = typed_in_part
         solver = highspy.Highs()
         for name, value in _options(_TOLERANCE):
             solver.setOptionValue(name, value)
