@@ -37,7 +37,8 @@ _REPEATS = 5
 
 def measure(result: Result, *, quick: bool) -> None:
     """A row for each machine and length, and the checks."""
-    slowest, tensors, ratios = 0.0, math.inf, []
+    slowest, tensors = 0.0, math.inf
+    ratios: list[float] = []
     config = _SMALL if quick else _DEEP
     for length in (512,) if quick else (1024, 4096):
         batch = Batch(sequences=1, length=length)
