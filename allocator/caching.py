@@ -28,6 +28,14 @@ _SMALL = _MIB  # the largest request of the small pool
 _SMALL_SEGMENT, _LARGE_SEGMENT = 2 * _MIB, 20 * _MIB
 _OWN_SEGMENT = 10 * _MIB  # from here on a request gets a segment of its own size
 
+LARGE_UNIT = _SMALL_SEGMENT
+"""Segments of their request's size have whole multiples of this."""
+
+
+def is_large(nbytes: int) -> bool:
+    """Whether a request comes from the pool of large segments."""
+    return align_up(nbytes, _ROUND) > _SMALL
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class CachedBlock:
@@ -115,7 +123,7 @@ class CachingModel:
         if small:
             nbytes = _SMALL_SEGMENT
         else:
-            nbytes = _LARGE_SEGMENT if size < _OWN_SEGMENT else align_up(size, _SMALL_SEGMENT)
+            nbytes = _LARGE_SEGMENT if size < _OWN_SEGMENT else align_up(size, LARGE_UNIT)
         block = CachedBlock(address=self.reserved_nbytes, nbytes=nbytes, small=small)
         self.reserved_nbytes += nbytes
         return block

@@ -161,6 +161,11 @@ def _plan_device(
     """
     accelerator = accelerator_for(model, config.device, given)
     if accelerator is None:
+        if config.device_arena:
+            raise ConfigError(
+                "device_arena needs a CUDA device, and the model computes on the CPU: set "
+                "device='cuda', or leave device_arena out"
+            )
         return None
     if is_compiled(model):
         raise UnsupportedError(

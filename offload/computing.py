@@ -9,7 +9,7 @@ stays on the device.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -111,6 +111,7 @@ def plan_device(model: nn.Module, config: OffloadConfig, accelerator: Accelerato
     Raises:
         BudgetError: the largest module does not fit.
         ConfigError: a setting that works on the CPU only.
+        UnsupportedError: the device has no arena, and one is asked for.
     """
     problems = [
         f"{name} works for models that compute on the CPU only, and this one is to compute on "
@@ -123,6 +124,8 @@ def plan_device(model: nn.Module, config: OffloadConfig, accelerator: Accelerato
     ]
     if problems:
         raise ConfigError(*problems)
+    if config.device_arena:
+        accelerator.step_arena()  # refused, if it is, before anything has moved
     budget = config.budget.get("device")
     if budget is None:
         total = accelerator.total_nbytes()
@@ -158,6 +161,7 @@ class Computing:
         names: of the weights behind parameters.
 
     Attributes:
+        arena: of what torch allocates in a step; None unless ``device_arena`` asks for it.
         census: of the modules that use weights on the device.
         activations: the cache of saved tensors; ``saved`` is on top of it.
     """
@@ -194,6 +198,10 @@ class Computing:
         leaving = Lane("device→host", _LEAVING, journal)
         for lane in (arriving, leaving):
             self._closing.callback(lane.close)
+        self.arena = accelerator.step_arena() if config.device_arena else None
+        self._arena_told, self._journal = False, journal
+        if self.arena is not None:
+            self._closing.callback(self.arena.close)
         self.weights = DeviceWeights(host, ferry, arriving, plan.window_nbytes)
         self.weights.learn_order([name for info in self.census.modules for name in info.weights])
         names = {parameter: weight.name for parameter, weight in by_parameter.items()}
@@ -238,6 +246,8 @@ class Computing:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A module is called; its inputs on the device, if they have to be moved there."""
         self.stand_ins.active = True
+        if self.arena is not None and outermost and torch.is_grad_enabled():
+            self.arena.begin(_form_of((args, kwargs)))
         if isinstance(module, nn.RNNBase):
             _show_flat_weights(module, partial(getattr, module))
         if not outermost or all(map(self._is_near, tree_leaves((args, kwargs)))):
@@ -257,6 +267,8 @@ class Computing:
 
     def before_step(self) -> None:
         """The step is going to write to weights."""
+        if self.arena is not None:
+            self.arena.end()
         self.gradients.drain()
         self.weights.before_step()
 
@@ -268,6 +280,11 @@ class Computing:
             self.plan = grow(self.plan, self.census, peak_nbytes=peak)
             self.weights.window_nbytes = self.plan.window_nbytes
             self.activations.limit_nbytes = self.plan.activations_nbytes - self._in_flight_nbytes
+        if self.arena is not None and not self._arena_told:
+            verdict = self.arena.stats().verdict()
+            if verdict is not None:
+                self._arena_told = True
+                self._journal.notice("device arena", verdict)
 
     def _is_near(self, value: Any) -> bool:
         """Whether ``value`` needs not be moved."""
@@ -332,6 +349,15 @@ class Computing:
         total = self.accelerator.total_nbytes()
         if total is not None:
             self.accelerator.set_limit(total)
+
+
+def _form_of(inputs: object) -> Hashable:
+    """What steps that allocate the same have in common: shapes and types of their first inputs."""
+    return tuple(
+        (tuple(leaf.shape), leaf.dtype)
+        for leaf in tree_leaves(inputs)
+        if isinstance(leaf, torch.Tensor)
+    )
 
 
 def _move_bytes(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -33,6 +33,11 @@ class OffloadConfig(BaseModel):
     By default where its parameters are. On a device weights, gradients and optimizer states have
     their homes in host memory and on the drive all the same, and visit the device (docs/gpu.md).
     """
+    device_arena: bool = False
+    """Serve what torch allocates in forward and backward from one segment of the device's memory.
+
+    Its size is planned from a step that came twice in a row; CUDA only (docs/memory-plan.md).
+    """
     nvme: tuple[Path, ...] = ()
     """Directories of the store and of scratch; several are striped over, in this order."""
     record: Path | None = None

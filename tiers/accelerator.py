@@ -12,9 +12,12 @@ each use, and before a side stream is entered. Side streams are made once, by na
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
+
+from offload.allocator.errors import UnsupportedError
+from offload.allocator.segment import ArenaStats
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +86,25 @@ class DeviceMemory:
         return self.bytes_at(offset, nbytes).view(dtype).view(tuple(shape))
 
 
+class StepArena(Protocol):
+    """One piece of the device for all that a step computes, sized by what such a step asked for.
+
+    A step's form is what steps that ask for the same have in common.
+    """
+
+    def begin(self, form: Hashable) -> None:
+        """A step of this form computes from now on; nothing if one does already."""
+
+    def end(self) -> None:
+        """The step has computed; nothing if none does."""
+
+    def stats(self) -> ArenaStats:
+        """As of the last ``end``."""
+
+    def close(self) -> None:
+        """Give everything back; safe to call twice."""
+
+
 class Accelerator(ABC):
     """One device.
 
@@ -104,6 +126,16 @@ class Accelerator(ABC):
         Raises:
             CapacityError: the device or its limit has no room; names both byte counts.
         """
+
+    def step_arena(self) -> StepArena:
+        """An arena for what torch allocates while a step computes; ``allocate`` stays out of it.
+
+        Raises:
+            UnsupportedError: the memory of this device is not torch's to cut.
+        """
+        raise UnsupportedError(
+            f"device_arena needs a CUDA device, and the model computes on {self.name}: leave it out"
+        )
 
     @abstractmethod
     def owns(self, tensor: "torch.Tensor") -> bool:

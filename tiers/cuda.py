@@ -12,16 +12,18 @@ delay reuse until the host polls, by an unbounded time.
 import random
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from offload.allocator.errors import BudgetError, CapacityError, TierIOError, UnsupportedError
 from offload.allocator.units import format_nbytes
-from offload.tiers.accelerator import POISON, Accelerator, DeviceMemory, Event, Stream
+from offload.tiers.accelerator import POISON, Accelerator, DeviceMemory, Event, StepArena, Stream
 from offload.tiers.memory import tensor_at
 
 if TYPE_CHECKING:
     import torch
+
+    from offload.tiers.cuda_arena import CudaArena
 
 _EIO = 5
 _SLEEP_CYCLES = 2_000_000  # about a millisecond: longer than any copy of a race test
@@ -152,6 +154,7 @@ class CudaAccelerator(Accelerator):
         self.torch_device = self._device
         self._checked = checked
         self._streams: dict[str, CudaStream] = {}
+        self._arena: CudaArena | None = None
         anchor = self._runtime.Event(enable_timing=True)
         anchor.record(self._runtime.current_stream(self._device))
         self._runtime.synchronize(self._device)
@@ -168,8 +171,10 @@ class CudaAccelerator(Accelerator):
     def allocate(self, nbytes: int) -> DeviceMemory:
         import torch
 
+        outside = nullcontext() if self._arena is None else self._arena.outside()
         try:
-            tensor = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            with outside:
+                tensor = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError as error:
             free, total = self._runtime.mem_get_info(self._device)
             raise CapacityError(
@@ -180,6 +185,12 @@ class CudaAccelerator(Accelerator):
         if self._checked:
             tensor.fill_(POISON)
         return DeviceMemory(tensor=tensor, ready=self.current_stream().record())
+
+    def step_arena(self) -> StepArena:
+        from offload.tiers.cuda_arena import ArenaRuntime, CudaArena
+
+        self._arena = CudaArena(self._device, runtime=cast("ArenaRuntime", self._runtime))
+        return self._arena
 
     def owns(self, tensor: "torch.Tensor") -> bool:
         return tensor.device == self._device

@@ -8,6 +8,7 @@ from offload.allocator import caching
 from offload.allocator.bilevel import plan_memory
 from offload.allocator.lifetimes import Lifetime, check, events
 from offload.allocator.planned import PlannedArena, PlanningStats
+from offload.allocator.segment import StepRequests, plan_segment
 from offload.allocator.tlsf import TLSF
 from plan_traces import Activations, Shape, record_training
 
@@ -60,6 +61,7 @@ def measure(result: Result, *, quick: bool) -> None:
                 planned_frag=arena.after.fragmentation,
                 caching_ratio=cached.reserved_nbytes / plan.peak_nbytes,
                 caching_frag=cached.fragmentation,
+                segment_gap=_segment_gap(lives),
             )
             gaps.append(plan.gap)
             ratios.append(cached.reserved_nbytes / plan.peak_nbytes)
@@ -72,8 +74,13 @@ def measure(result: Result, *, quick: bool) -> None:
     result.notes.append(
         "blocks: how many of each kind x buffers of one, solved once; gap: peak over bound; frag: "
         "share of the span, or of what is reserved, not in use at the peak; caching: a model of "
-        "PyTorch's caching allocator over three steps, its reserved bytes over the plan's peak"
+        "PyTorch's caching allocator over three steps, its reserved bytes over the plan's peak; "
+        "segment gap: the one segment that serves the step by best fit, over its large bytes alive"
     )
+
+
+def _segment_gap(lives: list[Lifetime]) -> float:
+    return plan_segment(StepRequests(lifetimes=tuple(lives), kept=frozenset())).gap
 
 
 def _planning_s(lives: list[Lifetime]) -> float:

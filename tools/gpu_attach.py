@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpu_report import Outcome, Report
 from gpu_training import UnderTest
+from offload.allocator.segment import ArenaStats
 from offload.tiers.accelerator import Accelerator
 from offload.tiers.cuda import CudaAccelerator
 from offload.tiers.simulated.deferred import Deferred
@@ -165,11 +166,18 @@ def train_plainly(shape: Shape, device: torch.device) -> list[torch.Tensor]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What a run left: its results, and the most bytes that the device held."""
+    """What a run left: its results, and the most bytes that the device held.
+
+    Attributes:
+        reserved_nbytes: the most, what is only cached included.
+        fetched: copies of weights that travelled to the device.
+    """
 
     results: list[torch.Tensor]
     peak_nbytes: int
-    fetched: int  # copies of weights that travelled to the device
+    reserved_nbytes: int
+    arena: ArenaStats | None
+    fetched: int
     notices: list[str]
 
 
@@ -182,7 +190,9 @@ def _computing(accelerator: Accelerator) -> Iterator[None]:
         yield
 
 
-def train_attached(shape: Shape, accelerator: Accelerator) -> Trained:
+def train_attached(
+    shape: Shape, accelerator: Accelerator, *, device_arena: bool = False
+) -> Trained:
     """The same steps through ``offload.attach``; the loop is an ordinary one."""
     import offload
     from offload.tiers.events import ListRecorder, Move
@@ -199,6 +209,7 @@ def train_attached(shape: Shape, accelerator: Accelerator) -> Trained:
             nvme=Path(folder),
             commit="never",
             accelerator=accelerator,
+            config={"device_arena": True} if device_arena else None,
         )
         recorder = engine._journal.recorder = ListRecorder()
         with engine, _computing(accelerator):
@@ -213,12 +224,17 @@ def train_attached(shape: Shape, accelerator: Accelerator) -> Trained:
                 optimizer.zero_grad()
             del loss
             peak = _peak_nbytes(accelerator)
+            reserved = accelerator.peak_nbytes()
+            arena = engine.computing.arena if engine.computing is not None else None
+            used = None if arena is None else arena.stats()
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     moves = [event for event in recorder.events if isinstance(event, Move)]
     fetched = sum(move.role == "weight" and move.dst == accelerator.name for move in moves)
     return Trained(
         results=[*results, *weights],
         peak_nbytes=peak,
+        reserved_nbytes=reserved,
+        arena=used,
         fetched=fetched,
         notices=engine.notices,
     )
@@ -311,6 +327,48 @@ def training_is_exact(shape: Shape, device: UnderTest) -> Outcome:
         holds=wrong == 0 and within and got.fetched > 0,
         value=got.peak_nbytes,
         target=f"<= {shape.budget_nbytes}",
+    )
+
+
+def run_arena_checks(report: Report) -> None:
+    """With and without one segment for what the step computes; CUDA only."""
+    room = replace(REAL, steps=8, budget_nbytes=2048 * MIB)
+    cases = {
+        "8 steps": room,
+        "8 steps, checkpointed": replace(room, checkpointed=True),
+        "8 steps, little room": replace(room, budget_nbytes=REAL.budget_nbytes),
+    }
+    for name, shape in cases.items():
+        report.run("arena", name, partial(arena_is_exact, shape))
+
+
+def arena_is_exact(shape: Shape) -> Outcome:
+    """The bits of the same run without an arena; the segment serves, and the budget holds."""
+    forget()
+    plain = train_attached(shape, CudaAccelerator())
+    forget()
+    got = train_attached(shape, CudaAccelerator(), device_arena=True)
+    forget()
+    wrong, arena = _differences(got.results, plain.results), got.arena
+    told = (
+        f"{wrong} of {len(got.results)} tensors differ; reserved {got.reserved_nbytes >> 20} MiB "
+        f"(without: {plain.reserved_nbytes >> 20} MiB), in use {got.peak_nbytes >> 20} MiB "
+        f"(without: {plain.peak_nbytes >> 20} MiB)"
+    )
+    if arena is None or arena.plan is None or arena.before is None or arena.after is None:
+        return Outcome(f"{told}; no segment: {arena and arena.off}", holds=False)
+    told += (
+        f"; a segment of {arena.plan.nbytes >> 20} MiB ({arena.plan.live_nbytes >> 20} MiB alive, "
+        f"{arena.plan.packed_nbytes >> 20} MiB at planned addresses) served {arena.served} of "
+        f"{arena.steps} steps, {arena.deviations} needed more; fragmentation "
+        f"{arena.before.fragmentation:.1%} before, {arena.after.fragmentation:.1%} after"
+    )
+    within = got.reserved_nbytes <= shape.budget_nbytes
+    return Outcome(
+        told,
+        holds=wrong == 0 and within and arena.served > 0,
+        value=arena.after.fragmentation,
+        target=f"fragmentation before: {arena.before.fragmentation:.3f}",
     )
 
 

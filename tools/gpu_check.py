@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--simulated", action="store_true", help="no GPU: the simulated device")
     parser.add_argument("--quick", action="store_true", help="few seeds: a check that it runs")
     parser.add_argument(
-        "--only", metavar="GROUP", help="contract, races, exact, attach, pool or budget"
+        "--only", metavar="GROUP", help="contract, races, exact, attach, arena, pool or budget"
     )
     parser.add_argument("--results", type=Path, metavar="DIR", help="where the JSON file goes")
     options = parser.parse_args(arguments)

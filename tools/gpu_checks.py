@@ -113,6 +113,7 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
     gpu_attach.forget()  # its budgets count what is on the device already
     gpu_attach.run_checks(report, device, quick=quick)
     if isinstance(device, Cuda):
+        gpu_attach.run_arena_checks(report)
         report.run("pool", "registered", pool_is_pinned)
         for direction in ("H2D", "D2H"):
             report.run("pool", f"{direction} rate", partial(pool_rate, direction))

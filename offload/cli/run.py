@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", metavar="DIR", help="run directory for offload report")
     parser.add_argument("--resume", choices=["auto", "never", "must"], help="default: auto")
     parser.add_argument(
+        "--device-arena",
+        action="store_true",
+        default=None,
+        help="serve what steps compute from one planned segment of the GPU's memory",
+    )
+    parser.add_argument(
         "--commit",
         choices=["step", "never"],
         help="never: nothing is durable, half the room on the drive (default: step)",
@@ -111,6 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         Path(arguments.config) if arguments.config else None,
         budget=arguments.budget,
         device=arguments.device,
+        device_arena=arguments.device_arena,
         nvme=arguments.nvme and ",".join(arguments.nvme),
         record=arguments.record,
         resume=arguments.resume,

@@ -104,6 +104,15 @@ def test_a_script_is_stopped_right_behind_a_step(
     assert not (nvme / "offload-store" / "commit.json").exists() or commit == "step"
 
 
+def test_an_arena_of_the_device_needs_one(script: Path, tmp_path: Path) -> None:
+    done = run(
+        *("-m", "offload", "run", "--budget=8GiB", "--nvme", tmp_path / "nvme", "--device-arena"),
+        *(script, "0"),
+    )
+    assert done.returncode == 2
+    assert "device_arena needs a CUDA device, and the model computes on the CPU" in done.stderr
+
+
 def test_states_may_be_kept_in_bf16(script: Path, tmp_path: Path) -> None:
     record = tmp_path / "record"
     options = ["--budget=8GiB", "--nvme", tmp_path / "nvme", "--record", record]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import offload
 from offload import launcher
 from offload.allocator.errors import BudgetError, ConfigError, UnsupportedError
+from offload.allocator.segment import ArenaStats
 from offload.attaching import attach_in
 from offload.config import make_config
 from offload.tiers.cpudevice import CpuAccelerator
@@ -175,6 +176,70 @@ def test_micro_batches_in_turns_are_refused(tmp_path: Path) -> None:
         pytest.raises(UnsupportedError, match="share a thread there"),
     ):
         engine.accumulate([torch.ones(1)], lambda x: x.sum())
+
+
+class ArenaOnPaper:
+    """Writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def begin(self, form: Any) -> None:
+        self.told.append(form)
+
+    def end(self) -> None:
+        self.told.append("end")
+
+    def close(self) -> None:
+        self.told.append("close")
+
+    def stats(self) -> ArenaStats:
+        steps = self.told.count("end")
+        return ArenaStats(steps=steps, off="no room" if steps > 1 else None)
+
+
+def test_the_arena_is_told_where_steps_compute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = ArenaOnPaper()
+    monkeypatch.setattr(CpuAccelerator, "step_arena", lambda _self: arena)
+    accelerator, model = CpuAccelerator(), Deep()
+    optimizer = adamw(model)
+    engine = offload.attach(
+        model,
+        optimizer,
+        budget="host=8GiB,device=64MiB",
+        nvme=tmp_path,
+        config={"device_arena": True},
+        accelerator=accelerator,
+    )
+    assert engine.computing is not None
+    assert engine.computing.arena is arena
+    with engine, computing_on(accelerator, engine):
+        loop(model, optimizer, 2)
+        with torch.no_grad():
+            model(torch.randn(8, WIDTH))  # no step
+        model(torch.randn(8, WIDTH)).sum().backward()
+        loop(model, optimizer, 1)
+    big, small = [(((96, WIDTH), torch.float32),)], [(((8, WIDTH), torch.float32),)]
+    assert [text for text in engine.notices if "arena" in text] == ["device arena: none: no room"]
+    assert arena.told == [*big, "end", *big, "end", *small, *big, "end", "close"]
+
+
+def test_an_arena_is_refused_before_anything_moves(tmp_path: Path) -> None:
+    model = Deep()
+    weights = [parameter.data_ptr() for parameter in model.parameters()]
+    options: dict[str, Any] = {
+        "budget": "8GiB",
+        "nvme": tmp_path,
+        "config": {"device_arena": True},
+    }
+    with pytest.raises(UnsupportedError, match=r"device_arena needs a CUDA device, .* on cpu"):
+        offload.attach(model, adamw(model), accelerator=CpuAccelerator(), **options)
+    with pytest.raises(ConfigError, match=r"device_arena needs .* device='cuda'"):
+        offload.attach(model, adamw(model), **options)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == weights
+    offload.attach(model, adamw(model), budget="8GiB", nvme=tmp_path).detach()
 
 
 def test_a_step_on_the_device_is_refused(tmp_path: Path) -> None:
