@@ -104,7 +104,13 @@ class GradientStream:
         self._writing: deque[_Tile] = deque()
 
     def filed(self) -> list[Filed]:
-        """The gradients in scratch now; those on their way there are still in memory."""
+        """The gradients in scratch now; those on their way there are still in memory.
+
+        None where a write has failed: that is raised where its own engine goes on, not in a call
+        that may be about other gradients.
+        """
+        if self.gradients.has_failed():
+            return []
         with self.gradients.guard:
             self.gradients.poll()
         return [

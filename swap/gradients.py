@@ -408,6 +408,10 @@ class GradientSwapper:
         while self._leaving and self._leaving[0].transfer.done():
             self._finish(self._leaving.popleft())
 
+    def has_failed(self) -> bool:
+        """Whether the write of a gradient has failed, and nobody has been told yet."""
+        return any(left.transfer.done() and left.transfer.error for left in self._leaving)
+
     def _share_all(self) -> None:
         for home in list(self._private):
             self._share(home)

@@ -432,3 +432,33 @@ def test_two_engines_and_gradients_of_nobody(tmp_path, journal, governor, stream
         other.stop()
         other.materialise()
         lanes.close()
+
+
+def test_another_engine_that_has_failed_does_not_stop_this_one(
+    tmp_path, journal, governor, stream, twins, monkeypatch
+):
+    """It raises where it goes on by itself."""
+    lanes = Lanes(journal)
+    with FileTier(tmp_path, None, lanes) as scratch:
+        other = GradientSwapper(scratch, journal, governor, PLENTY)
+        second = GradientStream(other, chunk_numel=CHUNK, staging_nbytes=1 << 20)
+        lead(second)
+        broken = nn.Parameter(torch.zeros(128, 160))
+        other.watch("broken", broken)
+        is_behind = threading.Event()
+
+        def refuse(*_args):
+            assert is_behind.wait(PATIENCE_S)
+            raise TierIOError(5, "the disk is broken")
+
+        monkeypatch.setattr(scratch.file, "write", refuse)
+        (broken * values(1, (128, 160))).sum().backward()
+        is_behind.set()
+        lanes.writes.settle()
+        twins.both(lambda ps: clip_grad_norm_(ps, 0.5))
+        twins.assert_equal()
+        with pytest.raises(TierIOError, match="broken"):
+            other.drain()
+        leave(second)
+        other.stop()
+        lanes.close()
