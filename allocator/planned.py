@@ -10,6 +10,7 @@ was is planned. A buffer that outlives its step is left to the arena beneath, in
 """
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -92,7 +93,7 @@ class PlannedArena(ArenaAdaptor):
             self._count(step, planned=self._region is not None and form == self._form)
             if form != self._form:
                 self._dissolve()
-                self._plan(form)
+                self._plan(form, step.places())
             if self._region is None:
                 self._take_region()
         self._position = 0
@@ -190,15 +191,16 @@ class PlannedArena(ArenaAdaptor):
             self._held.clear()
             self._region = None
 
-    def _plan(self, form: _Form) -> None:
-        lifetimes = _lifetimes(form)
-        extents = plan_memory(lifetimes).packing.extents
+    def _plan(self, form: _Form, served: list[Extent | None]) -> None:
+        """Places for the step; those that it had without a plan where these take less."""
+        extents = plan_memory(_lifetimes(form)).packing.extents
+        planned = [extents.get(str(number)) for number in range(len(form))]
         self._form = form
-        self._places = [extents.get(str(number)) for number in range(len(form))]
+        self._places = min(planned, served, key=_end_of)
 
     def _take_region(self) -> None:
         """The bytes of the plan, if the arena beneath has them in one piece."""
-        nbytes = max((place.end for place in self._places if place is not None), default=0)
+        nbytes = _end_of(self._places)
         align = max((align for _, align, _, _ in self._form), default=1)
         if nbytes:
             try:
@@ -246,18 +248,31 @@ class _Recording:
             )
         )
 
-    def use(self) -> StepUse:
-        inside = [
-            extent
-            for extent, last in zip(self._extents, self._last, strict=True)
-            if last is not None
+    def places(self) -> list[Extent | None]:
+        """Where each request lay, from the beginning of a region; None: it outlives the step."""
+        align = max(self._aligns, default=1)
+        inside = [extent.offset for extent, last in self._served() if last is not None]
+        start = min(inside, default=0) // align * align
+        return [
+            None if last is None else Extent(extent.offset - start, extent.nbytes)
+            for extent, last in self._served()
         ]
+
+    def _served(self) -> Iterator[tuple[Extent, int | None]]:
+        return zip(self._extents, self._last, strict=True)
+
+    def use(self) -> StepUse:
+        inside = [extent for extent, last in self._served() if last is not None]
         start = min((extent.offset for extent in inside), default=0)
         exact = [replace(life, align=1) for life in _lifetimes(self.form())]  # padding is unused
         return StepUse(
             live_nbytes=live_peak_nbytes(exact),
             span_nbytes=max((extent.end for extent in inside), default=0) - start,
         )
+
+
+def _end_of(places: list[Extent | None]) -> int:
+    return max((place.end for place in places if place is not None), default=0)
 
 
 def _lifetimes(form: _Form) -> list[Lifetime]:

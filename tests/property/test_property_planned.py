@@ -2,7 +2,7 @@
 
 import itertools
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from offload.allocator.errors import CapacityError
@@ -62,6 +62,7 @@ def test_no_two_living_extents_overlap_whatever_the_steps(
 
 
 @given(actions)
+@example([("allocate", 129), ("allocate", 1), ("free", 0), ("allocate", 257), ("allocate", 130)])
 @settings(deadline=None)
 def test_a_step_that_repeats_is_planned_and_repeats_its_addresses(
     step: list[tuple[str, int]],
