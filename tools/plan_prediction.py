@@ -94,7 +94,7 @@ def measure(result: Result, *, quick: bool, nvme: Path) -> None:
     drive, baseline = file_tier_name(nvme), measure_baseline()
     errors: dict[str, list[float]] = {"peak": [], "step": []}
     for case in QUICK if quick else FULL:
-        machine = add_rehearsal(add_compute(links, seconds=8.0), nvme, drive)
+        machine = add_rehearsal(add_compute(links, seconds=5.0), nvme, drive)
         row = _row(case, machine, drive, baseline, nvme, steps=4 if quick else 7)
         result.add(**row)
         for name, found in errors.items():
