@@ -80,6 +80,7 @@ print(json.dumps({
 """
 MIB = 1 << 20
 GRADIENTS_NBYTES = 6 * 2 * 768 * 3072 * 4 + 2 * 4096 * 768 * 4
+LOOKED_UP_NBYTES = 4 * 64 * 768 * 4  # of the tokens of four micro-batches
 
 
 def run(budget_mib: int, place: Path, *options: str) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def run(budget_mib: int, place: Path, *options: str) -> dict[str, Any]:
 @pytest.mark.parametrize("step", ["behind", pytest.param("in backward", marks=pytest.mark.slow)])
 def test_a_tight_budget_holds(step: str, tmp_path: Path) -> None:
     ample = run(4096, tmp_path / "ample", "horizontal", "behind", "4")
-    budget_mib = ample["baseline_nbytes"] // MIB + 150
+    budget_mib = ample["baseline_nbytes"] // MIB + (150 if step == "behind" else 200)
     loop = run(budget_mib, tmp_path / "loop", "horizontal", step, "4")
     together = run(budget_mib, tmp_path / "together", "vertical", step, "4")
     for result in (loop, together):
@@ -107,4 +108,4 @@ def test_a_tight_budget_holds(step: str, tmp_path: Path) -> None:
     if step == "behind":
         assert together["moved"]["gradient out"] <= GRADIENTS_NBYTES
     else:
-        assert "gradient out" not in together["moved"]
+        assert together["moved"]["gradient out"] <= LOOKED_UP_NBYTES  # nothing but these rows
