@@ -12,7 +12,7 @@ import sys
 import threading
 from typing import Any
 
-_DELAY_S = 0.002
+_DELAY_S = 0.05  # the hook has ended by then, on a busy machine too
 
 
 def deliver_lost_interrupts() -> None:
