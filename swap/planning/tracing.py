@@ -7,7 +7,8 @@ handle to autograd, so that a storage which only autograd would hold dies at onc
 apart what must be in memory and what swapping may move. What backward reads comes back as a
 stand-in, which is not counted: its bytes are those of the saved storage.
 
-The rules by which saved tensors are moved or left alone are those of ``activations``.
+The rules by which saved tensors are moved or left alone are those of ``activations``: what is saved
+outside of the model's calls, such as by a loss that the script computes, stays where it is.
 """
 
 import logging
@@ -96,6 +97,7 @@ class Tracer(TorchDispatchMode):
         }
         self._saved: Counter[int] = Counter()  # handles that live, by storage
         self._muted = False
+        self._depth = 0  # of hooked modules, as ``hooks`` counts it
         fixed = [*model.parameters(), *model.buffers()]
         for tensor in fixed:
             self._known[storage_key(tensor)] = None
@@ -142,6 +144,7 @@ class Tracer(TorchDispatchMode):
 
     def join_forward(self) -> None:
         """The model's own forward has begun before its hooks stood: make up for them."""
+        self._enter(self._model, ())
         self._on_forward(self._model, ())
         for info in self.census.modules:
             if not info.name:
@@ -150,6 +153,9 @@ class Tracer(TorchDispatchMode):
     def _hooks(self) -> Iterator[Any]:
         users = {info.name: info.weights for info in self.census.modules}
         for name, module in self._model.named_modules():
+            if name in users or module is self._model or module._parameters:
+                yield module.register_forward_pre_hook(self._enter, prepend=True)
+                yield module.register_forward_hook(self._leave, always_call=True)
             if module is self._model:
                 yield module.register_forward_pre_hook(self._on_forward, prepend=True)
             if weights := users.get(name):
@@ -160,6 +166,12 @@ class Tracer(TorchDispatchMode):
             for parameter in parameters:
                 if parameter.requires_grad:
                     yield parameter.register_post_accumulate_grad_hook(self._on_gradient(name))
+
+    def _enter(self, _module: nn.Module, _arguments: Any) -> None:
+        self._depth += 1
+
+    def _leave(self, _module: nn.Module, _arguments: Any, _output: Any) -> None:
+        self._depth -= 1
 
     def _on_forward(self, _module: nn.Module, _arguments: Any) -> None:
         self._note(What.FORWARD, 0)
@@ -235,7 +247,8 @@ class Tracer(TorchDispatchMode):
             return _Handle(tensor, weight=name)
         number = self._known.get(storage._cdata)
         if (
-            number is None
+            not self._depth
+            or number is None
             or storage.nbytes() < LEAST_NBYTES
             or is_small_slice(tensor, storage.nbytes())
         ):

@@ -1,6 +1,7 @@
 """Programs: what a fake run finds is what a real run does."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,19 @@ def numbers(program: Program, what: What) -> list[int]:
     return [event.which for event in program.events if event.what is what]
 
 
-def test_what_autograd_saves_is_what_a_real_run_saves() -> None:
-    model, saved = Model(), {}
-    fixed = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+class Lossy(Model):
+    """A model that computes its loss itself, as those of Hugging Face do."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(super().forward(tokens).flatten(0, 1), tokens.flatten())
+
+
+@pytest.mark.parametrize(("make", "loss"), [(Model, loss_of), (Lossy, lambda model, x: model(x))])
+def test_what_autograd_saves_is_what_a_real_run_saves(make: Any, loss: Any) -> None:
+    """Of what runs inside of the model's call, for nothing else is watched."""
+    model, saved, batch = make(), {}, tokens_of()
+    known = *model.parameters(), *model.buffers(), batch
+    fixed = {tensor.untyped_storage()._cdata for tensor in known}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -30,12 +41,17 @@ def test_what_autograd_saves_is_what_a_real_run_saves() -> None:
             saved[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = loss_of(model, tokens_of())
-    program = trace()
+    def watched(tokens: torch.Tensor) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return model(tokens)
+
+    of = loss(watched, batch)
+    program = trace(make, loss=loss)
     traced = Counter(program.storages[number] for number in numbers(program, What.SAVE))
+    traced.pop(batch.nbytes, None)
     assert traced == Counter(nbytes for nbytes, _ in saved.values())
-    loss.backward()
+    assert (256_000 in traced) is (make is Lossy)  # log-probabilities
+    of.backward()
 
 
 def test_gradients_come_in_the_order_and_number_of_a_real_run() -> None:
