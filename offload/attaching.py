@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.allocator.errors import ConfigError, UnsupportedError
+from offload.attachment import attached_models
 from offload.building import built_weight, runtime_of
 from offload.computing import (
     accelerator_for,
@@ -17,7 +18,7 @@ from offload.computing import (
     plan_device,
 )
 from offload.config import OffloadConfig, make_config
-from offload.engine import Engine, attached_models
+from offload.engine import Engine
 from offload.interrupts import deliver_lost_interrupts
 from offload.runtime import Runtime
 from offload.swap.census import take_census

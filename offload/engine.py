@@ -1,12 +1,8 @@
 """The engine: attaches to a model and an optimizer, and runs their steps within a budget."""
 
-import atexit
-import sys
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,17 +17,13 @@ from offload.adopting import (
     signature_of,
 )
 from offload.allocator.errors import ConfigError
+from offload.attachment import Attachment
 from offload.building import drop_unclaimed
 from offload.checkpoint import save_pretrained
+from offload.committing import Commits
 from offload.computing import Computing
 from offload.hooks import ModelHooks
-from offload.progress import (
-    BufferKeeper,
-    pack_groups,
-    pack_rng,
-    restore_groups,
-    restore_rng,
-)
+from offload.optimizing import Optimizing, no_masters
 from offload.recomputing import rebuild_rows
 from offload.recording import record_finish, record_start
 from offload.replanning import Replanner
@@ -39,29 +31,21 @@ from offload.returning import take_back
 from offload.runtime import Runtime
 from offload.saving import make_homes, open_cache
 from offload.steplog import Stats, StepLog
-from offload.stepping import StepHooks
-from offload.swap.activations import ActivationCache
-from offload.swap.backward_step import BackwardStep
-from offload.swap.census import Census, take_census
+from offload.swap.census import take_census
 from offload.swap.device_plan import DevicePlan
 from offload.swap.gradient_stream import GradientStream
 from offload.swap.gradients import GradientSwapper
-from offload.swap.homes import Home
-from offload.swap.loading import ExactLoading
-from offload.swap.masters import master_of
-from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.plan import Plan
 from offload.swap.row_gradients import RowGradients
-from offload.swap.states import StateKeeper
 from offload.swap.torch_seams import lead, leave
 from offload.swap.uncompiled import forget_compiled
-from offload.swap.weights import Weight, WeightSwapper
+from offload.swap.weights import WeightSwapper
 from offload.tiers import hostmem
 from offload.tiers.accelerator import Accelerator
 from offload.vertical import Vertical, refuse_turns
 
 
-class Engine:
+class Engine(Attachment):
     """Made by ``attach``; a context manager that detaches on exit.
 
     Attributes:
@@ -80,7 +64,7 @@ class Engine:
         plan: Plan,
         on_device: tuple[Accelerator, DevicePlan] | None = None,
     ) -> None:
-        self.model = model
+        super().__init__(model)
         self.optimizer = optimizer
         self.step = 0
         self.resumed = False
@@ -88,9 +72,7 @@ class Engine:
         self._runtime = runtime
         self._journal = runtime.journal
         self._steps = StepLog(self._journal)
-        self._attached = False
         self._census = census = take_census(model)
-        config = runtime.config
         self.weights = WeightSwapper(
             runtime.store, self._journal, plan.window_nbytes, runtime.governor.room
         )
@@ -99,11 +81,9 @@ class Engine:
         )
         refuse_unmovable(model, on_device=on_device is not None)
         reserve_room(model, optimizer, runtime)
-        self._signature = signature_of(model, optimizer, runtime.precision)
-        resuming = check_resume(runtime, self._signature)
-        self._adopted = by_parameter = adopt_weights(
-            model, runtime, self.weights, resuming=resuming
-        )
+        signature = signature_of(model, optimizer, runtime.precision)
+        resuming = check_resume(runtime, signature)
+        self._adopted = adopt_weights(model, runtime, self.weights, resuming=resuming)
         drop_unclaimed(runtime)
         self.weights.learn_order([name for info in census.modules for name in info.weights])
         self.gradients = GradientSwapper(
@@ -122,13 +102,25 @@ class Engine:
             *on_device,
             plan,
             self.weights,
-            by_parameter,
+            self._adopted,
             self.gradients,
             homes,
         )
-        self.activations = self._cache_activations(homes)
-        self.tokenwise = rebuild_rows(model, self.activations, config)
-        self._hooks = self._hook_modules(census)
+        self.activations = (
+            self.computing.activations
+            if self.computing is not None
+            else open_cache(homes, runtime, plan, model, self.weights)
+        )
+        self.tokenwise = rebuild_rows(model, self.activations, runtime.config)
+        self._hooks = ModelHooks(
+            model,
+            self.computing.census if self.computing is not None else census,
+            self.computing.weights if self.computing is not None else self.weights,
+            self.activations,
+            self._before_pass,
+            self.computing.saved if self.computing is not None else self.tokenwise,
+            self.computing,
+        )
         self._vertical = Vertical(
             model,
             census,
@@ -137,16 +129,6 @@ class Engine:
             self._hooks,
             self._replanner,
         )
-        self._buffers = BufferKeeper(
-            runtime.store,
-            model,
-            runtime.chunk_numel,
-            self.computing.to_host if self.computing is not None else _itself,
-        )
-        self._keeper: StateKeeper | None = None
-        self._loading: ExactLoading | None = None
-        self._step_hooks: StepHooks | None = None
-        self._backward_step: BackwardStep | None = None
         for name, weight in self.weights.weights.items():
             for parameter in weight.parameters:
                 self.gradients.watch(name, parameter)
@@ -155,115 +137,45 @@ class Engine:
         self._rows = (
             RowGradients(model, self.gradients, self._journal) if self.computing is None else None
         )
-        if optimizer is not None:
-            self._take_over(optimizer, by_parameter)
+        self._optimizing = self._take_over(optimizer)
+        self._commits = Commits(
+            model, runtime, self.weights, signature, self._optimizing, self.computing
+        )
         if resuming:
-            self._restore()
+            self._resume()
         self._begin()
-        self._attached = True
-        attached_models.add(model)
-        self._at_exit = weakref.WeakMethod(self._exit)
-        atexit.register(_call, self._at_exit)
+        self._hold()
 
-    def _take_over(self, optimizer: Optimizer, by_parameter: dict[nn.Parameter, Weight]) -> None:
-        """Have ``optimizer`` step by tiles, with its states in the store."""
-        runtime, config = self._runtime, self._runtime.config
-        names = {
-            parameter: weight.name
-            for parameter, weight in by_parameter.items()
-            if parameter is weight.parameters[0]
-        }
-        self._keeper = StateKeeper(
-            runtime.store,
-            runtime.governor,
-            optimizer,
-            names,
-            runtime.chunk_numel,
-            precision=runtime.precision,
-            steps=lambda: self.step,
-        )
-        self._streamed = streamed = StreamedOptimizer(
-            optimizer,
-            self.weights,
-            by_parameter,
-            self.gradients,
-            self._keeper,
-            self._journal,
-            chunk_numel=runtime.chunk_numel,
-            staging_nbytes=self.plan.staging_nbytes,
-            gradients_wait=not config.step_in_backward or config.accumulation_steps > 1,
-        )
-        self._loading = ExactLoading(optimizer, runtime.precision.has_master)
-        self._replanner.memory = streamed.memory
-        self._backward_step = self._step_in_backward(streamed)
-        self._step_hooks = StepHooks(
-            optimizer,
-            streamed,
-            self._before_step,
-            self._after_step,
-            self._backward_step,
-        )
-
-    def _cache_activations(self, homes: list[Home]) -> ActivationCache:
-        if self.computing is not None:
-            return self.computing.activations
-        return open_cache(homes, self._runtime, self.plan, self.model, self.weights)
-
-    def _hook_modules(self, census: Census) -> ModelHooks:
-        computing, weights = self.computing, self.weights
-        on_pass = self._before_pass
-        if computing is None:
-            return ModelHooks(
-                self.model, census, weights, self.activations, on_pass, self.tokenwise
-            )
-        return ModelHooks(
-            self.model,
-            computing.census,
-            computing.weights,
-            self.activations,
-            on_pass,
-            computing.saved,
-            computing,
-        )
-
-    def _step_in_backward(self, streamed: StreamedOptimizer) -> BackwardStep | None:
-        config = self._runtime.config
-        if not config.step_in_backward:
+    def _take_over(self, optimizer: Optimizer | None) -> Optimizing | None:
+        if optimizer is None:
             return None
-        self.gradients.stepper = BackwardStep(
-            streamed,
-            accumulation_steps=config.accumulation_steps,
-            limit_nbytes=self.plan.gradients_nbytes,
-            room=self._runtime.governor.room,
+        optimizing = Optimizing(
+            optimizer,
+            self._runtime,
+            self.plan,
+            self.weights,
+            self.gradients,
+            self._adopted,
+            steps=lambda: self.step,
             before_step=self._before_step,
+            after_step=self._after_step,
         )
-        return self.gradients.stepper
+        self._replanner.memory = optimizing.streamed.memory
+        return optimizing
 
     def _set_limits(self, plan: Plan) -> None:
         self.weights.window_nbytes = plan.window_nbytes
         self.gradients.limit_nbytes = plan.gradients_nbytes
         self.gradient_stream.staging.limit_nbytes = plan.staging_nbytes
-        if self.optimizer is not None:
-            self._streamed.pipeline.staging.limit_nbytes = plan.staging_nbytes
-        if self._backward_step is not None:
-            self._backward_step.limit_nbytes = plan.gradients_nbytes
+        if self._optimizing is not None:
+            self._optimizing.set_limits(plan)
 
-    def _restore(self) -> None:
+    def _resume(self) -> None:
         record = self._runtime.store.committed
         assert record is not None
-        self.step = record.step
+        self.step, self.extra = record.step, dict(record.state["extra"])
         self.resumed = True
-        self.extra = dict(record.state["extra"])
-        if self.optimizer is not None and self._keeper is not None:
-            self._keeper.restore(record.state["optimizer"])
-            restore_groups(self.optimizer, record.state["groups"])
-            self._streamed.masters.adopt()
-        self._buffers.restore(record.state["buffers"])
-        self._runtime.store.release_unclaimed()
-        restore_rng(record.state["rng"], self.device)
-        self._journal.notice(
-            "resume", f"continued at step {self.step} from {self._runtime.store.directory}"
-        )
+        self._commits.restore(record)
 
     def _begin(self) -> None:
         record_start(self._runtime, self.plan)
@@ -275,11 +187,9 @@ class Engine:
     # What the hooks call.
 
     def _before_pass(self) -> None:
-        if self._backward_step is not None:
-            self._backward_step.check_whole()
+        if self._optimizing is not None:
+            self._optimizing.before_pass()
         self.gradients.poll()
-        if self._step_hooks is not None:
-            self._step_hooks.be_innermost()
 
     def _before_step(self) -> None:
         """Gradients are complete, or the first is: refuse the step while nothing is lost."""
@@ -287,7 +197,8 @@ class Engine:
             self.computing.before_step()
         self._replanner.check_fits()
         check_unchanged(self.model, self._adopted)
-        self._streamed.check_states()
+        assert self._optimizing is not None
+        self._optimizing.streamed.check_states()
 
     def _after_step(self, optimizer_s: float, stall_s: float) -> None:
         """The step's updates are in the store; ``stall_s`` is what the optimizer waited."""
@@ -307,7 +218,7 @@ class Engine:
             resident_nbytes={
                 "weight": self.weights.resident_nbytes(),
                 "activation": self.activations.kept_nbytes,
-                "state": self._keeper.held_nbytes() if self._keeper is not None else 0,
+                "state": self._optimizing.keeper.held_nbytes() if self._optimizing else 0,
             },
         )
         self._replanner.finish_step()
@@ -316,9 +227,9 @@ class Engine:
 
     def _owed_nbytes(self) -> int:
         """What the next commit writes beside what the steps until then do."""
-        if self._runtime.config.commit == "never" or self._keeper is None:
+        if self._runtime.config.commit == "never" or self._optimizing is None:
             return 0
-        return self.weights.dirty_nbytes() + self._keeper.held_nbytes(dirty=True)
+        return self.weights.dirty_nbytes() + self._optimizing.keeper.held_nbytes(dirty=True)
 
     # The public surface.
 
@@ -375,26 +286,9 @@ class Engine:
         """
         if self._runtime.config.commit == "never":
             raise ConfigError("commit='never' keeps no slot to commit to: attach with 'manual'")
-        if self._backward_step is not None:
-            self._backward_step.check_whole()
-        if self.optimizer is not None:
-            self._streamed.memory.check_whole()
-        self._runtime.lanes.drain()
-        self.weights.absorb_all()
-        state: dict[str, Any] = {
-            "chunk_numel": self._runtime.chunk_numel,
-            "extra": dict(self.extra if extra is None else extra),
-            "optimizer": {},
-            "groups": [],
-            "buffers": self._buffers.record(),
-            "rng": pack_rng(self.device),
-        }
-        if self.optimizer is not None and self._keeper is not None:
-            self._keeper.absorb_all()
-            state["optimizer"] = self._keeper.record()
-            state["groups"] = pack_groups(self.optimizer)
-        self._runtime.store.commit(self.step, self._signature, state)
-        self.extra = state["extra"]
+        kept = dict(self.extra if extra is None else extra)
+        self._commits.commit(self.step, kept)
+        self.extra = kept
 
     @property
     def device(self) -> torch.device:
@@ -435,7 +329,7 @@ class Engine:
             ConfigError: masters are asked for, but not kept.
             TierIOError: the directory can't be written.
         """
-        halves = self._low_halves() if masters else {}
+        halves = self._masters().low_halves() if masters else {}
         self.weights.evict_streaming()
         save_pretrained(self.model, Path(directory), halves)
 
@@ -445,36 +339,18 @@ class Engine:
         Raises:
             ConfigError: no masters are kept, or none of that name.
         """
-        halves = self._low_halves()
         weight = dict(self.model.named_parameters()).get(name)
-        if weight is None or weight.data_ptr() not in halves:
-            raise ConfigError(f"{name!r} is no bfloat16 parameter with a master")
-        return master_of(weight, halves[weight.data_ptr()])
+        return self._masters().master(name, weight)
 
-    def _low_halves(self) -> Mapping[int, torch.Tensor | None]:
-        if self.optimizer is None or self._runtime.precision.masters == "none":
-            raise ConfigError("no masters are kept: attach with config={'master_weights': 'fp32'}")
-        return self._streamed.masters.low_halves()
+    def _masters(self) -> Optimizing:
+        if self._optimizing is None:
+            raise no_masters()
+        return self._optimizing
 
-    def detach(self) -> None:
-        """Take the hooks off and give the store back; safe to call twice.
-
-        Weights and optimizer states (float32 again if they are rounded in the store) become
-        ordinary tensors where the budget has room for them. Where it has not, they stay mapped
-        from the store, whose lock is kept until the process ends.
-        """
-        self._detach("done")
-
-    def _detach(self, status: str) -> None:
-        if not self._attached:
-            return
-        self._attached = False
+    def _end(self, status: str) -> None:
         leave(self.gradient_stream)
-        attached_models.discard(self.model)
-        if self._step_hooks is not None:
-            self._step_hooks.remove()
-        if self._loading is not None:
-            self._loading.remove()
+        if self._optimizing is not None:
+            self._optimizing.remove()
         self._hooks.remove()
         forget_compiled()
         if self.tokenwise is not None:
@@ -482,8 +358,8 @@ class Engine:
         self.gradients.stop()
         if self._rows is not None:
             self._rows.remove()
-        if self._backward_step is not None:
-            self._backward_step.abandon()
+        if self._optimizing is not None:
+            self._optimizing.abandon()
         try:
             self._give_back(status)
         except BaseException:  # the store must not stay locked by a run that is over
@@ -500,37 +376,6 @@ class Engine:
             self.gradients.materialise()
             self.weights.evict_streaming()
         record_finish(self._journal, self.plan, steps=len(self._steps), status=status)
-        if not whole or take_back(self.weights, self._keeper, self.plan.budget_nbytes):
+        keeper = self._optimizing.keeper if self._optimizing is not None else None
+        if not whole or take_back(self.weights, keeper, self.plan.budget_nbytes):
             self._runtime.close()
-
-    def _exit(self) -> None:
-        """The interpreter ends: there is no one left to use the model."""
-        if self._attached:
-            self._detach("failed" if hasattr(sys, "last_value") else "ended")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None or isinstance(error, SystemExit):
-            self._detach("done")
-        else:
-            self._detach("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-
-
-def _itself(buffer: torch.Tensor) -> torch.Tensor:
-    return buffer
-
-
-attached_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def _call(method: weakref.WeakMethod[Any]) -> None:
-    bound = method()
-    if bound is not None:
-        bound()

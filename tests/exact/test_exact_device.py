@@ -221,7 +221,7 @@ def test_weights_in_host_memory_and_states_beside_them(same: Any) -> None:
         values = plain_loop(model, optimizer, engine)
         if engine is not None:
             engine.weights.keep(engine.weights.weights)
-            memory = engine._streamed.memory
+            memory = engine._optimizing.streamed.memory
             memory.keep(memory.nbytes())
         return values + plain_loop(model, optimizer, engine)
 

@@ -42,7 +42,7 @@ def hold(engine: Engine | None, names: Iterable[str] | None = None) -> None:
         engine.keep_streaming()
         chosen = engine.weights.weights if names is None else names
         engine.weights.keep(chosen)
-        engine._streamed.memory.keep(chosen)
+        engine._optimizing.streamed.memory.keep(chosen)
 
 
 def train(
@@ -88,7 +88,7 @@ def moves(engine: Engine) -> list[Move]:
 
 def held_names(engine: Engine) -> set[str]:
     """The weights of which a large state is in memory."""
-    keeper = engine._keeper
+    keeper = engine._optimizing.keeper
     assert keeper is not None
     return {
         keeper.names[parameter]
@@ -199,8 +199,8 @@ def test_steps_in_memory_move_nothing(commit: str, compare: Any) -> None:
         if engine is not None:
             held = [value for state in optimizer.state.values() for value in state.values()]
             large = sum(value.nbytes for value in held if value.numel() > 1024)
-            assert engine._keeper is not None
-            assert engine._keeper.held_nbytes() == large
+            assert engine._optimizing.keeper is not None
+            assert engine._optimizing.keeper.held_nbytes() == large
             forget_moves(engine)
         return losses + train(model, optimizer, range(2, STEPS))
 
@@ -337,8 +337,8 @@ def test_states_that_are_exchanged_or_made_anew(compare: Any) -> None:
 
     same = compare(make_model, lambda model: Exchanging(model.parameters()), exchanged)
     state = same.optimizer.state[same.model[0].weight]
-    assert same.engine._keeper is not None
-    assert same.engine._keeper.shown(same.model[0].weight) is not None
+    assert same.engine._optimizing.keeper is not None
+    assert same.engine._optimizing.keeper.shown(same.model[0].weight) is not None
     assert len({value.data_ptr() for value in state.values()}) == 3
 
 
