@@ -35,6 +35,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """A test with the marker ``own_process`` runs in one, unless it is to be debugged."""
+    if pyfuncitem.get_closest_marker("own_process") is None or pyfuncitem.config.option.usepdb:
+        return None
+    from forked import Alone, run_alone
+
+    if any(isinstance(plugin, Alone) for plugin in pyfuncitem.config.pluginmanager.get_plugins()):
+        return None  # this is it
+    run_alone(pyfuncitem)
+    return True
+
+
 @pytest.fixture(scope="module")
 def several_threads() -> Iterator[None]:
     """Torch computes with several threads, here and in children: they may change no bit."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Forked
 from torch import nn
 from torch.nn import functional as F
 
 import offload
+from forked import Forked
 from offload.allocator.errors import (
     BudgetError,
     CapacityError,

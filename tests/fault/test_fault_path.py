@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Forked
 from torch import nn
 from torch.nn import functional as F
 
 import offload
+from forked import Forked
 from offload.allocator.errors import CapacityError, TierIOError
 from offload.tiers import health
 from offload.tiers import home as home_module

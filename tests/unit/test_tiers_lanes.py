@@ -217,11 +217,12 @@ def test_close_finishes_what_is_queued(make_lane):
 
 
 def test_close_ends_the_threads(make_lane):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     lane = make_lane(workers=3)
-    assert threading.active_count() == before + 3
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == 3
     lane.close()
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in threads)
 
 
 class Held:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mappings import is_mapped
 
 from offload.allocator.errors import StaleBlockError, TierIOError
 from offload.tiers import file as file_module
@@ -71,14 +72,9 @@ def fetch(tier, mapped, pool=None):
     tier.lanes.reads.submit(mapped.fetch_jobs(pool), LABEL, mapped.nbytes).wait()
 
 
-def area_lines():
+def count_areas():
     with Path("/proc/self/maps").open() as maps:
-        return [line.split()[0] for line in maps]
-
-
-def is_mapped(address):
-    bounds = ([int(text, 16) for text in line.split("-")] for line in area_lines())
-    return any(low <= address < high for low, high in bounds)
+        return sum(1 for _ in maps)
 
 
 SHAPES = [
@@ -269,6 +265,7 @@ def test_shedding_keeps_values_in_every_state(any_tier, shared):
     assert torch.equal(mapped.tensor, torch.full((5000,), 3.0))
 
 
+@pytest.mark.own_process
 def test_shedding_gives_faulted_pages_back(tier):
     values = numbered((8 << 20,))
     mapped = filed(tier, values, shared=True)
@@ -280,6 +277,7 @@ def test_shedding_gives_faulted_pages_back(tier):
     assert before - after > values.nbytes * 3 // 4
 
 
+@pytest.mark.own_process
 def test_eviction_gives_held_memory_back(tier):
     values = numbered((16 << 20,))
     mapped = filed(tier, values)
@@ -290,6 +288,7 @@ def test_eviction_gives_held_memory_back(tier):
     assert held - filed_ > values.nbytes * 7 // 8
 
 
+@pytest.mark.own_process
 def test_memory_lives_as_long_as_the_last_view(tier):
     values = numbered((100, 100))
     mapped = filed(tier, values)
@@ -304,16 +303,17 @@ def test_memory_lives_as_long_as_the_last_view(tier):
     assert not is_mapped(address)
 
 
+@pytest.mark.own_process
 def test_a_failed_fetch_is_an_error_and_filing_again_mends_it(tier):
     values = numbered((FETCH_NBYTES // 4 + 5000,))
     mapped = filed(tier, values)
     tier.file.sync()
     whole = os.fstat(tier.file.fd).st_size
     os.truncate(f"/proc/self/fd/{tier.file.fd}", mapped.block.extent.offset + FETCH_NBYTES)
-    areas = len(area_lines())
+    areas = count_areas()
     with pytest.raises(TierIOError, match="bytes early"):
         fetch(tier, mapped)
-    assert len(area_lines()) <= areas + 2  # the part that was read; no pages left over
+    assert count_areas() <= areas + 2  # the part that was read; no pages left over
     os.truncate(f"/proc/self/fd/{tier.file.fd}", whole)
     mapped.file_as(mapped.block)
     assert torch.equal(mapped.tensor[: FETCH_NBYTES // 4], values[: FETCH_NBYTES // 4])
@@ -322,6 +322,7 @@ def test_a_failed_fetch_is_an_error_and_filing_again_mends_it(tier):
 # [Note: recycled pages]
 
 
+@pytest.mark.own_process
 def test_evicted_pages_are_used_by_the_next_fetch(tier):
     assert alone()
     first, second = numbered((HUGE_PAGE,)), numbered((HUGE_PAGE,), first=9)
@@ -345,6 +346,7 @@ def test_a_tensor_that_never_had_a_home_gives_no_pages(tier):
     assert pool.nbytes == 0
 
 
+@pytest.mark.own_process
 def test_no_page_is_recycled_while_another_thread_could_be_reading(tier):
     mapped, pool = filed(tier, numbered((HUGE_PAGE,))), PagePool()
     fetch(tier, mapped, pool)
@@ -361,6 +363,7 @@ def test_no_page_is_recycled_while_another_thread_could_be_reading(tier):
     assert alone()
 
 
+@pytest.mark.own_process
 def test_offload_s_own_threads_and_progress_bars_are_no_readers(monkeypatch):
     done = threading.Event()
     own = threading.Thread(target=done.wait, args=(PATIENCE_S,), name=f"{pages.OWN_THREAD}x")

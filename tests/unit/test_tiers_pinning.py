@@ -230,6 +230,7 @@ def locked_kib():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmLck:"))
 
 
+@pytest.mark.own_process
 def test_locked_memory_is_locked_until_it_is_given_back():
     buffer, before = HostBuffer(8 * PAGE), locked_kib()
     pinner = LockPinner()

@@ -296,6 +296,7 @@ def test_another_thread_never_sees_a_wrong_byte(tier, pooled):
     assert not wrong
 
 
+@pytest.mark.own_process
 def test_evicted_pages_are_used_again(tmp_path, lanes):
     with FileTier(tmp_path, "data", lanes, file=striped(tmp_path, (2, 1))) as tier:
         mapped, pool = filed(tier, numbered(300_000)), PagePool()
