@@ -6,6 +6,8 @@ import re
 _BINARY = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)B?\s*", re.IGNORECASE)
 
+LEAST_MEMORY_NBYTES = 1 << 20  # a smaller size of memory was meant in another unit
+
 
 def parse_nbytes(value: str | int) -> int:
     """Bytes of ``"24GiB"`` (1024s), ``"1.5 GB"`` (1000s) or a plain number of bytes.
@@ -23,6 +25,20 @@ def parse_nbytes(value: str | int) -> int:
     number, prefix, binary = match.groups()
     base = 1024 if binary else 1000
     return round(float(number) * float(base ** _BINARY[prefix.upper()]))
+
+
+def parse_memory_nbytes(value: str | int) -> int:
+    """As ``parse_nbytes``, of memory that is to hold something: no less than a MiB is meant.
+
+    Raises:
+        ValueError: also a size that lacks its unit; tells what it probably was to be.
+    """
+    nbytes = parse_nbytes(value)
+    if nbytes >= LEAST_MEMORY_NBYTES:
+        return nbytes
+    number = str(value).strip()
+    mend = f"a size has a unit: {number}GiB?" if number.isdigit() else "write 1MiB or more"
+    raise ValueError(f"{nbytes} bytes of memory hold nothing; {mend}")
 
 
 def format_nbytes(nbytes: int) -> str:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from offload.allocator.errors import ConfigError
-from offload.allocator.units import parse_nbytes
+from offload.allocator.units import parse_memory_nbytes, parse_nbytes
 from offload.tiers.engines.registry import AUTO, check_name
 
 TIERS = ("device", "host")
@@ -161,7 +161,7 @@ def parse_budget(value: Any) -> dict[str, int]:
     """``"device=10GiB,host=24GiB"``, ``"24GiB"`` (host), bytes (host) or a mapping.
 
     Raises:
-        ValueError: an unknown tier or a size that can't be read.
+        ValueError: an unknown tier, a size that can't be read, or one without its unit.
     """
     if isinstance(value, str) and "=" in value:
         value = dict(part.partition("=")[::2] for part in value.split(",") if part.strip())
@@ -172,7 +172,10 @@ def parse_budget(value: Any) -> dict[str, int]:
         name = str(tier).strip()
         if name not in TIERS:
             raise ValueError(f"unknown tier {name!r}{_nearest(name, TIERS)}")
-        budget[name] = parse_nbytes(size.strip() if isinstance(size, str) else size)
+        try:
+            budget[name] = parse_memory_nbytes(size.strip() if isinstance(size, str) else size)
+        except ValueError as error:
+            raise ValueError(f"{name}={size}: {error}") from error
     return budget
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.allocator.errors import BudgetError, ConfigError
-from offload.allocator.units import format_nbytes, parse_nbytes
-from offload.cli.sizes import LEAST_NBYTES, check_budget
+from offload.allocator.units import LEAST_MEMORY_NBYTES, format_nbytes, parse_nbytes
 from offload.config import make_config
 
 if TYPE_CHECKING:
@@ -348,7 +347,6 @@ def _budget_of(text: str | None) -> int | None:
     budget = make_config({}, budget=text).budget
     if "host" not in budget:
         raise ConfigError("--budget: host=SIZE bounds memory, for example host=24GiB")
-    check_budget(budget, text)
     return budget["host"]
 
 
@@ -359,7 +357,7 @@ def _size(option: str, text: str | None) -> int | None:
         nbytes = parse_nbytes(text)
     except ValueError as error:
         raise ConfigError(f"{option}: {error}") from error
-    if nbytes < LEAST_NBYTES:
+    if nbytes < LEAST_MEMORY_NBYTES:
         raise ConfigError(f"{option} {text}: {nbytes} bytes; a size has a unit: {text}MiB?")
     return nbytes
 

@@ -21,7 +21,6 @@ from offload.allocator.errors import (
     UnsupportedError,
 )
 from offload.allocator.units import format_nbytes
-from offload.cli.sizes import check_budget
 from offload.config import OffloadConfig, make_config
 
 if TYPE_CHECKING:
@@ -205,7 +204,6 @@ def _base(arguments: argparse.Namespace) -> OffloadConfig:
         device=arguments.device,
         nvme=arguments.nvme and ",".join(arguments.nvme),
     )
-    check_budget(config.budget, arguments.budget)
     budget = dict(config.budget)
     if "host" not in budget:
         budget["host"] = default_budget() >> 20 << 20

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from offload.allocator.errors import BudgetError, ConfigError
-from offload.allocator.units import format_nbytes, format_rate, parse_nbytes
+from offload.allocator.units import format_nbytes, format_rate, parse_memory_nbytes
 from offload.planner.answer import solve_batch, solve_length
 from offload.planner.sources import Batch
 from offload.planner.text import Advice
@@ -24,7 +24,6 @@ from offload.tiers.machine import Machine, MachineTier
 _WORKSPACE_NBYTES = 64 << 20  # of the device's libraries, as attach counts on
 _DEVICE_SHARE, _HOST_SHARE = 0.9, 0.8  # of what is free, without a budget
 _MIB = 1 << 20
-_LEAST_NBYTES = _MIB  # smaller budgets were meant in another unit
 _UNFUSED_PASSES = 2.5
 _WORTH = 0.97  # a change that saves less is none
 _HALVINGS = 3  # of the batch, in search of the best micro-batch
@@ -68,14 +67,9 @@ def split_budget(text: str | None) -> tuple[str | None, dict[str, int]]:
             left.append(part)
             continue
         try:
-            others[name] = parse_nbytes(size)
+            others[name] = parse_memory_nbytes(size)
         except ValueError as error:
-            raise ConfigError(f"--budget {name}: {error}") from error
-        if others[name] < _LEAST_NBYTES:
-            raise ConfigError(
-                f"--budget {part.strip()}: {others[name]} bytes of memory hold nothing; a size has "
-                f"a unit: {size}GiB?"
-            )
+            raise ConfigError(f"--budget {part.strip()}: {error}") from error
     return ",".join(left) or None, others
 
 

@@ -308,7 +308,7 @@ def test_memory_nodes_are_placed_on(
     ("words", "message"),
     [
         (["--budget", "device=20"], "20 bytes of memory hold nothing; a size has a unit: 20GiB?"),
-        (["--budget", "device=20Gb/s"], "--budget device: '20Gb/s' is not a size"),
+        (["--budget", "device=20Gb/s"], "--budget device=20Gb/s: '20Gb/s' is not a size"),
         (["--budget", "device=8GiB,host=24"], "a size has a unit: 24GiB?"),
         (["--budget", "device=48GiB"], "device:0 of this machine holds 24.00 GiB"),
         (["--budget", "device=8GiB,numa:1=8GiB"], "no tier 'numa:1'"),

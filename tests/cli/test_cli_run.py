@@ -221,6 +221,8 @@ def test_interrupts_end_cleanly_and_the_run_continues(
         (["run"], "needs a script"),
         (["run", "missing.py"], "can't read the script missing.py"),
         (["run", "--budget", "much", "x.py"], "'much' is not a size"),
+        (["run", "--budget", "24", "x.py"], "host=24: 24 bytes of memory hold nothing; a size has"),
+        (["run", "--budget", "device=8,host=4GiB", "x.py"], "a size has a unit: 8GiB?"),
         (["run", "-m", "no.such.module"], "no module named"),
         (["run", "--stop-after", "0", "x.py"], "--stop-after 0: at least 1"),
         (["run", "--alpha", "0.5", "x.py"], "only recompute='tokenwise' uses alpha"),

@@ -1,5 +1,6 @@
 """Settings: where they come from, which wins, and what is refused."""
 
+import json
 import re
 from pathlib import Path
 
@@ -38,6 +39,31 @@ def test_every_problem_is_told_at_once_with_the_nearest_key(tmp_path: Path) -> N
     assert "unknown tier 'hots'; did you mean 'host'?" in text
     assert f"file {file}: io_threads" in text
     assert "argument: resume" in text
+
+
+@pytest.mark.parametrize(
+    ("budget", "told"),
+    [
+        (24, "host=24: 24 bytes of memory hold nothing; a size has a unit: 24GiB?"),
+        ("device=10, host=24GiB", "device=10: 10 bytes of memory hold nothing; a size has a unit"),
+        ({"host": "24"}, "host=24: 24 bytes of memory hold nothing; a size has a unit: 24GiB?"),
+        ("900KiB", "host=900KiB: 921600 bytes of memory hold nothing; write 1MiB or more"),
+        ("host=much", "host=much: 'much' is not a size"),
+    ],
+)
+def test_a_budget_without_its_unit_is_refused_wherever_it_stands(
+    budget: object, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"argument: budget: {told}")):
+        make_config(budget=budget)
+    file = tmp_path / "offload.json"
+    file.write_text(json.dumps({"budget": budget}))
+    with pytest.raises(ConfigError, match=re.escape(f"file {file}: budget: {told}")):
+        make_config(file)
+    if isinstance(budget, str):
+        monkeypatch.setenv("OFFLOAD_BUDGET", budget)
+        with pytest.raises(ConfigError, match=re.escape(f"environment: budget: {told}")):
+            make_config()
 
 
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
