@@ -6,8 +6,8 @@
 Runs the contract of the device tier and of the pinned pool, the race scenarios with streams held
 up on purpose, a few training steps with weights and optimizer states in each tier (bit-exact
 against the same steps in device memory), the pool's rates against torch's pinned memory, its
-exact size, training through offload.attach within a device budget, and the memory limit. Prints
-one table and writes one JSON file below docs/results.
+exact size, the rates that the doctor measures, training through offload.attach within a device
+budget, and the memory limit. Prints one table and writes one JSON file below docs/results.
 
 Exit codes: 0 all holds, 1 something does not, 2 there is no CUDA device.
 """
@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--simulated", action="store_true", help="no GPU: the simulated device")
     parser.add_argument("--quick", action="store_true", help="few seeds: a check that it runs")
     parser.add_argument(
-        "--only", metavar="GROUP", help="contract, races, exact, attach, arena, pool or budget"
+        "--only",
+        metavar="GROUP",
+        help="contract, races, exact, rates, attach, arena, pool or budget",
     )
     parser.add_argument("--results", type=Path, metavar="DIR", help="where the JSON file goes")
     options = parser.parse_args(arguments)

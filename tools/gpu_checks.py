@@ -13,6 +13,7 @@ import torch
 
 import contract_runner
 import gpu_attach
+import gpu_rates
 from gpu_activations import SWAP_HOMES, Swap, step_gradients
 from gpu_caching import model_agrees, random_requests, recorded_step
 from gpu_report import Outcome, Report
@@ -109,6 +110,7 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
         report.run("exact", "token rows rebuilt, relaxed", partial(rows_are_close, device))
         for name, check in AlphaChecks(device).all().items():
             report.run("alpha", name, check)
+    gpu_rates.run_checks(report, device, real=isinstance(device, Cuda))
     report.run("pool", "exact size", partial(pool_size_is_exact, device))
     gpu_attach.forget()  # its budgets count what is on the device already
     gpu_attach.run_checks(report, device, quick=quick)

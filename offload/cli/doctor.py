@@ -3,7 +3,17 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offload.allocator.errors import ConfigError
+
+if TYPE_CHECKING:
+    from offload.doctor.examine import Diagnosis
+    from offload.doctor.finding import Finding
+    from offload.tiers.machine import Machine
+    from offload.tiers.probe.links import Progress
 
 HELP = "examine this machine: facts, limits, measured links, and what to mend"
 DESCRIPTION = """\
@@ -12,9 +22,10 @@ with the command that mends it. It takes less than 20 seconds and leaves nothing
 behind. Exit code 1 if a line fails.
 
   offload doctor --nvme /data/nvme
-  offload doctor --nvme /data/a /data/b -o machine.json"""
+  offload doctor --nvme /data/a /data/b -o machine.json --rehearse"""
 
 _COMPUTE_S = 6.0  # torch's import and the processor's rates
+_REHEARSED = ("moves", "tiles", "flush")
 
 
 def add_directories(parser: argparse.ArgumentParser) -> None:
@@ -36,35 +47,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--machine", metavar="FILE", type=Path, help="write machine.json for the planner"
     )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="with -o or --json: also train a small model in the first directory, for what only "
+        "training shows; a minute more",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Examine, and print on stdout; progress goes to stderr.
 
     Raises:
-        ConfigError: the machine can't be written to the file.
+        ConfigError: the machine can't be written to the file, or nobody wants what is measured.
     """
     from offload.doctor.examine import diagnose
     from offload.doctor.progress import shown
     from offload.doctor.text import make_console, print_diagnosis, to_json
     from offload.tiers.machine import check_writable, write_machine
-    from offload.tiers.probe.compute import add_compute
     from offload.tiers.probe.pace import Effort
 
+    wanted = arguments.json or arguments.machine is not None
+    if arguments.rehearse and not wanted:
+        raise ConfigError("--rehearse measures for the planner: give -o machine.json, or --json")
     if arguments.machine is not None:
         check_writable(arguments.machine)  # before the work, not after it
     directories = arguments.nvme or [Path()]
     with shown() as progress:
-        wanted = arguments.json or arguments.machine is not None
         effort = Effort()
         if wanted:
             seconds = max(effort.seconds - _COMPUTE_S, effort.seconds / 2)
             effort = dataclasses.replace(effort, seconds=seconds)
         diagnosis = diagnose(directories, effort=effort, progress=progress)
         if wanted:  # by the planner; it imports torch
-            machine = add_compute(diagnosis.bench.machine, progress=progress)
-            bench = dataclasses.replace(diagnosis.bench, machine=machine)
-            diagnosis = dataclasses.replace(diagnosis, bench=bench)
+            diagnosis = _for_planner(
+                diagnosis, directories, rehearse=arguments.rehearse, progress=progress
+            )
     if arguments.json:
         print(to_json(diagnosis))
     else:
@@ -73,3 +91,84 @@ def run(arguments: argparse.Namespace) -> int:
         write_machine(diagnosis.bench.machine, arguments.machine)
         print(f"offload: wrote {arguments.machine}", file=sys.stderr)
     return int(diagnosis.count("fail") > 0)
+
+
+def _for_planner(
+    diagnosis: "Diagnosis", directories: Sequence[Path], *, rehearse: bool, progress: "Progress"
+) -> "Diagnosis":
+    """With the rates of processors and, if asked for, of a rehearsal; and a line about each."""
+    from offload.doctor.finding import Finding, Section
+    from offload.tiers.probe.compute import add_compute
+    from offload.tiers.probe.cuda import add_devices
+
+    machine = add_compute(diagnosis.bench.machine, progress=progress)
+    machine, failures = add_devices(machine, progress=progress)
+    failed: tuple[Finding, ...] = ()
+    if rehearse:
+        machine, failed = _rehearsed(machine, directories, progress)
+    findings = (
+        *_rates(machine),
+        *(Finding(subject=name, value=why, status="fail") for name, why in failures.items()),
+        *(failed or _rehearsal(machine)),
+    )
+    return dataclasses.replace(
+        diagnosis,
+        sections=(*diagnosis.sections, Section(title="For the planner", findings=findings)),
+        bench=dataclasses.replace(diagnosis.bench, machine=machine),
+    )
+
+
+def _rehearsed(
+    machine: "Machine", directories: Sequence[Path], progress: "Progress"
+) -> "tuple[Machine, tuple[Finding, ...]]":
+    """The machine with the rates of a rehearsal, or the line that tells why it has none."""
+    from offload.allocator.errors import OffloadError
+    from offload.doctor.finding import Finding
+    from offload.planner.rehearsal import add_rehearsal
+    from offload.tiers.inventory import file_tier_name
+
+    measured = {link.source for link in machine.links}
+    usable = [each for each in directories if file_tier_name(each) in measured]
+    try:
+        if not usable:
+            raise ConfigError("it needs a directory whose links were measured")
+        progress(f"rehearsing some steps of a small model in {usable[0]}")
+        return add_rehearsal(machine, usable[0], file_tier_name(usable[0])), ()
+    except OffloadError as error:
+        return machine, (Finding(subject="rehearsal", value=str(error), status="fail"),)
+
+
+def _rates(machine: "Machine") -> "Iterator[Finding]":
+    """What the best product of matrices reached on each processor, by type."""
+    from offload.doctor.finding import Finding
+
+    for processor in machine.processors:
+        best: dict[str, float] = {}
+        for rate in machine.compute:
+            if (rate.processor, rate.work) == (processor.name, "matmul"):
+                best[rate.dtype] = max(best.get(rate.dtype, 0.0), rate.per_s)
+        if best:
+            told = [f"{dtype} {per_s / 1e9:,.0f} GFLOP/s" for dtype, per_s in best.items()]
+            yield Finding(subject=processor.name, value=f"matmul: {', '.join(told)}")
+
+
+def _rehearsal(machine: "Machine") -> "Iterator[Finding]":
+    """What a rehearsal found; or what a prediction lacks without one."""
+    from offload.allocator.units import format_rate
+    from offload.doctor.finding import Finding
+
+    found = {rate.work: rate.per_s for rate in machine.compute if rate.work in _REHEARSED}
+    if not found:
+        yield Finding(
+            subject="rehearsal",
+            value="not measured",
+            status="warn",
+            detail="what lanes and computing take from each other, and what a flush takes, only "
+            "training shows: predictions without it are the faster ones",
+            mend="offload doctor --rehearse -o machine.json",
+        )
+        return
+    told = [f"{found['flush']:,.0f} flushes/s", f"tiles {format_rate(found['tiles'])}"]
+    if "moves" in found:
+        told.append(f"computing loses a second by {format_rate(found['moves'])[:-2]} moved")
+    yield Finding(subject="rehearsal", value=", ".join(told))

@@ -93,14 +93,16 @@ def this_machine(
     def measure(directory: Path, care: Care) -> Machine:
         from offload.doctor.examine import bench_links
         from offload.planner.rehearsal import add_rehearsal
-        from offload.tiers.probe import compute, pace
+        from offload.tiers.probe import compute, cuda, pace
 
         say(f"measuring this machine and {directory.resolve()}: some seconds")
         effort = pace.QUICK if care == "quick" else pace.Effort()
         bench = bench_links([directory], effort=effort)
         if bench.failures:
             raise ConfigError(*(f"{one.subject}: {one.value}" for one in bench.failures))
-        machine = compute.add_compute(bench.machine)
+        machine, failures = cuda.add_devices(compute.add_compute(bench.machine))
+        for name, why in failures.items():
+            say(f"{name} could not be measured: {why}")
         if care == "full":
             say("rehearsing some steps of a small model")
             machine = add_rehearsal(machine, directory, file_tier_name(directory))

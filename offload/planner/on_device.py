@@ -337,8 +337,8 @@ def computing_on(machine: Machine, processor: str) -> Machine:
     own = [rate for rate in machine.compute if rate.processor == processor]
     if not own:
         raise ConfigError(
-            f"no rate of {processor} is known: machines of the library have published ones "
-            "(--machine list)"
+            f"no rate of {processor} is known: measure it with: offload doctor -o machine.json, "
+            "or take a machine of the library, with published ones (--machine list)"
         )
     works = {(rate.work, rate.dtype) for rate in own}
     others = [

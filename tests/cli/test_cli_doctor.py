@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from offload.allocator.errors import OffloadError
 from offload.cli import main
+from offload.planner import rehearsal
 from offload.tiers.machine import Machine, read_machine
 from offload.tiers.probe import compute, pace
 
@@ -54,6 +56,58 @@ def test_a_good_directory_gives_a_table_and_a_machine(
     assert machine.link(name, name).bytes_per_s > 0
     assert machine.rates("matmul", "float32")
     assert list((tmp_path / "nvme").iterdir()) == []
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_a_plan_lacks_is_told_and_a_rehearsal_measures_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "machine.json"
+    words = ["doctor", "--nvme", str(tmp_path / "none"), str(tmp_path), "-o", str(file)]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"ok +cpu +matmul: float32 [\d,]+ GFLOP/s, bfloat16 [\d,]+ GFLOP/s", out)
+    assert re.search(r"warn +rehearsal +not measured", out)
+    assert "→ offload doctor --rehearse -o machine.json" in out
+
+    def rehearsed(machine: Machine, directory: Path, drive: str) -> Machine:
+        assert directory == tmp_path  # the first whose links were measured
+        assert machine.link(drive, "host").bytes_per_s > 0
+        return rehearsal._with(machine, {"flush": 50.0, "tiles": 1.5e9, "moves": 3e9})
+
+    monkeypatch.setattr(rehearsal, "add_rehearsal", rehearsed)
+    assert main([*words, "--rehearse"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    told = "ok rehearsal 50 flushes/s, tiles 1.50 GB/s, computing loses a second by 3.00 GB moved"
+    assert told in out
+    assert {"moves", "tiles", "flush"} <= {rate.work for rate in read_machine(file).compute}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_rehearsal_that_fails_fails_its_line_and_the_rest_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> Machine:
+        raise OffloadError("a rehearsal of training failed: no room")
+
+    monkeypatch.setattr(rehearsal, "add_rehearsal", fail)
+    assert main(["doctor", "--nvme", str(tmp_path), "--json", "--rehearse"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    (line,) = (
+        finding
+        for part in document["sections"]
+        for finding in part["findings"]
+        if finding["subject"] == "rehearsal"
+    )
+    assert (line["status"], line["value"]) == ("fail", "a rehearsal of training failed: no room")
+    assert document["machine"]["compute"]
+    assert main(["doctor", "--nvme", str(tmp_path / "none"), "--json", "--rehearse"]) == 1
+    assert "it needs a directory whose links were measured" in capsys.readouterr().out
+
+
+def test_a_rehearsal_for_nobody_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--rehearse"]) == 2
+    assert "give -o machine.json, or --json" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from open_files import open_files
@@ -19,7 +18,7 @@ from offload.tiers import mempolicy
 from offload.tiers.file import TierFile
 from offload.tiers.hostmem import PAGE
 from offload.tiers.machine import Work
-from offload.tiers.probe import cuda, files, memory
+from offload.tiers.probe import files, memory
 from offload.tiers.probe.compute import measure_compute
 from offload.tiers.probe.links import Measured, Wanted, copy_threads, measure_links
 from offload.tiers.probe.pace import Effort, Pace, Route, measure_route
@@ -318,17 +317,6 @@ def test_a_node_that_does_not_exist_is_a_failure_of_its_links() -> None:
     measured = measure_links(wanted, available_nbytes=ROOM_NBYTES, effort=TINY)
     assert {failure.tier for failure in measured.failures} == {"numa:1000", "numa:0"}
     assert all("memory node 1000" in failure.message for failure in measured.failures)
-
-
-def test_copies_by_torch_move_the_bytes_asked_for_and_wait_for_them() -> None:
-    source = torch.arange(8, dtype=torch.uint8)
-    target = torch.zeros(8, dtype=torch.uint8)
-    finished: list[list[int]] = []
-    route = cuda.copy_route(
-        "host", "device:0", source, target, (2,), lambda: finished.append(target.tolist())
-    )
-    route.move(2, 3)
-    assert finished == [[0, 1, 2, 3, 4, 5, 0, 0]]
 
 
 @pytest.mark.gpu

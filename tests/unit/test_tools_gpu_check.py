@@ -74,6 +74,7 @@ def test_all_logic_holds_on_the_simulated_device_of_a_bare_machine(tmp_path):
         "contract",
         "races",
         "exact",
+        "rates",
         "pool",
     }
     assert all(check["holds"] for check in document["checks"])

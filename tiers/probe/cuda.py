@@ -1,23 +1,21 @@
-"""Links between memory and CUDA devices, from pageable and from pinned memory."""
+"""CUDA devices: their links, from pageable and from pinned memory, and their rates."""
 
+import dataclasses
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING
 
-from offload.allocator.errors import TierIOError
+from offload.allocator.errors import OffloadError, TierIOError
+from offload.tiers.machine import ComputeRate, Machine
 from offload.tiers.pinned import PinnedTier
 from offload.tiers.pinning import CudaPinner
+from offload.tiers.probe.device import CASES as ROUTE_CASES
+from offload.tiers.probe.device import device_routes, measure_device
 from offload.tiers.probe.pace import Effort, Pace, Route
 
-if TYPE_CHECKING:
-    import torch
-
-_BLOCKS = (1 << 20, 8 << 20, 32 << 20)
 _BUFFER_NBYTES = 64 << 20
 
-CASES = 4 * (len(_BLOCKS) + 1)  # shares of the time that a device takes
+CASES = 4 * ROUTE_CASES  # shares of the time that a device takes
 
 
 def count_devices() -> int:
@@ -34,47 +32,47 @@ def open_device(effort: Effort, index: int, _pace: Pace) -> Iterator[tuple[Route
     """The four links of device ``index``: from pageable memory and a pinned pool, both ways.
 
     Raises:
-        RuntimeError: torch could not allocate on the device.
+        CapacityError: no room on the device.
+        RuntimeError: the device can't be used.
         TierIOError: the pool could not be registered with CUDA.
     """
     import torch
 
-    device = torch.device("cuda", index)
+    from offload.tiers.cuda import CudaAccelerator
+
     nbytes = min(_BUFFER_NBYTES, effort.memory_nbytes // 2)
-    held = torch.empty(nbytes, dtype=torch.uint8, device=device)
     pageable = torch.ones(nbytes, dtype=torch.uint8)  # touched
-    blocks = tuple(block for block in _BLOCKS if block <= nbytes)
-    name = f"device:{index}"
-    finish = partial(torch.cuda.synchronize, device)
-    with PinnedTier(nbytes, pinners=[CudaPinner()]) as pool:
+    with (
+        CudaAccelerator(f"cuda:{index}") as accelerator,
+        PinnedTier(nbytes, pinners=[CudaPinner()]) as pool,
+    ):
         if pool.memory != CudaPinner.name:
             raise TierIOError(errno.EPERM, "; ".join(pool.journal.notices))
-        pinned = pool.tensor(pool.allocate(nbytes), torch.uint8, (nbytes,)).fill_(1)
-        yield tuple(
-            route
-            for host, memory in (("host", pageable), ("pinned", pinned))
-            for route in (
-                copy_route(host, name, memory, held, blocks, finish),
-                copy_route(name, host, held, memory, blocks, finish),
-            )
-        )
+        block = pool.allocate(nbytes)
+        pool.tensor(block, torch.uint8, (nbytes,)).fill_(1)
+        addresses = {"host": pageable.data_ptr(), "pinned": pool.address(block)}
+        yield device_routes(accelerator, f"device:{index}", addresses, nbytes)
 
 
-def copy_route(
-    source: str,
-    target: str,
-    read: "torch.Tensor",  # (nbytes,) bytes
-    written: "torch.Tensor",  # (nbytes,) bytes
-    blocks: tuple[int, ...],
-    finish: Callable[[], None],
-) -> Route:
-    """A link by torch's own copies; ``finish`` returns when the device has ended them."""
+def add_devices(
+    machine: Machine, *, progress: Callable[[str], None] = lambda _text: None
+) -> tuple[Machine, Mapping[str, str]]:
+    """``machine``, which is this one, with the rates of its CUDA devices.
 
-    def move(block_nbytes: int, count: int) -> None:
-        for number in range(count):
-            at = number % (read.numel() // block_nbytes) * block_nbytes
-            part = slice(at, at + block_nbytes)
-            written[part].copy_(read[part], non_blocking=True)
-        finish()
+    Returns:
+        And why a processor could not be measured, by its name.
+    """
+    from offload.tiers.cuda import CudaAccelerator
 
-    return Route(source=source, target=target, blocks=blocks, in_flight=1, move=move)
+    known = {processor.name for processor in machine.processors}
+    rates: list[ComputeRate] = []
+    failures: dict[str, str] = {}
+    for name in (f"cuda:{index}" for index in range(count_devices())):
+        if name not in known:
+            continue
+        try:
+            with CudaAccelerator(name) as accelerator:
+                rates += measure_device(accelerator, name, progress=progress)
+        except (OffloadError, RuntimeError) as error:  # torch raises RuntimeError
+            failures[name] = str(error)
+    return dataclasses.replace(machine, compute=(*machine.compute, *rates)), failures
