@@ -128,12 +128,12 @@ def list_machines() -> str:
         drive = library["drives"][parts["drive"]]
         gpu = f", {library['gpus'][parts['gpu']]['model']}" if "gpu" in parts else ""
         lines.append(
-            f"{name:14} {library['processors'][parts['processor']]['model']}, "
+            f"{name:17} {library['processors'][parts['processor']]['model']}, "
             f"{format_nbytes(parse_nbytes(parts['memory']))}, {parts['drive']} "
             f"({format_rate(drive['read'])} read){gpu}"
         )
     kinds = (library["processors"], library["drives"], library["gpus"])
-    sources = [part["source"] for kind in kinds for part in kind.values()]
+    sources = dict.fromkeys(part["source"] for kind in kinds for part in kind.values())
     return "\n".join([*lines, "", "Published figures of:", *sources])
 
 

@@ -437,6 +437,7 @@ def test_the_library_is_whole_and_names_its_sources(capsys: pytest.CaptureFixtur
         library_machine(name).check_measured()
     sources = out.partition("Published figures of:\n")[2].splitlines()
     assert len(sources) >= 10
+    assert len(set(sources)) == len(sources)
     assert all(source.startswith("https://") for source in sources)
 
 
