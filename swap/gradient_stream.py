@@ -196,7 +196,7 @@ class GradientStream:
     def _read(self, piece: _Piece, buffer: HostBuffer) -> _Tile:
         home, scratch = piece.filed.home, self.gradients.scratch
         values = buffer.tensor(home.tensor.dtype, (piece.stop - piece.start,))
-        jobs = self.gradients.read_jobs(home, piece.start, values)
+        jobs = self.gradients.places.read_jobs(home, piece.start, values)
         label = Label(piece.filed.name, "gradient", scratch.spec.name, "host")
         transfer = scratch.lanes.reads.submit(jobs, label, values.nbytes)
         return _Tile(piece, values, buffer, transfer)

@@ -8,7 +8,8 @@ through to scratch. Its pages can be shed at any moment.
 
 Whether it was changed, its version counter tells; but ``p.grad.data`` and numpy change bytes
 without counting. So gradients still on their way when backward gives control to the user's code
-have a checksum taken there, and only those.
+have a checksum taken there. Where parameters have hooks of the user's, which run inside backward,
+every gradient has one from the moment it leaves. Hooks of modules are not looked for.
 
 [Note: parts that come together] Where several backward passes run in turns, a gradient gets its
 parts one soon after the other. It stays in memory until the last has been added, and leaves once.
@@ -16,27 +17,22 @@ That is no promise: where memory is short the oldest leave before, and later par
 through the mapping, as behind any backward that has ended.
 """
 
-import ctypes
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
-from offload.swap.copying import storage_use_count, write_jobs
+from offload.swap.copying import write_jobs
+from offload.swap.departures import Departure, Departures, checksum_of, has_user_hook
 from offload.swap.governor import Governor
+from offload.swap.gradient_homes import GradientHomes
 from offload.swap.known_norms import KnownNorms
-from offload.tiers import hostmem
 from offload.tiers.filetier import FileTier
 from offload.tiers.journal import Journal, Label
-from offload.tiers.lanes import Job, Transfer
 from offload.tiers.mapped import MappedTensor
-from offload.tiers.pieces import move_jobs
-from offload.tiers.store import checksum
 
 MIN_NBYTES = 64 << 10  # smaller gradients cost more to move than to keep
 
@@ -49,24 +45,6 @@ class Stepper(Protocol):
 
     def end_backward(self) -> None:
         """Backward gives control to the user's code."""
-
-
-@dataclass(slots=True, eq=False)
-class _Leaving:
-    """A gradient on its way to scratch."""
-
-    parameter: nn.Parameter
-    tensor: torch.Tensor
-    version: int
-    home: MappedTensor
-    transfer: Transfer
-    checksum: int | None = None  # of its bytes before the user's code could change them
-
-    def is_changed(self) -> bool:
-        """Whether the tensor was changed since it began to leave."""
-        if self.tensor._version != self.version:
-            return True
-        return self.checksum is not None and self.checksum != _checksum(self.tensor)
 
 
 class GradientSwapper:
@@ -85,13 +63,9 @@ class GradientSwapper:
         self.journal = journal
         self.governor = governor
         self.limit_nbytes = limit_nbytes
-        self.homes: dict[nn.Parameter, MappedTensor] = {}
-        self.norms = KnownNorms(scratch.file)
-        self._private: dict[MappedTensor, nn.Parameter] = {}  # mapped so while backward runs
         self._names: dict[nn.Parameter, str] = {}
-        self._owners: dict[MappedTensor, int] = {}  # storage owners of an unshared home
-        self._outlived: list[MappedTensor] = []  # homes of old gradients that the user keeps
-        self._leaving: deque[_Leaving] = deque()
+        self.places = GradientHomes(scratch, journal, governor, self._names)
+        self._leaving = Departures()
         self._incomplete: dict[nn.Parameter, torch.Tensor] = {}  # stay for the parts to come
         self._expects_more: Callable[[nn.Parameter], bool] | None = None  # in turns only
         self._most_nbytes = 0  # of incomplete ones
@@ -106,6 +80,7 @@ class GradientSwapper:
         self.guard: AbstractContextManager[Any] = nullcontext()  # entered on each gradient
         self.is_arriving: Callable[[torch.Tensor], bool] = lambda _parameter: False
         self._watched_task = -1  # of autograd; at its end ``_end_backward`` is called
+        self._is_hooked = False  # by the user's code, which runs inside of this backward
         self._hooks: list[RemovableHandle] = []
 
     def watch(self, name: str, parameter: nn.Parameter) -> None:
@@ -135,7 +110,7 @@ class GradientSwapper:
         """
         self.watch_backward()  # first of all, as in ``_take``
         self.poll()
-        while any(left.parameter is parameter for left in self._leaving):
+        while self._leaving.of(parameter):
             self._await_oldest("drain")
 
     def begin(self, parameter: nn.Parameter, dtype: torch.dtype) -> MappedTensor:
@@ -146,11 +121,7 @@ class GradientSwapper:
         Raises:
             TierIOError: the disk could not take it.
         """
-        home = self._home(parameter, dtype)
-        assert home.block is not None
-        if home in self._private:
-            self._share(home)
-        self.scratch.clear(home.block)
+        home = self.places.clear(parameter, dtype)
         self._begun.add(parameter)
         return home
 
@@ -201,15 +172,15 @@ class GradientSwapper:
         if home is not None and gradient.data_ptr() == home.address:
             self._accumulated(parameter, gradient, home)
             return
-        if any(left.tensor.data_ptr() == gradient.data_ptr() for left in self._leaving):
+        if self._leaving.has(gradient):
             return  # accumulated in place while it leaves: ``_finish`` will see its version
         if parameter in self._kept:
             return
-        while any(left.parameter is parameter for left in self._leaving):
+        while self._leaving.of(parameter):
             self._await_oldest("drain")  # a dropped one must not land on top of this one
         self._leave(parameter, gradient)
         while self._leaving and (
-            self._leaving_nbytes() > self.limit_nbytes or self.governor.room() < 0
+            self._leaving.nbytes > self.limit_nbytes or self.governor.room() < 0
         ):
             self._await_oldest("full")
 
@@ -217,55 +188,27 @@ class GradientSwapper:
         self, parameter: nn.Parameter, gradient: torch.Tensor, home: MappedTensor
     ) -> None:
         """In place, through the mapping."""
-        if home in self._private:
-            self._share(home)
+        self.places.share(home)
         if parameter in self._kept:
             parameter.grad = gradient.clone()
         elif parameter in self._written:  # its norm would bring all of it into memory
             self.norms.forget(home)
         elif self.norms.wanted and self.stepper is None:
             self.norms.take(home, gradient)
-            self._watch_writes(parameter, home)
+            self.places.watch_writes(parameter, home)
         self._written.discard(parameter)
         home.shed()
-
-    def _watch_writes(self, parameter: nn.Parameter, home: MappedTensor) -> None:
-        """See ``known_norms`` [Note: a norm is of these bytes]."""
-        home.map_again(shared=False)
-        self._private[home] = parameter
-
-    def _share(self, home: MappedTensor) -> None:
-        """Map a gradient as ever, and what was written to it meanwhile into scratch.
-
-        Raises:
-            TierIOError: a write failed; the gradient stays as it is.
-        """
-        if home.written_while_filed():
-            self.norms.forget(home)
-            self._write_through(self._names[self._private[home]], home)
-        home.map_again(shared=True)
-        del self._private[home]
-
-    def _write_through(self, name: str, home: MappedTensor) -> None:
-        assert home.block is not None
-        copy = home.tensor.clone()  # a write can't read from mappings of where it goes
-        label = Label(name, "gradient", "host", self.scratch.spec.name)
-        jobs = write_jobs(self.scratch.file, home.block, copy.data_ptr(), copy.nbytes)
-        transfer = self.scratch.lanes.writes.submit(jobs, label, copy.nbytes, owner=copy)
-        with self.journal.stall(name, "gradient", self.scratch.lanes.writes.name, "drain"):
-            transfer.settle()
-        transfer.wait()
 
     def _step(self, parameter: nn.Parameter, stepper: Stepper, *, begun: bool) -> bool:
         """Whether the gradient was used up; an earlier part of it is back from its way by then."""
         assert parameter.grad is not None
         address, home = parameter.grad.data_ptr(), self.homes.get(parameter)
-        earlier = [left.tensor.data_ptr() for left in self._leaving if left.parameter is parameter]
+        earlier = [left.tensor.data_ptr() for left in self._leaving.of(parameter)]
         if parameter in self._incomplete:
             earlier.append(self._incomplete[parameter].data_ptr())
         known = address in [*earlier, home.address if home is not None else None]
         fresh = begun or not known
-        while any(left.parameter is parameter for left in self._leaving):
+        while self._leaving.of(parameter):
             self._await_oldest("drain")
         if not stepper.take(parameter, fresh=fresh):
             return False
@@ -286,6 +229,7 @@ class GradientSwapper:
             TierIOError: a write failed.
         """
         self._expects_more, self._most_nbytes = expects_more, most_nbytes
+        self._is_hooked = any(map(has_user_hook, self._names))
         self.norms.skip()
         is_whole = False
         try:
@@ -304,7 +248,7 @@ class GradientSwapper:
         self._incomplete.pop(parameter, None)
         if self._expects_more is None or parameter in self._kept:
             return False
-        if any(left.parameter is parameter for left in self._leaving):
+        if self._leaving.of(parameter):
             return False
         if self.home_of(parameter) is not None or not self._expects_more(parameter):
             return False
@@ -318,7 +262,7 @@ class GradientSwapper:
         waiting = sum(gradient.nbytes for gradient in self._incomplete.values())
         if waiting > self._most_nbytes:
             return True
-        if waiting + self._leaving_nbytes() <= self.limit_nbytes:
+        if waiting + self._leaving.nbytes <= self.limit_nbytes:
             return self.governor.room() < 0
         return self.governor.room() < self._reserve_nbytes
 
@@ -329,20 +273,20 @@ class GradientSwapper:
             self._send(parameter, gradient)
 
     def _leave(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-        home = self._home(parameter, gradient.dtype)
+        home = self.places.take(parameter, gradient.dtype)
         assert home.block is not None
         name = self._names[parameter]
         label = Label(name, "gradient", "host", self.scratch.spec.name)
         jobs = write_jobs(self.scratch.file, home.block, gradient.data_ptr(), gradient.nbytes)
         version = gradient._version
         in_backward = torch._C._current_graph_task_id() != -1
-        digest = None if in_backward else _checksum(gradient)
+        digest = checksum_of(gradient) if self._is_hooked or not in_backward else None
         if in_backward and self.norms.wanted and self.stepper is None:
             self.norms.take(home, gradient)
         else:
             self.norms.forget(home)
         transfer = self.scratch.lanes.writes.submit(jobs, label, gradient.nbytes, owner=gradient)
-        self._leaving.append(_Leaving(parameter, gradient, version, home, transfer, digest))
+        self._leaving.add(Departure(parameter, gradient, version, home, transfer, digest))
 
     def watch_backward(self) -> None:
         """Be called at the end of the backward that runs now, if one does."""
@@ -355,6 +299,7 @@ class GradientSwapper:
             else:
                 self.norms.disable()  # the backward around the one that was watched last
             self._watched_task = task
+            self._is_hooked = any(map(has_user_hook, self._names))
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
@@ -368,53 +313,20 @@ class GradientSwapper:
         self.poll()
         if self.norms.wanted:
             self.drain()
-        self._share_all()
+        self.places.share_all()
         self.norms.prove()
-        for left in self._leaving:
-            if left.checksum is None:
-                left.checksum = _checksum(left.tensor)
-
-    def _home(self, parameter: nn.Parameter, dtype: torch.dtype) -> MappedTensor:
-        """The gradient's place in scratch; a new one if the user still holds the old."""
-        self._reclaim()
-        home = self.homes.get(parameter)
-        if home is not None and home.tensor.dtype == dtype and not self._is_kept(home):
-            return home
-        if home is not None:
-            self._outlived.append(home)
-        home = MappedTensor(self.scratch.file, dtype, parameter.shape, shared=True)
-        home.file_as(self.scratch.allocate(home.nbytes))
-        self.governor.watch(home)
-        self.homes[parameter] = home
-        self._owners[home] = storage_use_count(home.tensor)
-        return home
-
-    def _is_kept(self, home: MappedTensor) -> bool:
-        """Whether the user holds a tensor over the bytes of ``home``."""
-        return storage_use_count(home.tensor) > self._owners[home]
-
-    def _reclaim(self) -> None:
-        """Give back the room of old gradients that the user has let go of."""
-        for home in [home for home in self._outlived if not self._is_kept(home)]:
-            assert home.block is not None
-            home.block.release()
-            self._outlived.remove(home)
-            del self._owners[home]
+        self._leaving.note_bytes()
 
     def poll(self) -> None:
         """Let go of the gradients whose write has ended; never blocks."""
-        if self._private and torch._C._current_graph_task_id() == -1:
-            self._share_all()  # backward failed
-        while self._leaving and self._leaving[0].transfer.done():
-            self._finish(self._leaving.popleft())
+        if torch._C._current_graph_task_id() == -1:
+            self.places.share_all()  # backward failed
+        for left in self._leaving.ended():
+            self._finish(left)
 
     def has_failed(self) -> bool:
         """Whether the write of a gradient has failed, and nobody has been told yet."""
-        return any(left.transfer.done() and left.transfer.error for left in self._leaving)
-
-    def _share_all(self) -> None:
-        for home in list(self._private):
-            self._share(home)
+        return self._leaving.has_failed()
 
     def drain(self) -> None:
         """Wait until every gradient has left."""
@@ -429,7 +341,7 @@ class GradientSwapper:
                 oldest.transfer.settle()
         self.poll()
 
-    def _finish(self, left: _Leaving) -> None:
+    def _finish(self, left: Departure) -> None:
         left.transfer.wait()
         gradient = left.parameter.grad
         if gradient is None or gradient.data_ptr() != left.tensor.data_ptr():
@@ -441,40 +353,23 @@ class GradientSwapper:
             if torch._C._current_graph_task_id() == -1:
                 self.norms.forget(left.home)  # backward failed
             else:
-                self._watch_writes(left.parameter, left.home)
+                self.places.watch_writes(left.parameter, left.home)
         # A tensor of its own over the same bytes: who keeps it is seen as an owner of them.
         left.parameter.grad = left.home.tensor.detach()
 
-    def _leaving_nbytes(self) -> int:
-        return sum(left.tensor.nbytes for left in self._leaving)
+    @property
+    def homes(self) -> dict[nn.Parameter, MappedTensor]:
+        """The present home of each parameter's gradient, whether it is there or not."""
+        return self.places.homes
+
+    @property
+    def norms(self) -> KnownNorms:
+        """Of the gradients in scratch."""
+        return self.places.norms
 
     def home_of(self, parameter: nn.Parameter) -> MappedTensor | None:
         """The mapping behind ``parameter.grad``, or None if the gradient is ordinary memory."""
-        home = self.homes.get(parameter)
-        gradient = parameter.grad
-        if home is None or gradient is None or gradient.data_ptr() != home.address:
-            return None
-        return home
-
-    def read_jobs(self, home: MappedTensor, start: int, staged: torch.Tensor) -> list[Job]:
-        """Jobs that fill ``staged`` (1-D) from element ``start`` of a gradient in scratch.
-
-        From the page cache where the user's code has just brought it there (clipping does),
-        else by a direct read.
-        """
-        assert home.block is not None
-        offset, end = start * staged.element_size(), staged.data_ptr() + staged.nbytes
-        shift = home.address - home.block.extent.offset  # from a place in the file to its mapping
-
-        def fill(base: int, address: int, nbytes: int) -> None:
-            if hostmem.is_cached(base + shift, nbytes):
-                ctypes.memmove(address, base + shift, min(nbytes, end - address))
-                hostmem.discard(base + shift, nbytes)
-            else:
-                self.scratch.file.read(base, address, nbytes)
-
-        base, nbytes = home.block.extent.offset + offset, hostmem.page_ceil(staged.nbytes)
-        return move_jobs(self.scratch.file, fill, base, staged.data_ptr(), nbytes)
+        return self.places.of(parameter)
 
     def stop(self) -> None:
         """Stop watching."""
@@ -485,15 +380,11 @@ class GradientSwapper:
     def materialise(self) -> None:
         """Make the gradients that live in scratch ordinary tensors."""
         self.drain()
-        self._share_all()
+        self.places.share_all()
         for parameter in self.homes:
             if self.home_of(parameter) is not None:
                 assert parameter.grad is not None
                 parameter.grad = parameter.grad.clone()
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    return checksum(tensor.data_ptr(), tensor.nbytes)
 
 
 def _movable(gradient: torch.Tensor, parameter: nn.Parameter) -> bool:

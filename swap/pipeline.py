@@ -363,7 +363,7 @@ class TilePipeline:
         else:
             gradient = source
         if target.home is not None:
-            jobs += self.gradients.read_jobs(target.home, piece.start, source)
+            jobs += self.gradients.places.read_jobs(target.home, piece.start, source)
         return gradient
 
     def _state(

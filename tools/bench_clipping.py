@@ -83,7 +83,7 @@ def measure(folder: Path, count: int, width: int, budget: str, repeats: int) -> 
             for name, call in CALLS.items():
                 for way in WAYS if name != NOTHING else ("stream",):
                     # As a loop does it that always makes this call: the first tells what comes.
-                    engine.gradients.norms = KnownNorms(engine.gradients.scratch.file)
+                    engine.gradients.places.norms = KnownNorms(engine.gradients.scratch.file)
                     _once(engine, model, optimizer, call, way)
                     figures = _once(engine, model, optimizer, call, way)
                     rows.setdefault(f"{name}|{way}", []).append(figures)

@@ -201,6 +201,47 @@ def test_a_change_by_the_user_is_kept_when_the_gradient_left_again_in_backward(
     assert torch.equal(parameter.grad, (values(1) + values(2)) * 3)
 
 
+@pytest.mark.parametrize("kind", ["post accumulate", "tensor"])
+def test_a_change_inside_backward_by_a_hook_of_a_parameter_is_kept(swapper, parameter, gate, kind):
+    """It tells no version counter, and the write has begun."""
+    later = nn.Parameter(torch.zeros(SHAPE))
+    swapper.watch("later", later)
+    on_their_way = []
+
+    def change(_gradient):
+        assert gate.begun.wait(PATIENCE_S)
+        on_their_way.extend(swapper._leaving.of(parameter))
+        parameter.grad.data.mul_(0.5)
+
+    if kind == "tensor":
+        later.register_hook(change)
+    else:
+        later.register_post_accumulate_grad_hook(change)
+    # What was computed last is first in backward.
+    ((later * values(2)).sum() + (parameter * values(1)).sum()).backward()
+    gate.open()
+    swapper.drain()
+    assert len(on_their_way) == 1
+    assert swapper.home_of(parameter) is not None
+    assert torch.equal(parameter.grad, values(1) * 0.5)
+    assert torch.equal(later.grad, values(2))
+
+
+def test_a_checksum_is_taken_where_the_user_s_code_could_change_bytes(swapper, parameter, gate):
+    """Not inside of backward where none of it runs."""
+    noted = []
+    swapper.before_end = lambda: noted.append(swapper._leaving[-1].checksum is not None)
+    backward(parameter, values(1))
+    parameter.grad = None
+    handle = parameter.register_post_accumulate_grad_hook(lambda _parameter: None)
+    gate.open()
+    backward(parameter, values(2))
+    parameter.grad = None
+    handle.remove()
+    backward(parameter, values(3))
+    assert noted == [False, True, False]
+
+
 def test_a_failed_backward_does_not_end_the_watch(swapper, parameter, gate):
     class Refuse(torch.autograd.Function):
         @staticmethod
@@ -426,7 +467,7 @@ def test_a_tile_of_a_gradient_is_read_for_the_optimizer(swapper, cached):
     staged = buffer.tensor(torch.float32, (8192,))
     start = 4 * 8192
     staged = staged[: 40_000 - start]
-    jobs = swapper.read_jobs(home, start, staged)
+    jobs = swapper.places.read_jobs(home, start, staged)
     swapper.scratch.lanes.reads.submit(jobs, Label("", "gradient", "", ""), staged.nbytes).wait()
     assert torch.equal(staged, values(1, (40_000,))[start:] * 3)
     assert torch.equal(parameter.grad, values(1, (40_000,)) * 3)
