@@ -1,0 +1,22 @@
+"""What ``offload plan`` is asked about."""
+
+import json
+from pathlib import Path
+
+import pytest
+from plan_verb import CONFIG, SCRIPT
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "tiny-llama"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return directory
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    file = tmp_path / "train.py"
+    file.write_text(SCRIPT)
+    return file
