@@ -100,6 +100,9 @@ Work: TypeAlias = Literal[
     "first touch",  # fresh memory: bytes that the kernel has to zero
     "optimizer",  # a fused AdamW by all threads: bytes read and written
     "optimizer thread",  # the same by one thread
+    "bf16 states",  # bytes of float32 that one thread rounds to bfloat16 and widens again
+    "8bit states",  # the same to and from 8 bits
+    "masters",  # the same: split into two halves and put together, a gradient widened
     "checksum",  # bytes
     "dispatch",  # calls of the smallest kernels
     "moves",  # bytes that lanes move while computing loses a second by it

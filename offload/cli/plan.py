@@ -42,12 +42,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="for example host=24GiB, or just 24GiB; with device=20GiB, and numa:1=64GiB, on a GPU",
     )
-    parser.add_argument("--nvme", metavar="DIR", help="the directory of the store")
+    parser.add_argument(
+        "--nvme",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="the directory of the store; several, each after its own --nvme, are striped",
+    )
     parser.add_argument("--commit", choices=["step", "never"], default="step")
     parser.add_argument(
         "--step-in-backward",
         action="store_true",
         help="step each parameter as soon as its gradient is complete",
+    )
+    parser.add_argument(
+        "--state-precision",
+        choices=["exact", "bf16", "8bit"],
+        default="exact",
+        help="of optimizer states in the store; all but exact round",
+    )
+    parser.add_argument(
+        "--master-weights",
+        choices=["none", "fp32"],
+        default="none",
+        help="fp32: bfloat16 weights are stepped in float32",
     )
     parser.add_argument(
         "--machine",
@@ -151,6 +169,7 @@ class _Asking:
     ) -> None:
         from offload.swap.planning.predict import Settings
         from offload.swap.planning.whatif import parse_changes
+        from offload.tiers.hostmem import HUGE_PAGE, PAGE
 
         self.arguments = arguments
         self._changes = parse_changes(arguments.what_if) if arguments.what_if else {}
@@ -169,6 +188,7 @@ class _Asking:
             drive=drive,
             commits=arguments.commit != "never",
             step_in_backward=arguments.step_in_backward,
+            align_nbytes=HUGE_PAGE if len(arguments.nvme) > 1 else PAGE,
         )
 
     def answer(self) -> Any:
@@ -234,6 +254,7 @@ class _Asking:
             raise ConfigError("--record keeps what is simulated on the CPU: leave device= out")
         if self._recorded is not None:
             raise ConfigError("--from corrects what is simulated on the CPU: leave device= out")
+        self._check_exact()
         self._change_rates()
         batch = Batch(sequences=self.arguments.batch or 1, length=self._length())
         return answer_placement(
@@ -252,10 +273,23 @@ class _Asking:
         if not any(tier.kind == "device" for tier in self.machine.tiers):
             return None
         try:
+            self._check_exact()
             placing = self._placing({"host": self.settings.budget_nbytes}, {batch: program})
             return answer_placement(placing, batch, name=self.name, title=self._title)
         except (BudgetError, ConfigError) as error:
             return str(error)
+
+    def _check_exact(self) -> None:
+        given = [
+            f"--{name.replace('_', '-')} {getattr(self.arguments, name)}"
+            for name, default in (("state_precision", "exact"), ("master_weights", "none"))
+            if getattr(self.arguments, name) != default
+        ]
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)}: predicted where the model computes on the CPU: leave "
+                "device= out"
+            )
 
     def _placing(
         self, budgets: dict[str, int], known: "dict[Batch, Program] | None" = None
@@ -371,14 +405,16 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 def _source_of(arguments: argparse.Namespace) -> Any:
     from offload.planner.sources import HuggingFaceModel
+    from offload.swap.state_precision import Precision
 
     path: Path | None = arguments.model
     if path is None:
         raise ConfigError("offload plan needs a model: a config.json, its directory, or a script")
+    precision = Precision(states=arguments.state_precision, masters=arguments.master_weights)
     if path.suffix == ".py":
         from offload.planner.scripts import TrainingScript
 
-        return TrainingScript(path, arguments.args, given=arguments)
+        return TrainingScript(path, arguments.args, given=arguments, precision=precision)
     if arguments.args:
         raise ConfigError(f"--args {' '.join(arguments.args)}: {path} is no script")
     return HuggingFaceModel(
@@ -386,6 +422,7 @@ def _source_of(arguments: argparse.Namespace) -> Any:
         dtype=arguments.dtype,
         method=arguments.method or "full",
         optimizer=arguments.optim or "adamw",
+        precision=precision,
     )
 
 

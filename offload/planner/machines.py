@@ -1,7 +1,7 @@
 """The machine of a plan: this one, one that was measured, or one of the library."""
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +12,7 @@ import yaml
 from offload.allocator.errors import ConfigError
 from offload.allocator.units import format_nbytes, format_rate, parse_nbytes
 from offload.planner.stored import Calibrated, Care, calibrated
+from offload.swap.planning.striping import joined, striped
 from offload.tiers.hostmem import PAGE
 from offload.tiers.inventory import file_tier_name
 from offload.tiers.machine import (
@@ -29,27 +30,31 @@ _FREE = 0.9  # of memory: the rest is the system's
 
 
 def find_machine(
-    given: str | None, nvme: str | None, say: Callable[[str], None], *, measure: bool = False
+    given: str | None, nvme: Sequence[str], say: Callable[[str], None], *, measure: bool = False
 ) -> tuple[str, Machine, str]:
     """(name, machine, name of the drive's tier).
 
     Args:
         given: a file or a name of the library; None: this machine, as it is kept or measured now.
-        nvme: the directory of the store; by default the machine's fastest drive.
+        nvme: the directories of the store; by default the machine's fastest drive.
         measure: this machine, whatever is kept.
 
     Raises:
         ConfigError: no such machine, or one without such a drive.
     """
     if given is None:
-        directory = Path(nvme or ".")
-        found = this_machine(directory, care="quick", again=measure, say=say)
-        return found.name, found.machine, file_tier_name(directory)
+        directories = [Path(one) for one in nvme or (".",)]
+        found = [this_machine(one, care="quick", again=measure, say=say) for one in directories]
+        machine = joined([one.machine for one in found])
+        return found[0].name, *_with_drive(machine, [file_tier_name(one) for one in directories])
     if measure:
         raise ConfigError(f"--measure measures this machine: leave --machine {given} out")
     if Path(given).exists() or Path(given).suffix == ".json":
         machine = read_machine(Path(given))
-        return given, machine, _drive_of(machine, nvme)
+        if nvme:
+            drives = [file_tier_name(Path(one)) for one in nvme]
+            return given, *_with_drive(machine, drives)
+        return given, machine, _drive_of(machine)
     names = list(_library()["machines"])
     if given not in names:
         near = difflib.get_close_matches(given, names, n=1)
@@ -57,18 +62,29 @@ def find_machine(
         raise ConfigError(
             f"--machine {given!r} is no file, and none of the library: {', '.join(names)}{hint}"
         )
+    if len(nvme) > 1:
+        raise ConfigError(
+            f"--nvme {', '.join(nvme)}: {given} has one drive; give --machine a file of "
+            "offload doctor -o, which measures several"
+        )
     machine = library_machine(given)
-    return given, machine, _drive_of(machine, None)
+    return given, machine, _drive_of(machine)
 
 
-def _drive_of(machine: Machine, nvme: str | None) -> str:
+def _with_drive(machine: Machine, drives: Sequence[str]) -> tuple[Machine, str]:
+    """The machine with a tier for ``drives``, and the name of that."""
+    if len(drives) == 1:
+        return machine, machine.tier(drives[0]).name
+    found = striped(machine, drives)
+    return found.machine, found.drive
+
+
+def _drive_of(machine: Machine) -> str:
     drives = [tier.name for tier in machine.tiers if tier.kind == "file"]
     if not drives:
         raise ConfigError(
             "this machine has no drive: measure one with: offload doctor --nvme DIR -o machine.json"
         )
-    if nvme is not None:
-        return machine.tier(file_tier_name(Path(nvme))).name
     measured = [name for name in drives if not _misses(machine, name)]
     return max(measured or drives, key=lambda name: _rate(machine, name))
 

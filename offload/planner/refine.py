@@ -21,27 +21,29 @@ from offload.planner.baseline import RUNNING_NBYTES
 from offload.report.reader import read_run
 from offload.swap.planning.predict import Baseline, Prediction, Settings, predict
 from offload.swap.planning.program import Program
+from offload.swap.planning.striping import drives_of
 from offload.swap.planning.whatif import changed
 from offload.tiers.engines.registry import AUTO, DEFAULT
 from offload.tiers.events import Event, ListRecorder, Move, StepFinished
+from offload.tiers.hostmem import HUGE_PAGE, PAGE
 from offload.tiers.machine import Machine, read_machine
 
 _WARM_STEPS = 2  # the first learns, the second has grown
 _BUSY = 0.2  # of the time: a lane that is busy for less says little about its rate
 # Not what compute_s counts.
-_APART = frozenset({"optimizer", "optimizer thread", "checksum", "tiles", "flush"})
-_DEFAULTS = OffloadConfig()
-_UNKNOWN = (
-    "io_threads", "step_in_backward", "state_precision", "master_weights", "recompute",
-    "nvme_write_budget",
+_APART = frozenset(
+    {
+        "optimizer", "optimizer thread", "checksum", "tiles", "flush", "bf16 states",
+        "8bit states", "masters",
+    }
 )  # fmt: skip
+_DEFAULTS = OffloadConfig()
+_UNKNOWN = ("io_threads", "recompute", "nvme_write_budget", "accumulation_steps")
 
 
 def unpredicted(config: OffloadConfig) -> list[str]:
     """The settings of ``config`` that the simulated run knows nothing of."""
     names = [name for name in _UNKNOWN if getattr(config, name) != getattr(_DEFAULTS, name)]
-    if len(config.nvme) > 1:
-        names.append("nvme with several directories")
     if config.device not in {None, "cpu"}:
         names.append("device")
     if config.io_engine not in {AUTO, DEFAULT}:
@@ -49,6 +51,26 @@ def unpredicted(config: OffloadConfig) -> list[str]:
     if config.commit == "manual":
         names.append("commit=manual")
     return names
+
+
+def settings_of(config: OffloadConfig, drive: str, budget_nbytes: int) -> Settings:
+    """What a run with ``config`` is predicted with, beside its program."""
+    return Settings(
+        budget_nbytes=budget_nbytes,
+        drive=drive,
+        commits=config.commit != "never",
+        min_swap_nbytes=config.min_swap_nbytes,
+        step_in_backward=config.step_in_backward,
+        align_nbytes=HUGE_PAGE if len(config.nvme) > 1 else PAGE,
+    )
+
+
+def other_precision(program: Program, config: OffloadConfig) -> list[str]:
+    """The settings of ``config`` with which ``program`` was not traced."""
+    stepping, names = program.stepping, ("state_precision", "master_weights")
+    if stepping is None:
+        return []
+    return [name for name in names if getattr(config, name) != getattr(stepping, name)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,13 +158,8 @@ def refine(program: Program, machine: Machine, drive: str, recorded: Recorded) -
     Raises:
         ConfigError: it ran on another processor, or another model.
     """
-    _check_same(program, machine, recorded)
-    settings = Settings(
-        budget_nbytes=recorded.budget_nbytes,
-        drive=drive,
-        commits=recorded.config.commit != "never",
-        min_swap_nbytes=recorded.config.min_swap_nbytes,
-    )
+    _check_same(program, machine, drive, recorded)
+    settings = settings_of(recorded.config, drive, recorded.budget_nbytes)
     baseline = Baseline(attach_nbytes=recorded.attach_nbytes, running_nbytes=RUNNING_NBYTES)
     real = _look_at(recorded.events)
     before, simulated = _predict(program, machine, settings, baseline)
@@ -183,11 +200,23 @@ def _ends(name: str, drive: str) -> tuple[str, str]:
     return (drive, "host") if name == "nvme-read" else ("host", drive)
 
 
-def _check_same(program: Program, machine: Machine, recorded: Recorded) -> None:
+def _check_same(program: Program, machine: Machine, drive: str, recorded: Recorded) -> None:
     if recorded.processor != machine.processors[0].model:
         raise ConfigError(
             f"{recorded.path} ran on another processor, {recorded.processor}: "
             f"it says nothing of {machine.processors[0].model}"
+        )
+    paths, planned = max(len(recorded.config.nvme), 1), len(drives_of(drive))
+    if paths != planned:
+        raise ConfigError(
+            f"{recorded.path} ran on {paths} directories, this plan on {planned}: give --nvme for "
+            "each of them"
+        )
+    for name in other_precision(program, recorded.config):
+        option, ran = f"--{name.replace('_', '-')}", getattr(recorded.config, name)
+        raise ConfigError(
+            f"{recorded.path} ran with {name}={ran}: plan with {option} {ran}, or record a run "
+            f"with {name}={getattr(program.stepping, name)}"
         )
     names = {weight.name for weight in program.census.weights}
     moved = {e.key for e in recorded.events if isinstance(e, Move) and e.role == "gradient"}

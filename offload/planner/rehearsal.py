@@ -5,7 +5,7 @@ processor time and memory traffic from them, hooks and mappings take time for ea
 moves; all of that grows with the bytes. So steps of few tokens and of many tell both: how much
 slower kernels are, and the bytes that lanes move for each second that computing loses by it. The
 optimizer's step shows how fast tiles come and go while they are stepped, a commit what the drive
-takes to make files durable.
+takes to make files durable. And what states and masters take to change their form (``recoding``).
 """
 
 import json
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from offload.swap.planning.program import Program
     from offload.tiers.events import StepFinished
 
-_FOUND: tuple[Work, ...] = ("moves", "tiles", "flush")
+_FOUND: tuple[Work, ...] = ("moves", "tiles", "flush", "bf16 states", "8bit states", "masters")
 _KERNELS: tuple[Work, ...] = (
     "matmul",
     "thin matmul",
@@ -62,7 +62,7 @@ class _Step(NamedTuple):
 
 
 def add_rehearsal(machine: Machine, directory: Path, drive: str) -> Machine:
-    """``machine``, which is this one, with the rates of ``moves``, ``tiles`` and ``flush``.
+    """``machine``, which is this one, with the rates that only training shows.
 
     Args:
         directory: for the store of the small model; on the drive ``drive``.
@@ -75,18 +75,20 @@ def add_rehearsal(machine: Machine, directory: Path, drive: str) -> Machine:
         command = [sys.executable, "-m", __spec__.name, store]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
+        lines = done.stderr.strip().splitlines()
         raise OffloadError(
             f"a rehearsal of training in {directory} failed: "
-            f"{said[-1] if said else f'exit code {done.returncode}'}"
+            f"{lines[-1] if lines else f'exit code {done.returncode}'}"
         )
-    steps = [_Step(*figures) for figures in json.loads(done.stdout)]
+    said = json.loads(done.stdout)
+    steps = [_Step(*figures) for figures in said["steps"]]
     few, many = (_median(steps, tokens) for tokens in (_FEW, _MANY))
     bare = _with(machine, {"flush": FLUSHES / few.commit_s})
     alone_few, alone_many = (_simulated(bare, drive, tokens) for tokens in (_FEW, _MANY))
     slowness, lost_s = _solved(few, alone_few.compute_s, many, alone_many.compute_s)
     both = Costs(bare, drive).both_bytes_per_s
     found: dict[Work, float] = {
+        **said["recoding"],
         "flush": FLUSHES / few.commit_s,
         "tiles": both * alone_few.optimizer_s / few.optimizer_s,
     }
@@ -209,4 +211,7 @@ def _rehearse(directory: str) -> list[_Step]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_rehearse(sys.argv[1])))
+    from offload.planner.recoding import measure_recoding
+
+    recoding = measure_recoding()
+    sys.stdout.write(json.dumps({"steps": _rehearse(sys.argv[1]), "recoding": recoding}))

@@ -11,6 +11,7 @@ from pathlib import Path
 from offload.allocator.errors import ConfigError, UnsupportedError
 from offload.planner.sources import Batch
 from offload.swap.planning.program import Program
+from offload.swap.state_precision import EXACT, Precision
 
 _DECIDED = ("seq", "batch", "optim", "dtype", "method")
 
@@ -20,6 +21,7 @@ class TrainingScript:
 
     Args:
         given: the command's arguments: those that the script decides may not be given.
+        precision: of what its optimizer keeps.
 
     Attributes:
         imports: what it imported, for the baseline.
@@ -29,7 +31,14 @@ class TrainingScript:
         UnsupportedError: it can't be planned; with the end of what it said.
     """
 
-    def __init__(self, path: Path, arguments: Sequence[str], *, given: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        path: Path,
+        arguments: Sequence[str],
+        *,
+        given: argparse.Namespace,
+        precision: Precision = EXACT,
+    ) -> None:
         if not path.is_file():
             raise ConfigError(f"can't read the script {path}: no such file")
         decided = [name for name in _DECIDED if getattr(given, name) is not None]
@@ -43,7 +52,7 @@ class TrainingScript:
                 f"--solve {given.solve} needs a config.json: {path.name} decides its batch itself"
             )
         self.name = path.name
-        self._program, self.imports = _trace(path, arguments)
+        self._program, self.imports = _trace(path, arguments, precision)
 
     def longest(self) -> int | None:
         """Not known of a script."""
@@ -58,10 +67,13 @@ class TrainingScript:
         return self._program
 
 
-def _trace(path: Path, arguments: Sequence[str]) -> tuple[Program, tuple[str, ...]]:
+def _trace(
+    path: Path, arguments: Sequence[str], precision: Precision
+) -> tuple[Program, tuple[str, ...]]:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "program.json"
-        command = [sys.executable, "-m", "offload.planner.trace_script", str(out), str(path)]
+        command = [sys.executable, "-m", "offload.planner.trace_script", str(out)]
+        command += [precision.states, precision.masters, str(path)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         if not out.exists():
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from offload.swap.state_precision import Precision
+
 Method: TypeAlias = Literal["full", "lora"]
 OPTIMIZERS = ("adamw", "adam", "sgd", "adagrad", "rmsprop", "adamax", "nadam", "radam")
 _CLASSES = {
@@ -37,6 +39,7 @@ class HuggingFaceModel:
     Args:
         path: the file, or the directory that holds it.
         dtype: of weights; None: what the configuration says.
+        precision: of what the optimizer keeps; None: exact.
 
     Attributes:
         imports: what a process that trains it has imported.
@@ -45,7 +48,15 @@ class HuggingFaceModel:
         ConfigError: no such file, not a configuration, or of an unknown model type.
     """
 
-    def __init__(self, path: Path, *, dtype: str | None, method: Method, optimizer: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        dtype: str | None,
+        method: Method,
+        optimizer: str,
+        precision: "Precision | None" = None,
+    ) -> None:
         file = path / "config.json" if path.is_dir() else path
         content = _read(file)
         try:
@@ -74,6 +85,7 @@ class HuggingFaceModel:
         self.dtype = dtype or _dtype_of(content)
         self.method = method
         self.optimizer = optimizer
+        self.precision = precision
 
     def longest(self) -> int | None:
         """Tokens of the longest sequence that it has positions for, if the configuration says."""
@@ -98,6 +110,7 @@ class HuggingFaceModel:
 
         from offload.planner.lora import add_adapters
         from offload.swap.planning.tracing import fake_mode, trace_step
+        from offload.swap.state_precision import EXACT
 
         with fake_mode():
             try:
@@ -123,6 +136,7 @@ class HuggingFaceModel:
                 loss_of,
                 tokens=batch.sequences * batch.length,
                 optimizer=make_optimizer(self.optimizer, model),
+                precision=self.precision or EXACT,
             )
 
 

@@ -168,6 +168,11 @@ def explanation(answer: Answer) -> Iterator[str]:
             f"states: {format_nbytes(plan.resident_states_nbytes)} of gradients and states stay, "
             "for all weights do; they are stepped in place and written at the commit"
         )
+    elif not program.stepping.is_exact:
+        yield (
+            f"states: {format_nbytes(program.stepping.nbytes)} stream by tile, as all do that are "
+            "rounded or have masters: else the bits would depend on the budget"
+        )
     else:
         yield (
             f"states: {format_nbytes(program.stepping.nbytes)} stream by tile: memory goes to "

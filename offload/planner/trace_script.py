@@ -7,7 +7,8 @@ backward has ended, and the process with it: by ``os._exit``, so that nothing of
 does at its end happens, behind a ``finally`` neither. What Offload itself would do for the script
 is left out.
 
-Run as ``python -m offload.planner.trace_script OUT script.py args…``; writes OUT, a JSON file.
+Run as ``python -m offload.planner.trace_script OUT STATES MASTERS script.py args…``, with the
+settings of ``Precision``; writes OUT, a JSON file.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ import offload
 from offload.allocator.errors import ConfigError, OffloadError
 from offload.swap.planning.program import Program
 from offload.swap.planning.tracing import ON_VALUES, Tracer, fake_mode
+from offload.swap.state_precision import EXACT, Precision
 from offload.swap.uncompiled import plain_module
 
 
@@ -69,10 +71,12 @@ class Session:
 
     Args:
         finish: takes the program of the step; does not come back.
+        precision: of what the optimizer keeps.
     """
 
-    def __init__(self, finish: Callable[[Program], NoReturn]) -> None:
+    def __init__(self, finish: Callable[[Program], NoReturn], precision: Precision = EXACT) -> None:
         self._finish = finish
+        self._precision = precision
         self._mode = fake_mode()
         self._stack = ExitStack()
         self._optimizers: list[Optimizer] = []
@@ -152,7 +156,7 @@ class Session:
             run()
             return
         self._tracer.backward(run)
-        self._finish(self._tracer.program(self._tokens, self._optimizer))
+        self._finish(self._tracer.program(self._tokens, self._optimizer, self._precision))
 
 
 def _build(path: str | Path, *, dtype: torch.dtype | None = None, **_kwargs: object) -> nn.Module:
@@ -170,7 +174,9 @@ def _tokens_of(arguments: Any) -> int:
     return max((one.numel() for one in tensors if not one.is_floating_point()), default=1)
 
 
-def trace_script(script: Path, finish: Callable[[Program], NoReturn]) -> NoReturn:
+def trace_script(
+    script: Path, finish: Callable[[Program], NoReturn], precision: Precision = EXACT
+) -> NoReturn:
     """Run ``script`` until its first backward.
 
     Raises:
@@ -178,7 +184,7 @@ def trace_script(script: Path, finish: Callable[[Program], NoReturn]) -> NoRetur
         UnsupportedError: what it computes needs values.
     """
     sys.path[0] = str(script.resolve().parent)
-    with contextlib.suppress(SystemExit), Session(finish):
+    with contextlib.suppress(SystemExit), Session(finish, precision):
         runpy.run_path(str(script), run_name="__main__")
     raise ConfigError(
         f"{script} ended without a backward of a model whose parameters an optimizer steps"
@@ -187,7 +193,8 @@ def trace_script(script: Path, finish: Callable[[Program], NoReturn]) -> NoRetur
 
 def main() -> NoReturn:
     """Trace, and write what was found."""
-    out, script, *arguments = sys.argv[1:]
+    out, states, masters, script, *arguments = sys.argv[1:]
+    settings: Any = {"states": states, "masters": masters}
     sys.argv = [script, *arguments]
     before = {name.partition(".")[0] for name in sys.modules}
 
@@ -199,7 +206,7 @@ def main() -> NoReturn:
     output: AbstractContextManager[Any] = contextlib.redirect_stdout(sys.stderr)
     try:
         with output:
-            trace_script(Path(script), finish)
+            trace_script(Path(script), finish, Precision(**settings))
     except OffloadError as error:
         _end(error)
 

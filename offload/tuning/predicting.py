@@ -1,7 +1,7 @@
 """What the planner says of candidates, beside what is measured of them.
 
-The planner predicts the step behind backward on the CPU, with one drive and the default engine;
-other settings have no prediction. Nor has a script that can't be traced: it is measured all the
+The planner predicts what computes on the CPU, with the default engine; other settings have no
+prediction. Nor has a script that can't be traced: it is measured all the
 same.
 """
 
@@ -13,11 +13,13 @@ from pathlib import Path
 from offload.allocator.errors import BudgetError, OffloadError
 from offload.config import OffloadConfig
 from offload.planner.baseline import measure_baseline
-from offload.planner.refine import unpredicted
+from offload.planner.refine import other_precision, settings_of, unpredicted
 from offload.planner.scripts import TrainingScript
 from offload.planner.sources import Batch
-from offload.swap.planning.predict import Baseline, Prediction, Settings, predict
+from offload.swap.planning.predict import Baseline, Prediction, predict
 from offload.swap.planning.program import Program
+from offload.swap.planning.striping import joined, striped
+from offload.swap.state_precision import Precision
 from offload.tiers.inventory import file_tier_name
 from offload.tiers.machine import Machine
 from offload.tuning.candidates import BASELINE, Candidate
@@ -53,16 +55,20 @@ class Predictor:
         Raises:
             BudgetError: they don't fit.
         """
-        if unpredicted(config):
+        if unpredicted(config) or other_precision(self._program, config):
             return None
-        (directory,) = config.nvme
-        settings = Settings(
-            budget_nbytes=config.budget["host"],
-            drive=file_tier_name(directory),
-            commits=config.commit != "never",
-            min_swap_nbytes=config.min_swap_nbytes,
-        )
-        return predict(self._program, self._machines[directory], settings, self._baseline)
+        machine, drive = self._machine_of(config.nvme)
+        settings = settings_of(config, drive, config.budget["host"])
+        return predict(self._program, machine, settings, self._baseline)
+
+    def _machine_of(self, directories: Sequence[Path]) -> tuple[Machine, str]:
+        """With the drive that a store in ``directories`` is on, and the name of that."""
+        machines = [self._machines[directory] for directory in directories]
+        drives = [file_tier_name(directory) for directory in directories]
+        if len(drives) == 1:
+            return machines[0], drives[0]
+        found = striped(joined(machines), drives)
+        return found.machine, found.drive
 
 
 def make_predictor(
@@ -81,7 +87,8 @@ def make_predictor(
         seq=None, batch=None, optim=None, dtype=None, method=None, solve=None
     )
     try:
-        source = TrainingScript(script, arguments, given=undecided)
+        precision = Precision(states=base.state_precision, masters=base.master_weights)
+        source = TrainingScript(script, arguments, given=undecided, precision=precision)
         program = source.trace(Batch(sequences=1, length=1))
         return Predictor(program, measure_baseline(source.imports), machines)
     except OffloadError as error:

@@ -8,11 +8,11 @@ on logarithmic scales; beyond them it stays what it was.
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from offload.allocator.errors import ConfigError
-from offload.swap.planning.program import Operation, Stepping
+from offload.swap.planning.program import Operation, StateForm, Stepping
 from offload.tiers.hostmem import PAGE
 from offload.tiers.machine import Link, Machine, Work
 from offload.tiers.pieces import PIECE_NBYTES
@@ -127,6 +127,15 @@ class Costs:
         passes = 1 if stepping.fused else _UNFUSED_PASSES
         return passes * self._at(work, "float32", nbytes) + self.hook_s
 
+    def recoding_s(self, form: StateForm, numel: int) -> float:
+        """Of one thread, for numbers of a state that become float32 and then ``form`` again."""
+        work, share = _RECODINGS[form]
+        try:
+            bytes_per_s = self._curve(work, "float32").rate(1)
+        except ConfigError:
+            bytes_per_s = share * self._curve("optimizer thread", "float32").rate(PIECE_NBYTES)
+        return _FLOAT_NBYTES * numel / bytes_per_s
+
     def read_s(self, nbytes: int) -> float:
         """Of the drive, for one request of ``nbytes`` among others."""
         return self._request_s(self._drive, "host", nbytes)
@@ -161,6 +170,15 @@ class Costs:
         return FLUSHES * self._flush_s + weights * _COMMIT_CALLS * self.call_s
 
 
+_FLOAT_NBYTES = 4
+# Of each form of a state: whose rate it takes, and where nobody measured that, its share of the
+# rate of the optimizer's step: `tools/bench_codecs.py` on an AMD EPYC.
+_RECODINGS: Mapping[StateForm, tuple[Work, float]] = {
+    "bf16": ("bf16 states", 0.41),
+    "signed": ("8bit states", 0.086),
+    "unsigned": ("8bit states", 0.086),
+    "low": ("masters", 0.33),
+}
 _UNFUSED_PASSES = 2.5  # over the same bytes
 
 

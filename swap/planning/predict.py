@@ -17,7 +17,8 @@ from offload.swap.planning.program import Program
 from offload.swap.planning.simulate import SimulatedStep, Simulation
 from offload.swap.planning.world import Role
 from offload.tiers.events import Recorder
-from offload.tiers.hostmem import page_ceil
+from offload.tiers.filetier import LARGE_NBYTES
+from offload.tiers.hostmem import PAGE
 from offload.tiers.machine import Machine
 
 _STEPS = 4  # the first learns, the second has grown, the third may shrink, the fourth repeats
@@ -46,6 +47,7 @@ class Settings:
         drive: the name of the file tier.
         commits: whether anything is made durable, which takes two slots of the drive.
         step_in_backward: weights are stepped as soon as their gradients are complete.
+        align_nbytes: of the drive's large extents: those of a striped store are whole huge pages.
     """
 
     budget_nbytes: int
@@ -53,6 +55,12 @@ class Settings:
     commits: bool = True
     min_swap_nbytes: int = 64 << 10
     step_in_backward: bool = False
+    align_nbytes: int = PAGE
+
+    def extent_nbytes(self, nbytes: int) -> int:
+        """What ``nbytes`` take of the drive."""
+        align = self.align_nbytes if nbytes >= LARGE_NBYTES else PAGE
+        return -(-max(nbytes, 1) // align) * align
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,13 +189,14 @@ def drive_use(program: Program, settings: Settings, activations_nbytes: int) -> 
     slots = 2 if settings.commits else 1
     weights = gradients = 0
     for weight in program.census.weights:
-        nbytes = page_ceil(weight.nbytes)
+        nbytes = settings.extent_nbytes(weight.nbytes)
         weights += nbytes * (slots if weight.trainable else 1)
         gradients += nbytes if weight.trainable and weight.nbytes >= MIN_NBYTES else 0
     sizes = program.stepping.states_nbytes.values() if program.stepping else ()
     return DriveUse(
         weights_nbytes=weights,
-        states_nbytes=slots * sum(page_ceil(nbytes) for each in sizes for nbytes in each),
+        states_nbytes=slots
+        * sum(settings.extent_nbytes(nbytes) for each in sizes for nbytes in each),
         gradients_nbytes=gradients,
         activations_nbytes=activations_nbytes,
     )

@@ -7,9 +7,9 @@ events; each names a row of one of the program's tables by its number.
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from offload.swap.census import Census, ModuleInfo, WeightInfo
 
@@ -19,6 +19,13 @@ OperationKind: TypeAlias = Literal[
     "pointwise",  # a few operations for each byte: limited by memory
     "heavy",  # exponentials and reductions for each element
     "view",  # moves no byte
+]
+StateForm: TypeAlias = Literal[
+    "plain",  # as the optimizer computes with it
+    "bf16",  # the others: float32 for the optimizer; ``rounding``,
+    "signed",  # ``eightbit``,
+    "unsigned",
+    "low",  # ``masters``: the lower half of a bfloat16 weight's master
 ]
 
 
@@ -79,13 +86,29 @@ class Stepping:
 
     Attributes:
         name: of its class.
-        states_nbytes: of each per-element state of each weight that it steps.
+        states_nbytes: in the store, of each per-element state of each weight that it steps.
         fused: one kernel, without temporaries.
+        forms: of the states of a weight in the store; all are plain of one that is left out.
+        by_tile: weights that are never stepped in memory, whatever the budget.
+        state_precision: the setting, as ``master_weights``.
     """
 
     name: str
     states_nbytes: Mapping[str, tuple[int, ...]]
     fused: bool
+    forms: Mapping[str, tuple[StateForm, ...]] = field(default_factory=dict)
+    by_tile: frozenset[str] = frozenset()
+    state_precision: str = "exact"
+    master_weights: str = "none"
+
+    def forms_of(self, name: str) -> tuple[StateForm, ...]:
+        """The form of each of its states, in the order of ``states_nbytes``."""
+        return self.forms.get(name) or tuple("plain" for _ in self.states_nbytes[name])
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is rounded, nor more precise than the weights are."""
+        return (self.state_precision, self.master_weights) == ("exact", "none")
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +128,8 @@ class Program:
         operations: distinct kernel calls.
         storages: bytes of each storage.
         uses: weights that are used at once.
+        row_gradients: bytes of the gradients that are made of looked-up rows alone, at most: as if
+            no row was looked up twice.
         stepping: the optimizer's part; None where nothing is stepped.
     """
 
@@ -118,6 +143,7 @@ class Program:
     lookups: tuple[Lookup, ...]
     events: tuple[Event, ...]
     stepping: Stepping | None
+    row_gradients: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:
@@ -151,8 +177,10 @@ class Program:
     def to_json(self) -> str:
         """The program as one line of JSON."""
         fields = dataclasses.asdict(self)
-        for field in ("lookups", "by_rows"):
-            fields["census"][field] = sorted(fields["census"][field])
+        for name in ("lookups", "by_rows"):
+            fields["census"][name] = sorted(fields["census"][name])
+        if self.stepping is not None:
+            fields["stepping"]["by_tile"] = sorted(self.stepping.by_tile)
         fields["events"] = [number for event in self.events for number in event]
         return json.dumps(fields)
 
@@ -179,16 +207,18 @@ class Program:
             storages=tuple(fields["storages"]),
             uses=tuple(map(tuple, fields["uses"])),
             lookups=tuple(Lookup(**lookup) for lookup in fields["lookups"]),
+            row_gradients=fields["row_gradients"],
             events=tuple(
                 Event(What(what), which) for what, which in zip(numbers, numbers, strict=True)
             ),
             stepping=stepping
             and Stepping(
-                name=stepping["name"],
-                states_nbytes={
-                    name: tuple(sizes) for name, sizes in stepping["states_nbytes"].items()
-                },
-                fused=stepping["fused"],
+                **stepping
+                | {
+                    "states_nbytes": _tuples(stepping["states_nbytes"]),
+                    "forms": _tuples(stepping["forms"]),
+                    "by_tile": frozenset(stepping["by_tile"]),
+                }
             ),
         )
 
@@ -201,3 +231,7 @@ class Program:
             elif event.what is less:
                 now -= self.storages[event.which]
         return most
+
+
+def _tuples(lists: Mapping[str, list[Any]]) -> dict[str, tuple[Any, ...]]:
+    return {name: tuple(values) for name, values in lists.items()}

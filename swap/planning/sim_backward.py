@@ -17,12 +17,13 @@ class _Target:
 
     step: "SimBackwardStep"
     weight: SimWeight
+    gradient_nbytes: int
     tiles: int
 
     def wrote_one(self) -> None:
         self.tiles -= 1
         if not self.tiles:
-            self.step.wrote(self.weight)
+            self.step.wrote(self.weight, self.gradient_nbytes)
 
 
 class SimBackwardStep:
@@ -53,40 +54,42 @@ class SimBackwardStep:
     def _pipeline(self) -> SimPipeline:
         return self._step.pipeline
 
-    def take(self, weight: SimWeight) -> None:
-        """The gradient of ``weight`` is complete."""
-        self._world.memory.add("gradients", weight.nbytes)
+    def take(self, weight: SimWeight, *, gradient_nbytes: int) -> None:
+        """The gradient of ``weight`` is complete, of which so many bytes are in memory."""
+        self._world.memory.add("gradients", gradient_nbytes)
         self.stepped[weight.name] = weight
         with self._timed():
             if self._step.keeps(weight):
                 self._step.step_in_memory([weight.name])
-                self._world.memory.add("gradients", -weight.nbytes)
+                self._world.memory.add("gradients", -gradient_nbytes)
             else:
-                self._step_tiled(weight)
+                self._step_tiled(weight, gradient_nbytes)
             self._make_room(self._coming_nbytes(weight))
 
-    def _step_tiled(self, weight: SimWeight) -> None:
+    def _step_tiled(self, weight: SimWeight, gradient_nbytes: int) -> None:
         self._weights.hold(weight)
-        self._pending_nbytes += weight.nbytes
+        self._pending_nbytes += gradient_nbytes
         tiles = list(self._step.tiles([weight.name]))
-        target = _Target(self, weight, sum(count for _, count in tiles))
+        target = _Target(self, weight, gradient_nbytes, sum(count for _, count in tiles))
         for tile, count in tiles:
             self._pipeline.add(tile, count, target.wrote_one)
         self._pipeline.advance()
         while self._pending_nbytes > self.limit_nbytes:
             self._pipeline.advance_one()
 
-    def wrote(self, weight: SimWeight) -> None:
+    def wrote(self, weight: SimWeight, gradient_nbytes: int) -> None:
         """All tiles of ``weight`` are written: its gradient goes."""
         self._weights.let_go(weight)
-        self._pending_nbytes -= weight.nbytes
-        self._world.memory.add("gradients", -weight.nbytes)
+        self._pending_nbytes -= gradient_nbytes
+        self._world.memory.add("gradients", -gradient_nbytes)
 
     def _coming_nbytes(self, weight: SimWeight) -> int:
         """Of the gradient that comes next; in the first step, of the largest that may."""
         if self._next:
             coming = self._next.get(weight.name)
-            return coming.nbytes if coming is not None else 0
+            if coming is None or coming.name in self._step.gradients.by_rows:
+                return 0
+            return coming.nbytes
         unseen = (one for one in self._step.names if one not in self.stepped)
         return max((self._weights.weights[one].nbytes for one in unseen), default=0)
 

@@ -24,6 +24,8 @@ class SimGradients:
 
     Attributes:
         kept: the weights whose gradients stay.
+        on_file: those whose gradients have left.
+        by_rows: those whose last gradients were made of rows alone.
     """
 
     def __init__(self, world: World, *, limit_nbytes: int) -> None:
@@ -33,6 +35,7 @@ class SimGradients:
         self._leaving_nbytes = 0
         self.kept: Collection[str] = ()
         self.on_file: set[str] = set()
+        self.by_rows: set[str] = set()
         self.in_memory_nbytes = 0
 
     def take(self, name: str, nbytes: int) -> None:
@@ -52,6 +55,16 @@ class SimGradients:
         ):
             world.wait(world.writes, self._leaving[0].flight, "full")
             self.poll()
+
+    def take_rows(self, name: str, nbytes: int) -> None:
+        """The gradient of the weight ``name`` is complete: rows of ``nbytes`` written to its home.
+
+        The kernel writes them behind.
+        """
+        self.poll()
+        self._world.submit(self._world.writes, Label(name, "gradient", "host", "file"), nbytes)
+        self.on_file.add(name)
+        self.by_rows.add(name)
 
     def poll(self) -> None:
         """Let go of the gradients whose write has ended."""

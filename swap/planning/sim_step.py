@@ -5,10 +5,12 @@ stays in memory is stepped between them, and written at the commit.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Literal
 
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Stepping
 from offload.swap.planning.sim_gradients import SimGradients
+from offload.swap.planning.sim_pieces import stepped_weights
 from offload.swap.planning.sim_pipeline import SimPipeline, SimTile
 from offload.swap.planning.sim_weights import SimWeight, SimWeights
 from offload.swap.planning.world import Flight, World
@@ -26,6 +28,7 @@ class SimStep:
 
     Attributes:
         names: of the weights that are stepped.
+        gradients: of all weights.
 
     Args:
         numels: elements of each weight.
@@ -46,7 +49,7 @@ class SimStep:
     ) -> None:
         self._world = world
         self._weights = weights
-        self._gradients = gradients
+        self.gradients = gradients
         self._stepping = stepping
         self._numels = numels
         self._costs = costs
@@ -55,6 +58,8 @@ class SimStep:
         self._held: set[str] = set()  # whose states are in memory
         self._has_states = False
         self.names = list(stepping.states_nbytes)
+        nbytes = {name: weight.nbytes for name, weight in weights.weights.items()}
+        self._stepped = stepped_weights(stepping, nbytes, numels)
         self._states_nbytes = {
             name: sum(map(page_ceil, sizes)) for name, sizes in stepping.states_nbytes.items()
         }
@@ -64,11 +69,11 @@ class SimStep:
         for name in self._held - set(names):
             self._world.memory.add("states", -self._states_nbytes[name])
         self._held &= set(names)
-        self._gradients.kept = names
+        self.gradients.kept = names
 
     def keeps(self, weight: SimWeight) -> bool:
         """Whether ``weight`` is stepped in memory."""
-        return weight.resident and weight.name in self._gradients.kept
+        return weight.resident and weight.name in self.gradients.kept
 
     def step(self, stepped: Collection[str] = ()) -> None:
         """The whole step, but for the weights that backward has ``stepped``."""
@@ -91,7 +96,7 @@ class SimStep:
         self.pipeline.finish()
         self._step_small(small)
         self._has_states = True
-        self._gradients.clear()
+        self.gradients.clear()
 
     # Tiles.
 
@@ -103,41 +108,37 @@ class SimStep:
     def _tile(self, names: Sequence[str], pieces: Sequence[Piece]) -> SimTile:
         read = staged = written = 0
         for piece in pieces:
-            name = names[piece.index]
-            weight, numel = self._weights.weights[name], self._numels[name]
-            parts = [weight.nbytes, *self._stepping.states_nbytes[name]]
-            sizes = [nbytes * piece.numel // numel for nbytes in parts]
-            parameter, *states = sizes
-            written += sum(sizes)
-            if not weight.in_memory:
-                read += parameter
-                staged += page_ceil(parameter)
-            if name in self._gradients.on_file:
-                read += parameter
-                staged += page_ceil(parameter)
-            staged += sum(map(page_ceil, states))
-            read += sum(states) if self._has_states else 0
+            name, numel = names[piece.index], piece.numel
+            in_memory = self._weights.weights[name].in_memory
+            on_file = name in self.gradients.on_file
+            stepped = self._stepped[name]
+            parameter, states = stepped.itemsize * numel, stepped.stored_nbytes(numel)
+            read += parameter * ((not in_memory) + on_file)
+            read += states if self._has_states else 0
+            written += parameter + states
+            staged += stepped.staging_nbytes(numel, in_memory=in_memory, on_file=on_file)
         numel = sum(piece.numel for piece in pieces)
-        moved = self._moved_nbytes(names, pieces)
         return SimTile(
             name=names[pieces[0].index],
             numel=numel,
             read_nbytes=read,
             staging_nbytes=staged,
             written_nbytes=written,
-            seconds=self._costs.optimizer_s(self._stepping, moved, threads="one"),
+            seconds=self._seconds(names, pieces, "one"),
             temporary_nbytes=self._temporaries(numel),
         )
 
-    def _moved_nbytes(self, names: Sequence[str], pieces: Iterable[Piece]) -> int:
-        """Bytes that a step of ``pieces`` reads and writes in memory."""
-        moved = 0
+    def _seconds(
+        self, names: Sequence[str], pieces: Iterable[Piece], threads: Literal["one", "all"]
+    ) -> float:
+        """Of one call of the optimizer's step, and of what is read or written in another form."""
+        moved, seconds = 0, 0.0
         for piece in pieces:
-            name = names[piece.index]
-            weight = self._weights.weights[name].nbytes
-            states = sum(self._stepping.states_nbytes[name])
-            moved += (3 * weight + 2 * states) * piece.numel // self._numels[name]
-        return moved
+            stepped = self._stepped[names[piece.index]]
+            moved += stepped.computed_nbytes(piece.numel)
+            for form, count in stepped.recoded().items():
+                seconds += self._costs.recoding_s(form, count * piece.numel)
+        return seconds + self._costs.optimizer_s(self._stepping, moved, threads=threads)
 
     def _temporaries(self, numel: int) -> int:
         return 0 if self._stepping.fused else _TEMPORARIES * 4 * min(numel, self._chunk_numel)
@@ -168,8 +169,7 @@ class SimStep:
             numel = sum(piece.numel for piece in call)
             temporaries = self._temporaries(numel)
             world.memory.add("transients", temporaries)
-            moved = self._moved_nbytes(names, call)
-            world.compute(self._costs.optimizer_s(self._stepping, moved, threads="all"))
+            world.compute(self._seconds(names, call, "all"))
             world.memory.add("transients", -temporaries)
 
     def _step_small(self, names: Sequence[str]) -> None:

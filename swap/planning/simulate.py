@@ -30,13 +30,11 @@ from offload.swap.planning.sim_step import SimStep
 from offload.swap.planning.sim_weights import SimWeights
 from offload.swap.planning.world import Memory, Role, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
-from offload.tiers.hostmem import HUGE_PAGE, page_ceil
+from offload.tiers.hostmem import page_ceil
 
 # What one look at a mapped file brings in: the kernel maps the pages around it, too (debugfs
-# fault_around_bytes: 64 KiB). A table that was just built is in the page cache in large folios, of
-# which a look maps a whole one, if it is huge: 45 to 63 MiB of a table of 94 (Linux 6.18).
+# fault_around_bytes: 64 KiB).
 _FAULT_AROUND_NBYTES = 64 << 10
-_HUGE_FOLIOS = 0.6  # of a table that was just built
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,8 +230,14 @@ class Simulation:
 
     def _take_gradient(self, which: int) -> None:
         weight = self._numbered[which]
-        if self._backward is not None and weight.nbytes >= MIN_NBYTES:
-            self._backward.take(weight)
+        rows_nbytes = self._program.row_gradients.get(weight.name)
+        if rows_nbytes is not None and weight.name not in self._gradients.kept:
+            self.world.compute(self._costs.fresh_s(rows_nbytes))
+            self._gradients.take_rows(weight.name, rows_nbytes)
+            if self._backward is not None:
+                self._backward.take(weight, gradient_nbytes=0)
+        elif self._backward is not None and weight.nbytes >= MIN_NBYTES:
+            self._backward.take(weight, gradient_nbytes=weight.nbytes)
         else:
             self._gradients.take(weight.name, weight.nbytes)
         if weight.name not in self._program.census.lookups:
@@ -254,10 +258,8 @@ class Simulation:
         if self._weights.weights[lookup.weight].in_memory:
             return
         known, table = self._looked_up.get(lookup.weight, 0), self._sizes[lookup.weight]
-        folio = _FAULT_AROUND_NBYTES if self._steps else HUGE_PAGE
-        share = 1.0 if self._steps else _HUGE_FOLIOS
-        # Rows are as good as random: how many of the folios are looked at.
-        seen = -math.expm1(-lookup.rows * folio / table) * table * share
+        # Rows are as good as random: how much of the table is around one of them.
+        seen = -math.expm1(-lookup.rows * _FAULT_AROUND_NBYTES / table) * table
         nbytes = max(known, int(seen))
         self.world.memory.add("pages", nbytes - known)
         self.world.compute(lookup.rows * self._costs.read_latency_s)
@@ -318,6 +320,7 @@ class Simulation:
             name: sum(map(page_ceil, sizes))
             + (page_ceil(self._sizes[name]) if waits and self._sizes[name] >= MIN_NBYTES else 0)
             for name, sizes in stepping.states_nbytes.items()
+            if name not in stepping.by_tile
         }
 
 

@@ -9,6 +9,11 @@ stand-in, which is not counted: its bytes are those of the saved storage.
 
 The rules by which saved tensors are moved or left alone are those of ``activations``: what is saved
 outside of the model's calls, such as by a loss that the script computes, stays where it is.
+
+[Note: rows of lookups] Where a run makes the gradient of a lookup of its rows alone
+(``row_gradients``), the fake run makes the whole table, of which no more than these rows is
+counted: as many as were looked up, for no value tells which are the same. Autograd adds rows to
+another gradient of the weight in place, but never a fake tensor: their sum counts as that one.
 """
 
 import logging
@@ -16,6 +21,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,9 +35,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from offload.allocator.errors import UnsupportedError
 from offload.swap.activations import LEAST_NBYTES, is_small_slice
 from offload.swap.census import named_weights, storage_key, take_census, uses_rows_only
-from offload.swap.optim_kinds import Kind, kind_of, state_specs
 from offload.swap.planning.kernels import describe, tensors_of
-from offload.swap.planning.program import Event, Lookup, Operation, Program, Stepping, What
+from offload.swap.planning.lookups import Tables
+from offload.swap.planning.program import Event, Lookup, Operation, Program, What
+from offload.swap.planning.stepping import stepping_of
+from offload.swap.state_precision import EXACT, Precision
 
 # What torch raises where a fake tensor is asked for its values.
 ON_VALUES = (
@@ -57,6 +65,7 @@ def trace_step(
     *,
     tokens: int,
     optimizer: Optimizer | None,
+    precision: Precision = EXACT,
 ) -> Program:
     """The program of one step of ``model``, which was built under ``fake_mode``.
 
@@ -65,6 +74,7 @@ def trace_step(
     Args:
         loss_of: a forward, up to the loss.
         tokens: elements of the batch.
+        precision: of what the optimizer keeps.
 
     Raises:
         UnsupportedError: what the model does depends on values, which a fake run has not.
@@ -73,7 +83,7 @@ def trace_step(
     with tracer.running():
         loss = loss_of(model)
         tracer.backward(loss.backward)
-    return tracer.program(tokens, optimizer)
+    return tracer.program(tokens, optimizer, precision)
 
 
 class Tracer(TorchDispatchMode):
@@ -96,6 +106,10 @@ class Tracer(TorchDispatchMode):
             for parameter in parameters
         }
         self._saved: Counter[int] = Counter()  # handles that live, by storage
+        self._tables = Tables(model)
+        self._row_gradients: Counter[str] = Counter()
+        self._rows: dict[int, int] = {}  # by key of a table that stands for rows: their bytes
+        self._deaths: dict[int, Any] = {}  # what notes the end of a storage, by its key
         self._muted = False
         self._depth = 0  # of hooked modules, as ``hooks`` counts it
         fixed = [*model.parameters(), *model.buffers()]
@@ -217,26 +231,69 @@ class Tracer(TorchDispatchMode):
         output = func(*args, **kwargs)
         if self._muted or func.namespace == "prim":
             return output
+        operation = describe(func, args, kwargs, output)
+        rows = self._tables.rows_of(func, args)
+        if rows is not None:
+            self._meet_rows(output, rows.nbytes)
+            operation = replace(operation, nbytes=2 * rows.nbytes)
+            if rows.weight in self.census.by_rows:
+                self._row_gradients[rows.weight] += rows.nbytes
+        elif func is torch.ops.aten.add.Tensor and self._rows:
+            self._meet_sum(output, args)
         for tensor in tensors_of([output]):
             self._meet(tensor)
-        operation = describe(func, args, kwargs, output)
         self._note(What.COMPUTE, self._operations.setdefault(operation, len(self._operations)))
         return output
 
-    def _meet(self, tensor: torch.Tensor) -> None:
-        """Count the storage of ``tensor`` for as long as it lives."""
+    def _meet(self, tensor: torch.Tensor, nbytes: int | None = None) -> None:
+        """Count the storage of ``tensor``, or ``nbytes`` for it, for as long as it lives."""
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
+        if storage._cdata in self._known:
             return
-        number = self._known[key] = len(self._storages)
-        self._storages.append(storage.nbytes())
+        number = len(self._storages)
+        self._storages.append(storage.nbytes() if nbytes is None else nbytes)
         self._note(What.ALLOCATE, number)
-        weakref.finalize(storage, self._on_death, key, number).atexit = False
+        self._follow(storage, number)
+
+    def _follow(self, storage: torch.UntypedStorage, number: int) -> None:
+        """The storage ``number`` lives as long as ``storage``."""
+        key = storage._cdata
+        self._known[key] = number
+        death = self._deaths[key] = weakref.finalize(storage, self._on_death, key, number)
+        death.atexit = False
 
     def _on_death(self, key: int, number: int) -> None:
         self._known.pop(key, None)
+        self._deaths.pop(key, None)
+        self._rows.pop(key, None)
         self._note(What.FREE, number)
+
+    # Rows of lookups.
+
+    def _meet_rows(self, table: torch.Tensor, nbytes: int) -> None:
+        self._meet(table, nbytes)
+        self._rows[storage_key(table)] = nbytes
+
+    def _meet_sum(self, total: torch.Tensor, arguments: Sequence[Any]) -> None:
+        """Autograd may add rows to others, or to a whole gradient, which ``total`` then is."""
+        given = tensors_of(arguments)
+        wholes = [one for one in given if storage_key(one) not in self._rows]
+        if len(given) != 2 or len(wholes) == 2 or storage_key(total) in self._known:
+            return
+        if not wholes:
+            self._meet_rows(total, sum(self._rows[storage_key(one)] for one in given))
+            return
+        storage = wholes[0].untyped_storage()
+        number, death = self._known.get(storage._cdata), self._deaths.pop(storage._cdata, None)
+        if number is not None and death is not None:
+            death.detach()
+            self._ignore(storage)
+            self._follow(total.untyped_storage(), number)
+
+    def _ignore(self, storage: torch.UntypedStorage) -> None:
+        """``storage`` is not counted while it lives."""
+        self._known[storage._cdata] = None
+        weakref.finalize(storage, self._known.pop, storage._cdata, None).atexit = False
 
     # What autograd saves.
 
@@ -283,15 +340,14 @@ class Tracer(TorchDispatchMode):
             )
         finally:
             self._muted = False
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        self._known[key] = None
-        weakref.finalize(storage, self._known.pop, key, None).atexit = False
+        self._ignore(tensor.untyped_storage())
         return tensor
 
     # What it was.
 
-    def program(self, tokens: int, optimizer: Optimizer | None) -> Program:
+    def program(
+        self, tokens: int, optimizer: Optimizer | None, precision: Precision = EXACT
+    ) -> Program:
         """All that was seen; what the user's code still holds, it lets go of behind the step."""
         living = [number for number in self._known.values() if number is not None]
         return Program(
@@ -306,7 +362,8 @@ class Tracer(TorchDispatchMode):
             uses=tuple(self._uses),
             lookups=tuple(self._lookups),
             events=(*self._events, *(Event(What.FREE, number) for number in living)),
-            stepping=None if optimizer is None else stepping_of(self._model, optimizer),
+            stepping=None if optimizer is None else stepping_of(self._model, optimizer, precision),
+            row_gradients=dict(self._row_gradients),
         )
 
 
@@ -323,34 +380,3 @@ class _Handle:
         self.weight = weight
         self.size, self.stride = tensor.size(), tensor.stride()
         self.dtype, self.device = tensor.dtype, tensor.device
-
-
-def stepping_of(model: nn.Module, optimizer: Optimizer) -> Stepping:
-    """What ``optimizer`` keeps for the weights of ``model``, which may be fake.
-
-    Raises:
-        UnsupportedError: its step can't be cut into tiles, so that nothing is known of its states
-            before the first step.
-    """
-    if kind_of(optimizer) is not Kind.ELEMENTWISE:
-        raise UnsupportedError(
-            f"{type(optimizer).__name__} is not known to be elementwise: what its states take is "
-            "not known before its first step. Plan with --optim adamw, or run it and read the "
-            "report"
-        )
-    groups = {
-        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
-    }
-    sizes: dict[str, tuple[int, ...]] = {}
-    probed: dict[tuple[int, torch.dtype], tuple[int, ...]] = {}
-    for name, (parameter, *_) in named_weights(model):
-        group = groups.get(id(parameter))
-        if group is None or not parameter.requires_grad:
-            continue
-        kind = id(group), parameter.dtype
-        if kind not in probed:
-            specs = state_specs(optimizer, group, parameter)
-            probed[kind] = tuple(spec.dtype.itemsize for spec in specs)
-        sizes[name] = tuple(parameter.numel() * itemsize for itemsize in probed[kind])
-    fused = all(group.get("fused") for group in optimizer.param_groups)
-    return Stepping(name=type(optimizer).__name__, states_nbytes=sizes, fused=fused)

@@ -56,6 +56,32 @@ def test_a_step_in_backward_moves_fewer_bytes(
     assert within["step"]["written_nbytes"] <= behind["step"]["written_nbytes"]
 
 
+def test_states_in_fewer_bits_take_less_of_the_drive(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [model, *LAPTOP, "--budget", "380MiB", "--seq", 128]
+    masters = ["--dtype", "bfloat16", "--master-weights", "fp32"]
+    drive = {}
+    for given in ([], ["--state-precision", "bf16"], ["--state-precision", "8bit"], masters):
+        rows = answer(capsys, *words, *given)["rows"]
+        (drive[tuple(given)],) = (
+            row["drive_nbytes"] for row in rows if row["name"] == "optimizer states"
+        )
+    exact, bf16, eight, with_masters = drive.values()
+    assert bf16 == pytest.approx(exact / 2, rel=0.05)
+    assert exact / 4 < eight < exact / 3.5  # small ones take whole pages
+    assert with_masters == pytest.approx(exact * 10 / 8, rel=0.05)
+    assert main(["plan", *map(str, words), *masters, "--explain"]) == 0
+    assert "rounded or have masters" in " ".join(capsys.readouterr().out.split())
+
+
+def test_masters_that_a_run_refuses_are_refused(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [model, *LAPTOP, "--dtype", "float16", "--master-weights", "fp32"]
+    assert "are float16, whose exponent is another" in refusal(capsys, 1, *words)
+
+
 def test_what_does_not_fit_is_3_with_a_budget_that_does(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +155,7 @@ def test_a_simulated_run_is_reported(
         (["--machine", "none.json"], "can't read the machine none.json"),
         (["--optim", "adamv"], "did you mean 'adam"),
         (["--what-if", "nvme=7"], "write 7GB/s"),
+        (["--nvme", "/a", "--nvme", "/b"], "laptop-16gb has one drive"),
         (["--args", "--epochs", "3"], "is no script"),
     ],
 )
@@ -168,6 +195,9 @@ def test_a_script_is_planned_as_far_as_its_first_backward(
     assert found["parameters"] == weights
     assert found["title"].startswith("train.py (0.3M parameters)")
     assert "SGD" in found["title"]
+    rounded = answer(capsys, script, *LAPTOP, "--budget", "400MiB", "--state-precision", "8bit")
+    drive = {row["name"]: row["drive_nbytes"] for row in rounded["rows"]}
+    assert drive["optimizer states"] == pytest.approx(2 * weights * 65 / 64, rel=0.05)
 
 
 @pytest.mark.parametrize(

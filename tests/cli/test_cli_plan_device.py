@@ -136,6 +136,10 @@ def test_memory_nodes_are_placed_on(
         (["--budget", "device=48GiB"], "device:0 of this machine holds 24.00 GiB"),
         (["--budget", "device=8GiB,numa:1=8GiB"], "no tier 'numa:1'"),
         (["--budget", "device=8GiB", "--record", "run"], "leave device= out"),
+        (
+            ["--budget", "device=8GiB", "--state-precision", "bf16"],
+            "--state-precision bf16: predicted where the model computes on the CPU: leave device=",
+        ),
     ],
 )
 def test_wrong_device_budgets_are_2_and_say_what_to_write(

@@ -129,7 +129,7 @@ def test_a_script_is_tuned_end_to_end(
     assert rows["baseline"]["ratio"] == 1
     assert rows["baseline"]["predicted_step_s"] > 0
     assert rows["baseline"]["predicted_peak_nbytes"] > 100 << 20
-    assert rows["step in backward"]["predicted_step_s"] is None
+    assert rows["step in backward"]["predicted_step_s"] > 0
     assert "round 1, 1 of 2: baseline" in output.err
     # What the script does at its end was never done, and nothing is left.
     assert [path.name for path in script.parent.iterdir()] == ["train.py"]

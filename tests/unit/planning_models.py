@@ -10,6 +10,7 @@ from offload.planner.machines import library_machine
 from offload.swap.planning.predict import Baseline, Settings
 from offload.swap.planning.program import Program
 from offload.swap.planning.tracing import fake_mode, trace_step
+from offload.swap.state_precision import EXACT, Precision
 from offload.tiers.machine import Machine
 
 MIB = 1 << 20
@@ -45,6 +46,15 @@ class Model(nn.Module):
         return self.head(x)
 
 
+def model_in(dtype: torch.dtype) -> Model:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return Model()
+    finally:
+        torch.set_default_dtype(before)
+
+
 def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
 
@@ -57,6 +67,7 @@ def trace(
     make: Callable[[], nn.Module] = Model,
     length: int = 64,
     loss: Callable[..., torch.Tensor] = loss_of,
+    precision: Precision = EXACT,
     **optimizer: Any,
 ) -> Program:
     with fake_mode():
@@ -68,6 +79,7 @@ def trace(
             lambda model: loss(model, tokens),
             tokens=length,
             optimizer=torch.optim.AdamW(model.parameters(), **options),
+            precision=precision,
         )
 
 

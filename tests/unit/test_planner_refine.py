@@ -89,6 +89,19 @@ def test_other_processors_and_models_are_refused(tmp_path: Path) -> None:
         refine(_renamed(PROGRAM), machine(), DRIVE, found)
 
 
+def test_a_run_that_kept_states_in_another_precision_is_refused(tmp_path: Path) -> None:
+    run_of(tmp_path, machine(), BASELINE, config=OffloadConfig(state_precision="bf16"))
+    with pytest.raises(ConfigError, match="plan with --state-precision bf16, or record a run"):
+        refine(PROGRAM, machine(), DRIVE, read_recorded(tmp_path))
+
+
+def test_a_run_on_another_number_of_drives_is_refused(tmp_path: Path) -> None:
+    config = OffloadConfig(nvme=(tmp_path / "a", tmp_path / "b"))
+    run_of(tmp_path, machine(), BASELINE, config=config)
+    with pytest.raises(ConfigError, match="ran on 2 directories, this plan on 1: give --nvme"):
+        refine(PROGRAM, machine(), DRIVE, read_recorded(tmp_path))
+
+
 def _renamed(program: Program) -> Program:
     census = program.census
     weights = tuple(
@@ -106,8 +119,8 @@ def test_records_that_cannot_correct_anything(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not the record of a real run"):
         read_recorded(simulated)
     other = tmp_path / "other"
-    run_of(other, machine(), BASELINE, config=OffloadConfig(step_in_backward=True, io_threads=8))
-    with pytest.raises(ConfigError, match="ran with io_threads, step_in_backward, which is not"):
+    run_of(other, machine(), BASELINE, config=OffloadConfig(recompute="tokenwise", io_threads=8))
+    with pytest.raises(ConfigError, match="ran with io_threads, recompute, which is not"):
         read_recorded(other)
     run_of(tmp_path / "run", machine(), BASELINE)
     for name, content, message in (
@@ -132,7 +145,6 @@ def test_records_that_cannot_correct_anything(tmp_path: Path) -> None:
 
 def test_what_the_simulation_does_not_know_is_named(tmp_path: Path) -> None:
     assert unpredicted(OffloadConfig(commit="never", nvme=(tmp_path,), device="cpu")) == []
-    config = OffloadConfig(
-        nvme=(tmp_path, tmp_path / "b"), device="cuda", io_engine="aiofiles", commit="manual"
-    )
-    assert len(unpredicted(config)) == 4
+    assert unpredicted(OffloadConfig(nvme=(tmp_path, tmp_path / "b"), step_in_backward=True)) == []
+    config = OffloadConfig(device="cuda", io_engine="aiofiles", commit="manual")
+    assert len(unpredicted(config)) == 3

@@ -8,6 +8,7 @@ from planning_models import BASELINE, DRIVE, machine, settings, trace
 
 from offload.allocator.errors import OffloadError
 from offload.planner import rehearsal
+from offload.planner.recoding import measure_recoding
 from offload.planner.rehearsal import _solved, _Step, _with, add_rehearsal
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.predict import predict
@@ -76,8 +77,15 @@ def test_a_failing_rehearsal_says_where_and_why(
     assert not list(tmp_path.iterdir())
 
 
+def test_each_form_of_a_state_has_its_rate() -> None:
+    rates = measure_recoding()
+    assert set(rates) == {"bf16 states", "8bit states", "masters"}
+    assert all(per_s > 0 for per_s in rates.values())
+
+
 @pytest.mark.slow
 def test_a_real_rehearsal(tmp_path: Path) -> None:
     found = add_rehearsal(MACHINE, tmp_path, DRIVE)
-    assert {"flush", "tiles"} <= {rate.work for rate in found.compute}
+    rates = {rate.work for rate in found.compute}
+    assert {"flush", "tiles", "bf16 states", "8bit states", "masters"} <= rates
     assert not list(tmp_path.iterdir())

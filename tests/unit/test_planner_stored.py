@@ -215,6 +215,6 @@ def test_what_rates_depend_on_names_the_file(
 
 def test_a_directory_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is no directory: make it"):
-        find_machine(None, str(tmp_path / "none"), print)
+        find_machine(None, [str(tmp_path / "none")], print)
     with pytest.raises(ConfigError, match="leave --machine laptop-16gb out"):
-        find_machine("laptop-16gb", None, print, measure=True)
+        find_machine("laptop-16gb", [], print, measure=True)

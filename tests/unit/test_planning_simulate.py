@@ -1,11 +1,9 @@
 """The simulated run: it moves what a real run moves, and its books balance."""
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from planning_models import (
@@ -13,41 +11,28 @@ from planning_models import (
     DRIVE,
     MIB,
     Model,
-    loss_of,
     machine,
     settings,
-    tokens_of,
     trace,
 )
+from real_runs import both, check_moved
 
-import offload
 from offload.allocator.errors import BudgetError, ConfigError
 from offload.planner.recording import recorded
 from offload.report.model import summarise
 from offload.report.reader import read_run
-from offload.swap.plan import MARGIN_NBYTES, Plan, soft_limit_nbytes
+from offload.swap.plan import MARGIN_NBYTES, soft_limit_nbytes
 from offload.swap.planning.compiled import compile_program
 from offload.swap.planning.cost import Costs, Curve
 from offload.swap.planning.predict import drive_use, largest, least_budget, predict
 from offload.swap.planning.simulate import Simulation
 from offload.swap.planning.whatif import changed, parse_changes
 from offload.swap.planning.world import Memory, World, read_lane, write_lane
-from offload.tiers.events import ListRecorder, Move, Stall, StepFinished
+from offload.tiers.events import ListRecorder, Move, Stall
 from offload.tiers.journal import Label
 
 PROGRAM = trace()
 LEAST = least_budget(PROGRAM, machine(), settings(1), BASELINE).settings.budget_nbytes // MIB
-
-
-def moved(events: list, step: int) -> Counter:
-    """Bytes by role and direction between the ends of two steps."""
-    ends = [event.t_s for event in events if isinstance(event, StepFinished)]
-    found: Counter = Counter()
-    for event in events:
-        if isinstance(event, Move) and ends[step - 1] < event.t_s <= ends[step]:
-            to_memory = not event.dst.startswith("file")
-            found[event.role, "read" if to_memory else "written"] += event.nbytes
-    return found
 
 
 @pytest.mark.parametrize("window_nbytes", [1 << 20, 3 << 20])
@@ -55,53 +40,10 @@ def moved(events: list, step: int) -> Counter:
 def test_it_moves_the_bytes_that_a_real_run_moves(
     tmp_path: Path, window_nbytes: int, in_backward: bool
 ) -> None:
-    torch.manual_seed(0)
-    model = Model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    config = {"step_in_backward": in_backward}
-    engine = offload.attach(model, optimizer, budget="host=8GiB", nvme=tmp_path, config=config)
-    recorder = engine._journal.recorder = ListRecorder()
-    engine.weights.window_nbytes = window_nbytes
-    engine.activations.limit_nbytes = 256 << 10
-    engine.keep_streaming()
-    for _ in range(4):
-        loss_of(model, tokens_of()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    chunk_numel, staging_nbytes = engine._runtime.chunk_numel, engine.plan.staging_nbytes
-    engine.detach()
-    plan = Plan(
-        budget_nbytes=8 << 30,
-        baseline_nbytes=300 * MIB,
-        working_nbytes=0,
-        window_nbytes=window_nbytes,
-        gradients_nbytes=engine.plan.gradients_nbytes,
-        activations_nbytes=256 << 10,
-        staging_nbytes=staging_nbytes,
-        step_in_backward=in_backward,
+    real, virtual = both(
+        PROGRAM, tmp_path, window_nbytes=window_nbytes, step_in_backward=in_backward
     )
-    simulated = ListRecorder()
-    compiled = compile_program(PROGRAM, Costs(machine(), DRIVE))
-    simulation = Simulation(compiled, plan, chunk_numel=chunk_numel, recorder=simulated)
-    simulation._replan = lambda _peak_nbytes: None  # as keep_streaming does
-    for _ in range(4):
-        simulation.step()
-    real, virtual = (moved(each.events, 3) for each in (recorder, simulated))
-    assert virtual["gradient", "read"] == real["gradient", "read"] == 0
-    # A run writes the gradient of the 64 rows that it looks up; a program knows the whole table's,
-    # which a step in backward uses up.
-    virtual["gradient", "written"] += (64 - (0 if in_backward else 1000)) * 256 * 4
-    # What backward holds while it is written can't be given up: what is instead, the clock decides.
-    reads = pytest.approx(real["weight", "read"], rel=0.01 if in_backward else 0)
-    assert virtual["weight", "read"] == reads
-    for role, way in (("weight", "written"), ("gradient", "written"), ("state", "written")):
-        assert virtual[role, way] == real[role, way] > 0, (role, way)
-    # Gradients that are still on their way when the step begins are not read back.
-    largest_nbytes = 1000 * 256 * 4
-    assert abs(virtual["state", "read"] - real["state", "read"]) <= 3 * largest_nbytes
-    # What backward meets on its way out is not read back either.
-    for way in ("read", "written"):
-        assert virtual["activation", way] == pytest.approx(real["activation", way], rel=0.25)
+    check_moved(real, virtual, in_backward=in_backward)
 
 
 def test_the_same_questions_get_the_same_answers() -> None:

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from offload.allocator.errors import UnsupportedError
 from offload.swap.planning.program import Event, Program, What
-from offload.swap.planning.tracing import fake_mode, stepping_of
+from offload.swap.planning.stepping import stepping_of
+from offload.swap.planning.tracing import fake_mode
 
 LEAST_NBYTES = 512
 

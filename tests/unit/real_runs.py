@@ -1,0 +1,102 @@
+"""A real run beside the simulated one, with the same shares of memory; the bytes that both move."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from planning_models import DRIVE, MIB, loss_of, machine, model_in, tokens_of
+
+import offload
+from offload.swap.plan import Plan
+from offload.swap.planning.compiled import compile_program
+from offload.swap.planning.cost import Costs
+from offload.swap.planning.program import Program
+from offload.swap.planning.simulate import Simulation
+from offload.tiers.events import Event, ListRecorder, Move, StepFinished
+
+_STEPS = 4
+ACTIVATIONS_NBYTES = 256 << 10
+
+
+def moved(events: Sequence[Event], step: int) -> Counter[tuple[str, str]]:
+    """Bytes by role and direction between the ends of two steps."""
+    ends = [event.t_s for event in events if isinstance(event, StepFinished)]
+    found: Counter[tuple[str, str]] = Counter()
+    for event in events:
+        if isinstance(event, Move) and ends[step - 1] < event.t_s <= ends[step]:
+            to_memory = not event.dst.startswith("file")
+            found[event.role, "read" if to_memory else "written"] += event.nbytes
+    return found
+
+
+def both(
+    program: Program,
+    stores: Path | Sequence[Path],
+    *,
+    window_nbytes: int = 1 << 20,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+    """What a step of a real run moves and one of the simulated run, where all weights stream.
+
+    Args:
+        program: of ``planning_models.Model`` in ``dtype``, with these settings.
+        config: of the real run.
+    """
+    torch.manual_seed(0)
+    model = model_in(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    engine = offload.attach(model, optimizer, budget="host=8GiB", nvme=stores, config=config)
+    real = engine._journal.recorder = ListRecorder()
+    engine.weights.window_nbytes = window_nbytes
+    engine.activations.limit_nbytes = ACTIVATIONS_NBYTES
+    engine.keep_streaming()
+    for _ in range(_STEPS):
+        loss_of(model, tokens_of()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    chunk_numel, given = engine._runtime.chunk_numel, engine.plan
+    engine.detach()
+    plan = Plan(
+        budget_nbytes=8 << 30,
+        baseline_nbytes=300 * MIB,
+        working_nbytes=0,
+        window_nbytes=window_nbytes,
+        gradients_nbytes=given.gradients_nbytes,
+        activations_nbytes=ACTIVATIONS_NBYTES,
+        staging_nbytes=given.staging_nbytes,
+        step_in_backward=given.step_in_backward,
+    )
+    virtual = ListRecorder()
+    compiled = compile_program(program, Costs(machine(), DRIVE))
+    simulation = Simulation(compiled, plan, chunk_numel=chunk_numel, recorder=virtual)
+    simulation._replan = lambda _peak_nbytes: None  # type: ignore[method-assign]
+    for _ in range(_STEPS):
+        simulation.step()
+    return moved(real.events, _STEPS - 1), moved(virtual.events, _STEPS - 1)
+
+
+def check_moved(
+    real: Counter[tuple[str, str]],
+    virtual: Counter[tuple[str, str]],
+    *,
+    in_backward: bool,
+    itemsize: int = 4,
+) -> None:
+    """Raise unless the simulated run moves what the real one does."""
+    assert virtual["gradient", "read"] == real["gradient", "read"] == 0
+    assert real["gradient", "written"] >= 64 * 256 * itemsize  # the rows that are looked up
+    largest_nbytes = 1000 * 256 * itemsize
+    # What backward holds while it is written can't be given up: what is instead, the clock decides.
+    missed = abs(virtual["weight", "read"] - real["weight", "read"])
+    assert missed <= (2 * largest_nbytes if in_backward else 0)
+    for role, way in (("weight", "written"), ("gradient", "written"), ("state", "written")):
+        assert virtual[role, way] == real[role, way] > 0, (role, way)
+    # Gradients that are still on their way when the step begins are not read back.
+    assert abs(virtual["state", "read"] - real["state", "read"]) <= 3 * largest_nbytes
+    # What backward meets on its way out is not read back either.
+    for way in ("read", "written"):
+        assert virtual["activation", way] == pytest.approx(real["activation", way], rel=0.25)

@@ -1,0 +1,96 @@
+"""Predictions of gradients that are made of looked-up rows."""
+
+import torch
+from planning_models import BASELINE, MIB, Model, loss_of, machine, settings, trace
+from torch import nn
+
+from offload.swap.planning.predict import least_budget, predict
+from offload.swap.planning.program import Program, What
+
+WIDTH, VOCABULARY = 256, 50_000
+TABLE = VOCABULARY * WIDTH * 4
+
+
+class Own(nn.Embedding):
+    """Gives no rows, for it has a forward of its own."""
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return super().forward(indices)
+
+
+def large(**changes: object) -> Program:
+    return trace(lambda: model_of(**changes), length=64)
+
+
+def model_of(*, tied: bool = False, plain: bool = True) -> Model:
+    model = Model(vocabulary=1000)
+    if not plain:
+        model.embedding = Own(VOCABULARY, WIDTH)
+    elif tied:
+        model = Model(vocabulary=VOCABULARY)
+        model.head.weight = model.embedding.weight
+    else:
+        model.embedding = nn.Embedding(VOCABULARY, WIDTH)
+    return model
+
+
+def most_at_once(program: Program) -> int:
+    """The most bytes of storages as large as half of the table that live at once."""
+    now = most = 0
+    for what, which in program.events:
+        if what in {What.ALLOCATE, What.FREE} and program.storages[which] >= TABLE // 2:
+            now += program.storages[which] * (1 if what is What.ALLOCATE else -1)
+            most = max(most, now)
+    return most
+
+
+def test_no_more_than_the_rows_of_a_gradient_are_counted() -> None:
+    found = large()
+    assert found.row_gradients == {"embedding.weight": 64 * WIDTH * 4}
+    assert most_at_once(found) == 0
+    assert Program.from_json(found.to_json()) == found
+
+
+def test_a_lookup_that_gives_no_rows_has_a_whole_gradient() -> None:
+    found = large(plain=False)
+    assert found.row_gradients == {}
+    assert most_at_once(found) == TABLE
+
+
+def test_rows_are_added_to_the_gradient_of_a_tied_head_in_its_place() -> None:
+    found = large(tied=True)
+    assert found.row_gradients == {}  # the sum is whole
+    assert most_at_once(found) == TABLE
+
+
+def test_looking_up_as_many_rows_as_there_are_makes_a_table() -> None:
+    assert trace(length=1000).row_gradients == {}
+    assert trace(length=999).row_gradients == {"embedding.weight": 999 * WIDTH * 4}
+
+
+def test_two_lookups_of_a_table_add_up() -> None:
+    def twice(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        return loss_of(model, tokens) + loss_of(model, tokens[:, :32])
+
+    assert trace(loss=twice).row_gradients == {"embedding.weight": 96 * WIDTH * 4}
+
+
+def test_a_large_table_needs_no_memory_for_its_gradient() -> None:
+    rows, whole = large(), large(plain=False)
+    budgets = [
+        least_budget(program, machine(), settings(1), BASELINE).settings.budget_nbytes
+        for program in (rows, whole)
+    ]
+    assert budgets[1] - budgets[0] > TABLE // 2
+    one, other = (
+        predict(program, machine(), settings(600), BASELINE).steps[0].finished
+        for program in (rows, whole)
+    )
+    assert other.written_nbytes - one.written_nbytes == TABLE - 64 * WIDTH * 4
+
+
+def test_a_gradient_that_stays_in_memory_is_whole() -> None:
+    rich = predict(trace(), machine(), settings(1200), BASELINE)
+    assert "embedding.weight" in rich.plan.resident_states
+    assert rich.peak_roles["gradients"] >= 1000 * WIDTH * 4
+    assert rich.peak_nbytes <= 1200 * MIB
