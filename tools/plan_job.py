@@ -6,7 +6,8 @@ Prints one JSON object: the plan's baseline, the resident set's peak of each ste
 import argparse
 import json
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def _restart_peak() -> int:
     return peak
 
 
+@contextmanager
+def making(dtype: torch.dtype) -> Iterator[None]:
+    """New parameters are of ``dtype`` meanwhile."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def main() -> None:
     """Train; print the JSON result."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -36,6 +48,9 @@ def main() -> None:
     parser.add_argument("--nvme", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--bytes-per-s", type=float, help="throttle the drive")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--paths", type=int, default=1, help="directories of the store, in --nvme")
+    parser.add_argument("--config", default="{}", help="further settings, as JSON")
     parser.add_argument("--record", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -44,9 +59,17 @@ def main() -> None:
     if options.bytes_per_s:
         link = Link(bytes_per_s=options.bytes_per_s)
         throttled = wrapping(lambda engine: ThrottledEngine(engine, link))
+    stores = [options.nvme / str(number) for number in range(options.paths)]
     steps_s, peaks = [], []
     with throttled:
-        with offload.init(budget=options.budget, nvme=options.nvme):
+        with (
+            offload.init(
+                budget=options.budget,
+                nvme=stores if options.paths > 1 else options.nvme,
+                config=json.loads(options.config),
+            ),
+            making(getattr(torch, options.dtype)),
+        ):
             model = Decoder(shape)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         engine = offload.attach(model, optimizer, record=options.record)

@@ -29,11 +29,15 @@ from offload.planner.baseline import measure_baseline
 from offload.planner.rehearsal import add_rehearsal
 from offload.swap.planning.predict import Baseline, Prediction, Settings, least_budget, predict
 from offload.swap.planning.program import Program
+from offload.swap.planning.striping import striped
 from offload.swap.planning.tracing import fake_mode, trace_step
+from offload.swap.state_precision import MasterWeights, Precision, StatePrecision
+from offload.tiers.hostmem import HUGE_PAGE, PAGE
 from offload.tiers.inventory import file_tier_name
 from offload.tiers.machine import Link, Machine
 from offload.tiers.probe.compute import add_compute
 from offload.tiers.probe.pace import Effort
+from plan_job import making
 
 _JOB = Path(__file__).with_name("plan_job.py")
 _MIB = 1 << 20
@@ -42,7 +46,7 @@ _WARM = 2  # steps: the first learns, the second has grown
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch, a budget by its factor over the least one, a drive."""
+    """A model, a batch, a budget by its factor over the least one, a drive, settings."""
 
     layers: int
     width: int
@@ -51,9 +55,39 @@ class Case:
     factor: float
     batch: int = 1
     bytes_per_s: float | None = None  # throttled to that
+    dtype: str = "float32"
+    states: StatePrecision = "exact"
+    masters: MasterWeights = "none"
+    in_backward: bool = False
+    paths: int = 1  # directories of the store, all on the one drive
+
+    @property
+    def precision(self) -> Precision:
+        """Of what the optimizer keeps."""
+        return Precision(states=self.states, masters=self.masters)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings of its run."""
+        return {
+            "step_in_backward": self.in_backward,
+            "state_precision": self.states,
+            "master_weights": self.masters,
+        }
+
+    @property
+    def settings(self) -> str:
+        """What it has beside the defaults, for people."""
+        names = {"dtype": "float32", "states": "exact", "masters": "none", "paths": 1}
+        given = [
+            f"{n}={getattr(self, n)}" for n, usual in names.items() if getattr(self, n) != usual
+        ]
+        return ", ".join(given + ["in backward"] * self.in_backward) or "-"
 
 
 _M10, _M20, _M70 = (2, 128, 4), (4, 256, 4), (12, 512, 8)
+_STATES: tuple[StatePrecision, ...] = ("exact", "bf16", "8bit")
+_MASTERS: tuple[MasterWeights, ...] = ("none", "fp32")
 _M134, _M350 = (12, 768, 12), (24, 1024, 16)
 QUICK = (
     Case(*_M10, sequence=64, factor=1.3),
@@ -74,6 +108,11 @@ FULL = (
     Case(*_M134, sequence=128, factor=1.2, bytes_per_s=500e6),
     *(Case(*_M350, sequence=128, factor=factor) for factor in (1.1, 2.0)),
     Case(*_M350, sequence=64, factor=1.2, bytes_per_s=1e9),
+    *(Case(*_M70, sequence=128, factor=1.2, in_backward=True, states=s) for s in _STATES),
+    *(Case(*_M70, sequence=128, factor=1.2, bytes_per_s=500e6, states=s) for s in _STATES[1:]),
+    *(Case(*_M70, sequence=128, factor=1.2, dtype="bfloat16", masters=m) for m in _MASTERS),
+    Case(*_M70, 128, 1.2, dtype="bfloat16", masters="fp32", states="8bit", in_backward=True),
+    *(Case(*_M70, sequence=128, factor=1.2, paths=2, in_backward=each) for each in (False, True)),
 )
 
 
@@ -152,21 +191,30 @@ class Trial:
         self._program = program_of(case)
         self._mib = 0
 
+    def _settings(self, drive: str) -> Settings:
+        return Settings(
+            budget_nbytes=self._mib * _MIB,
+            drive=drive,
+            step_in_backward=self._case.in_backward,
+            align_nbytes=HUGE_PAGE if self._case.paths > 1 else PAGE,
+        )
+
     def predict(self, machine: Machine) -> Prediction:
         """What ``machine`` would make of it, within the budget that the run got."""
-        settings = Settings(budget_nbytes=self._mib * _MIB, drive=self._drive)
-        return predict(self._program, self._throttled(machine), settings, self._baseline)
+        machine, drive = self._seen(machine)
+        return predict(self._program, machine, self._settings(drive), self._baseline)
 
     def run(self, machine: Machine, directory: Path, steps: int) -> dict[str, Any]:
         """Choose its budget and predict it by ``machine``, train, and tell both."""
-        anything = Settings(budget_nbytes=0, drive=self._drive)
-        least = least_budget(self._program, self._throttled(machine), anything, self._baseline)
+        seen, drive = self._seen(machine)
+        least = least_budget(self._program, seen, self._settings(drive), self._baseline)
         self._mib = int(least.settings.budget_nbytes * self._case.factor) // _MIB
         row: dict[str, Any] = {
             "parameters": f"{self._program.parameters / 1e6:.0f}M",
             "sequence": self._case.sequence,
             "batch": self._case.batch,
             "drive_bytes_per_s": self._case.bytes_per_s,
+            "settings": self._case.settings,
             "budget_nbytes": self._mib * _MIB,
         }
         try:
@@ -184,8 +232,10 @@ class Trial:
             "bound_by": found.bound_by,
         }
 
-    def _throttled(self, machine: Machine) -> Machine:
-        return throttled(machine, self._drive, self._case.bytes_per_s)
+    def _seen(self, machine: Machine) -> tuple[Machine, str]:
+        """The machine as its run sees it, and the name of the drive."""
+        machine = throttled(machine, self._drive, self._case.bytes_per_s)
+        return spread(machine, self._drive, self._case.paths)
 
 
 def _held_against(row: dict[str, Any], after_s: float) -> dict[str, Any]:
@@ -200,7 +250,7 @@ def _held_against(row: dict[str, Any], after_s: float) -> dict[str, Any]:
 
 def program_of(case: Case) -> Program:
     """The program of one of its steps."""
-    with fake_mode():
+    with fake_mode(), making(getattr(torch, case.dtype)):
         model = Decoder(Shape(case.layers, case.width, case.heads))
         tokens = torch.zeros(case.batch, case.sequence + 1, dtype=torch.int64)
         return trace_step(
@@ -208,6 +258,7 @@ def program_of(case: Case) -> Program:
             lambda model: loss_of(model, tokens),
             tokens=case.batch * case.sequence,
             optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
+            precision=case.precision,
         )
 
 
@@ -216,6 +267,27 @@ def throttled(machine: Machine, drive: str, bytes_per_s: float | None) -> Machin
     if bytes_per_s is None:
         return machine
     return replace(machine, links=tuple(_slower(machine.links, drive, bytes_per_s)))
+
+
+def spread(machine: Machine, drive: str, paths: int) -> tuple[Machine, str]:
+    """``machine`` with a tier for so many directories of ``drive`` together, and its name."""
+    if paths == 1:
+        return machine, drive
+    names = [f"{drive}/{number}" for number in range(paths)]
+    tiers = tuple(replace(machine.tier(drive), name=name) for name in names)
+    links = tuple(
+        replace(
+            link,
+            source=name if link.source == drive else link.source,
+            target=name if link.target == drive else link.target,
+        )
+        for name in names
+        for link in machine.links
+        if drive in {link.source, link.target}
+    )
+    several = replace(machine, tiers=(*machine.tiers, *tiers), links=(*machine.links, *links))
+    found = striped(several, names)
+    return found.machine, found.drive
 
 
 def _slower(links: tuple[Link, ...], drive: str, bytes_per_s: float) -> Iterator[Link]:
@@ -235,6 +307,8 @@ def _train(case: Case, mib: int, directory: Path, steps: int) -> dict[str, Any]:
     command = [sys.executable, str(_JOB), "--shape", f"{case.layers},{case.width},{case.heads}"]
     command += ["--sequence", str(case.sequence), "--batch", str(case.batch)]
     command += ["--budget", f"host={mib}MiB", "--nvme", str(store), "--steps", str(steps)]
+    command += ["--dtype", case.dtype, "--paths", str(case.paths)]
+    command += ["--config", json.dumps(case.config)]
     if case.bytes_per_s is not None:
         command += ["--bytes-per-s", str(case.bytes_per_s)]
     try:
