@@ -148,8 +148,12 @@ def _rates(machine: "Machine") -> "Iterator[Finding]":
             if (rate.processor, rate.work) == (processor.name, "matmul"):
                 best[rate.dtype] = max(best.get(rate.dtype, 0.0), rate.per_s)
         if best:
-            told = [f"{dtype} {per_s / 1e9:,.0f} GFLOP/s" for dtype, per_s in best.items()]
+            told = [f"{dtype} {_flops(per_s)}" for dtype, per_s in best.items()]
             yield Finding(subject=processor.name, value=f"matmul: {', '.join(told)}")
+
+
+def _flops(per_s: float) -> str:
+    return f"{per_s / 1e12:.1f} TFLOP/s" if per_s >= 1e12 else f"{per_s / 1e9:.1f} GFLOP/s"
 
 
 def _rehearsal(machine: "Machine") -> "Iterator[Finding]":

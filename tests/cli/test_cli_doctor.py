@@ -66,7 +66,7 @@ def test_what_a_plan_lacks_is_told_and_a_rehearsal_measures_it(
     words = ["doctor", "--nvme", str(tmp_path / "none"), str(tmp_path), "-o", str(file)]
     assert main(words) == 1
     out = capsys.readouterr().out
-    assert re.search(r"ok +cpu +matmul: float32 [\d,]+ GFLOP/s, bfloat16 [\d,]+ GFLOP/s", out)
+    assert re.search(r"ok +cpu +matmul: float32 [\d.]+ [GT]FLOP/s, bfloat16 [\d.]+ [GT]FLOP/s", out)
     assert re.search(r"warn +rehearsal +not measured", out)
     assert "→ offload doctor --rehearse -o machine.json" in out
 
