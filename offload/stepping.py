@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from offload.swap.backward_step import BackwardStep
 from offload.swap.optimizer import StreamedOptimizer
+from offload.swap.torch_seams import scale_on_host
 
 
 class StepHooks:
@@ -66,6 +67,7 @@ class StepHooks:
                 {key: value for key, value in kwargs.items() if key != "closure"},
             )
         self._before_step()
+        scale_on_host(optimizer)
         journal = self._streamed.weights.journal
         began_s, waited_s = time.perf_counter(), journal.totals.stall_s
         self._streamed.weights.trace.end()

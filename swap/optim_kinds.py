@@ -103,6 +103,15 @@ def step_on(
     return [dict(shadow.state.get(parameter, {})) for parameter in parameters]
 
 
+def unscales(optimizer: Optimizer) -> bool:
+    """Whether the step that runs divides gradients by a loss scale, in place, as fused ones do.
+
+    ``GradScaler`` tells it so by attributes; where it has found an infinity nothing is changed.
+    """
+    scale, found_inf = (getattr(optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    return scale is not None and not (found_inf is not None and bool(found_inf))
+
+
 def probe_states(
     optimizer: Optimizer, group: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[StateSpec, ...]:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from offload.swap.copying import write_jobs
 from offload.swap.gradients import GradientSwapper
 from offload.swap.masters import MASTER_LOW, StagedGradient, StagedMaster
-from offload.swap.optim_kinds import step_on
+from offload.swap.optim_kinds import step_on, unscales
 from offload.swap.staged_states import (
     Rounding,
     StagedPacked,
@@ -412,7 +413,11 @@ class TilePipeline:
     def _write(self, tile: _Tile) -> None:
         jobs: list[Job] = []
         nbytes = 0
+        shows_unscaled = unscales(self.optimizer)
         for part in tile.parts:
+            if shows_unscaled and part.target.home is not None and part.gradient is None:
+                jobs += self._gradient_jobs(part, part.target.home)
+                nbytes += part.piece.numel * part.target.gradient.element_size()
             at = part.piece.start * part.weight.element_size()
             written = [(part.target.version, at, part.weight)]
             written += [
@@ -425,6 +430,18 @@ class TilePipeline:
                 nbytes += data.nbytes
         label = self._label(tile.parts, reading=False)
         tile.transfer = self.tier.lanes.writes.submit(jobs, label, nbytes)
+
+    def _gradient_jobs(self, part: _Part, home: MappedTensor) -> list[Job]:
+        """The step has unscaled the gradient, which ``p.grad`` is to show as in memory."""
+        gradient, file = part.parameter.grad, self.gradients.scratch.file
+        assert gradient is not None
+        assert home.block is not None
+        if not part.piece.start:
+            home.shed()  # pages that nobody maps are dropped by the writes at no cost
+            self.gradients.norms.forget(home)
+            torch.autograd.graph.increment_version(part.target.gradient)
+        at = part.piece.start * gradient.element_size()
+        return write_jobs(file, home.block, gradient.data_ptr(), gradient.nbytes, at)
 
     def _write_jobs(self, version: Version, at: int, data: torch.Tensor) -> list[Job]:
         file, base, address = self.tier.file, version.target.extent.offset + at, data.data_ptr()

@@ -8,6 +8,13 @@ function is served. Where an installed torch has no such cell, its function stay
 gradients are then read through their mappings, slower and as right.
 
 ``GradScaler`` unscales by a method, which is looked up in the class at each call.
+
+[Note: a scale on a device] ``GradScaler`` has its scale where the loss is, and copies it, and the
+flag for infinities, to where gradients are. To host memory it copies ``non_blocking``: such a copy
+out of a device goes to pinned memory and has not come when the call returns. Kernels of the host
+wait for nothing and would take what was in that memory before, so whoever has gradients in host
+memory and losses on a device has to wait for both. Fused optimizers copy them once more, from the
+attributes ``grad_scale`` and ``found_inf`` (``scale_on_host``).
 """
 
 import threading
@@ -19,6 +26,7 @@ from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad
+from torch.optim import Optimizer
 
 from offload.swap.gradient_stream import GradientStream
 from offload.swap.streamed_calls import StreamedCalls
@@ -68,7 +76,7 @@ def _replace_in(cell: CellType) -> None:
 def _replace_unscaling() -> None:
     scaler: Any = torch.amp.GradScaler
     original = scaler._unscale_grads_
-    scaler._unscale_grads_ = _streamed(original)
+    scaler._unscale_grads_ = _scaled_on_host(_streamed(original))
 
     def restore() -> None:
         scaler._unscale_grads_ = original
@@ -96,3 +104,37 @@ def _streamed(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return call
+
+
+def _scaled_on_host(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, with the scale and the flag in host memory, where gradients are there."""
+
+    @wraps(original)
+    def call(
+        scaler: Any, optimizer: Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor,
+        *others: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if not inv_scale.is_cpu and _has_host_gradients(optimizer):
+            inv_scale, found_inf = inv_scale.cpu(), found_inf.cpu()
+        return original(scaler, optimizer, inv_scale, found_inf, *others, **kwargs)
+
+    return call
+
+
+def _has_host_gradients(optimizer: Optimizer) -> bool:
+    return any(
+        parameter.grad is not None and parameter.grad.is_cpu
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+
+
+def scale_on_host(optimizer: Optimizer) -> None:
+    """Bring what ``GradScaler`` has told a fused ``optimizer`` to host memory, where it steps.
+
+    See [Note: a scale on a device].
+    """
+    for name in ("grad_scale", "found_inf"):
+        value = getattr(optimizer, name, None)
+        if isinstance(value, torch.Tensor) and not value.is_cpu:
+            setattr(optimizer, name, value.cpu())  # GradScaler deletes it behind the step
