@@ -10,7 +10,7 @@ stays on the device.
 
 import ctypes
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from offload.allocator.errors import ConfigError
 from offload.config import OffloadConfig
+from offload.recomputing import rebuild_rows
 from offload.runtime import Runtime
 from offload.saving import SwapHomes, device_of, in_flight_by_default, pinners_of
 from offload.swap.activations import ActivationCache
@@ -33,6 +34,7 @@ from offload.swap.gradients import GradientSwapper
 from offload.swap.homes import Home
 from offload.swap.plan import Plan
 from offload.swap.stand_ins import SavedWeights, StandIns
+from offload.swap.tokenwise.copies import CopiedWeights
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.accelerator import Accelerator
 from offload.tiers.cuda import CudaAccelerator
@@ -113,17 +115,11 @@ def plan_device(model: nn.Module, config: OffloadConfig, accelerator: Accelerato
         ConfigError: a setting that works on the CPU only.
         UnsupportedError: the device has no arena, and one is asked for.
     """
-    problems = [
-        f"{name} works for models that compute on the CPU only, and this one is to compute on "
-        f"{accelerator.name}: leave it out, or set device='cpu'"
-        for name, used in (
-            ("step_in_backward", config.step_in_backward),
-            ("recompute", config.recompute != "off"),
+    if config.step_in_backward:
+        raise ConfigError(
+            "step_in_backward works for models that compute on the CPU only, and this one is to "
+            f"compute on {accelerator.name}: leave it out, or set device='cpu'"
         )
-        if used
-    ]
-    if problems:
-        raise ConfigError(*problems)
     if config.device_arena:
         accelerator.step_arena()  # refused, if it is, before anything has moved
     budget = config.budget.get("device")
@@ -164,6 +160,7 @@ class Computing:
         arena: of what torch allocates in a step; None unless ``device_arena`` asks for it.
         census: of the modules that use weights on the device.
         activations: the cache of saved tensors; ``saved`` is on top of it.
+        tokenwise: rebuilds token rows, between these two, if that was asked for.
     """
 
     def __init__(
@@ -232,9 +229,19 @@ class Computing:
         self.activations.fixed.know_model(model)
         self.saved = SavedWeights(self.weights, self.activations, self.gradients.lock)
         self.stand_ins = StandIns(model, self.weights, self.gradients, names, self.device)
+        blocks_of = partial(CopiedWeights, copies=self.weights, names=names)
+        self.tokenwise = rebuild_rows(model, self.activations, config, blocks_of)
+        if self.tokenwise is not None:
+            self.saved.others, self.tokenwise.hooks = self.tokenwise, self.saved
+            self.stand_ins.aside = self.tokenwise.aside
+            self._closing.callback(self.tokenwise.remove)
         self._closing.callback(self._show_parameters)
 
     # What the hooks call.
+
+    def aside(self) -> AbstractContextManager[object]:
+        """Around what is done between the model's operations."""
+        return self.stand_ins.aside()
 
     def begin_pass(self) -> None:
         """The outermost module is called."""
@@ -279,7 +286,9 @@ class Computing:
             peak = self.accelerator.peak_nbytes()
             self.plan = grow(self.plan, self.census, peak_nbytes=peak)
             self.weights.window_nbytes = self.plan.window_nbytes
-            self.activations.limit_nbytes = self.plan.activations_nbytes - self._in_flight_nbytes
+            limit_nbytes = self.plan.activations_nbytes - self._in_flight_nbytes
+            borrowed_nbytes = self.tokenwise.held_nbytes if self.tokenwise is not None else 0
+            self.activations.limit_nbytes = limit_nbytes - borrowed_nbytes
         if self.arena is not None and not self._arena_told:
             verdict = self.arena.stats().verdict()
             if verdict is not None:

@@ -111,7 +111,11 @@ class Engine(Attachment):
             if self.computing is not None
             else open_cache(homes, runtime, plan, model, self.weights)
         )
-        self.tokenwise = rebuild_rows(model, self.activations, runtime.config)
+        self.tokenwise = (
+            self.computing.tokenwise
+            if self.computing is not None
+            else rebuild_rows(model, self.activations, runtime.config)
+        )
         self._hooks = ModelHooks(
             model,
             self.computing.census if self.computing is not None else census,

@@ -92,15 +92,17 @@ class ModelHooks:
             self._leave(output)
 
         def before_on_device(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            before(module, args)
             assert computing is not None
-            return computing.enter(module, args, kwargs, outermost=self._here.depth == 1)
+            with computing.aside():
+                before(module, args)
+                return computing.enter(module, args, kwargs, outermost=self._here.depth == 1)
 
         def after_on_device(module: nn.Module, args: Any, output: Any) -> None:
             assert computing is not None
-            if self._here.depth:
-                computing.leave(module, outermost=self._here.depth == 1)
-            after(module, args, output)
+            with computing.aside():
+                if self._here.depth:
+                    computing.leave(module, outermost=self._here.depth == 1)
+                after(module, args, output)
 
         first: Any = before if computing is None else before_on_device
         last: Any = after if computing is None else after_on_device

@@ -121,6 +121,9 @@ class DeviceWeights(Window[DeviceCopy]):
         host: the weights themselves.
         lane: on which copies are filled.
         window_nbytes: bytes of copies that are on the device or on their way to it.
+
+    Attributes:
+        names: of the weights whose copies are here, by storage (``_cdata``).
     """
 
     def __init__(self, host: WeightSwapper, ferry: Ferry, lane: Lane, window_nbytes: int) -> None:
@@ -128,7 +131,7 @@ class DeviceWeights(Window[DeviceCopy]):
         self._host = host
         self._ferry = ferry
         self._accelerator = ferry.accelerator
-        self._names: dict[int, str] = {}  # by the address of a storage's control block
+        self.names: dict[int, str] = {}
         for name, weight in host.weights.items():
             self.weights[name] = DeviceCopy(weight)
 
@@ -176,7 +179,7 @@ class DeviceWeights(Window[DeviceCopy]):
 
     def name_of(self, storage: torch.UntypedStorage) -> str | None:
         """The weight whose copy ``storage`` is, if it is one."""
-        return self._names.get(storage._cdata)
+        return self.names.get(storage._cdata)
 
     def state_of(self, name: str) -> tuple[int, int]:
         """Changes whenever the weight, or a copy of it, is written to."""
@@ -198,7 +201,7 @@ class DeviceWeights(Window[DeviceCopy]):
         jobs = self._ferry.jobs_in(weight.cargo, weight.nbytes, fill)
         label = Label(weight.name, "weight", source, self._accelerator.name)
         weight.transfer = self._lane.submit(jobs, label, weight.nbytes, urgent=urgent)
-        self._names[memory.tensor.untyped_storage()._cdata] = weight.name
+        self.names[memory.tensor.untyped_storage()._cdata] = weight.name
         if not weight.resident:
             self._streaming[weight.name] = weight
         self._become(weight, Residency.FETCHING)
@@ -248,7 +251,7 @@ class DeviceWeights(Window[DeviceCopy]):
 
     def _forget(self, weight: DeviceCopy) -> None:
         assert weight.memory is not None
-        del self._names[weight.memory.tensor.untyped_storage()._cdata]
+        del self.names[weight.memory.tensor.untyped_storage()._cdata]
         weight.drop()
 
     def _write_back(self, copy: DeviceCopy) -> None:

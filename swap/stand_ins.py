@@ -20,7 +20,7 @@ packed as the name of its weight and a layout (``SavedWeights``), and the copy m
 
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,7 @@ class StandIns:
 
     Attributes:
         active: whether the model computes; to be set around its calls.
+        aside: around a look-up, which is no operation of the model.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class StandIns:
         device: torch.device,
     ) -> None:
         self.active = False
+        self.aside: Callable[[], AbstractContextManager[object]] = nullcontext
         self._model = model
         self._weights = weights
         self._gradients = gradients
@@ -119,6 +121,10 @@ class StandIns:
             TierIOError: its weight could not be read.
             CapacityError: the device has no room for it.
         """
+        with self.aside():
+            return self._of(parameter)
+
+    def _of(self, parameter: nn.Parameter) -> torch.Tensor:
         name = self._names.get(parameter)
         if name is None:  # of no bytes, or put there by somebody else
             return parameter if parameter.numel() else parameter.to(self._device)
@@ -192,8 +198,10 @@ class _SavedWeight:
 class SavedWeights:
     """Saved-tensor hooks: what is saved of stand-ins is fetched again in backward.
 
-    Args:
+    Attributes:
         others: takes what else is saved.
+
+    Args:
         lock: see ``device_gradients`` [Note: two threads].
     """
 
@@ -201,7 +209,7 @@ class SavedWeights:
         self, weights: DeviceWeights, others: SavedTensors, lock: AbstractContextManager[Any]
     ) -> None:
         self._weights = weights
-        self._others = others
+        self.others = others
         self._lock = lock
 
     def pack(self, tensor: torch.Tensor) -> Any:
@@ -211,10 +219,10 @@ class SavedWeights:
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
-            return self._others.pack(tensor)
+            return self.others.pack(tensor)
         name = self._weights.name_of(tensor.untyped_storage())
         if name is None:
-            return self._others.pack(tensor)
+            return self.others.pack(tensor)
         return _SavedWeight(
             name,
             tensor.dtype,
@@ -238,7 +246,7 @@ class SavedWeights:
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if type(packed) is not _SavedWeight:
-            return self._others.unpack(packed)
+            return self.others.unpack(packed)
         state = self._weights.state_of(packed.name)
         if state != packed.state:
             raise modified_error(sum(state), sum(packed.state))

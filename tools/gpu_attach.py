@@ -171,6 +171,7 @@ class Trained:
     Attributes:
         reserved_nbytes: the most, what is only cached included.
         fetched: copies of weights that travelled to the device.
+        rebuilt_nbytes: of saved tensors whose token rows are rebuilt, in all blocks.
     """
 
     results: list[torch.Tensor]
@@ -179,6 +180,7 @@ class Trained:
     arena: ArenaStats | None
     fetched: int
     notices: list[str]
+    rebuilt_nbytes: int
 
 
 @contextmanager
@@ -191,7 +193,7 @@ def _computing(accelerator: Accelerator) -> Iterator[None]:
 
 
 def train_attached(
-    shape: Shape, accelerator: Accelerator, *, device_arena: bool = False
+    shape: Shape, accelerator: Accelerator, config: dict[str, Any] | None = None
 ) -> Trained:
     """The same steps through ``offload.attach``; the loop is an ordinary one."""
     import offload
@@ -209,7 +211,7 @@ def train_attached(
             nvme=Path(folder),
             commit="never",
             accelerator=accelerator,
-            config={"device_arena": True} if device_arena else None,
+            config=config,
         )
         recorder = engine._journal.recorder = ListRecorder()
         with engine, _computing(accelerator):
@@ -227,6 +229,7 @@ def train_attached(
             reserved = accelerator.peak_nbytes()
             arena = engine.computing.arena if engine.computing is not None else None
             used = None if arena is None else arena.stats()
+            rows = [] if engine.tokenwise is None else engine.tokenwise.report()
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     moves = [event for event in recorder.events if isinstance(event, Move)]
     fetched = sum(move.role == "weight" and move.dst == accelerator.name for move in moves)
@@ -237,6 +240,7 @@ def train_attached(
         arena=used,
         fetched=fetched,
         notices=engine.notices,
+        rebuilt_nbytes=sum(report.rebuilt_nbytes for report in rows),
     )
 
 
@@ -274,6 +278,8 @@ def run_checks(report: Report, device: UnderTest, *, quick: bool) -> None:
             report.notes.append(missing)
         return
     whole, few = (REAL, replace(REAL, steps=4)) if on_cuda else (SMALL, replace(SMALL, steps=2))
+    roomy = 2 * few.budget_nbytes
+    few_rows = replace(few, steps=3, tokens=max(few.tokens, 128), budget_nbytes=roomy)  # grid: 64
     cases = {
         f"{whole.steps} steps": whole,
         "bfloat16": replace(few, dtype=torch.bfloat16),
@@ -286,8 +292,14 @@ def run_checks(report: Report, device: UnderTest, *, quick: bool) -> None:
     held_up = replace(SMALL, width=256, inner=512, steps=2, budget_nbytes=160 * MIB)
     seeds = range(2 if quick else 20)
     report.run("attach", "streams held up", partial(no_race_in, held_up, device, seeds))
+    for alpha in (0.5,) if quick else (0.0, 0.5):
+        name = f"token rows rebuilt, alpha {alpha}"
+        report.run("attach", name, partial(rebuilding_is_exact, few_rows, device, alpha))
+    scaled = replace(few, steps=20 if on_cuda else 8, budget_nbytes=roomy)
+    for fused in (True,) if quick else (False, True):
+        name = "autocast and GradScaler" + (", fused" if fused else "")
+        report.run("attach", name, partial(scaled_training_is_exact, scaled, device, fused=fused))
     if on_cuda:
-        report.run("attach", "autocast and GradScaler", partial(scaled_training_works, few))
         report.run("attach", "too small a budget", partial(budget_is_refused, few))
 
 
@@ -347,7 +359,7 @@ def arena_is_exact(shape: Shape) -> Outcome:
     forget()
     plain = train_attached(shape, CudaAccelerator())
     forget()
-    got = train_attached(shape, CudaAccelerator(), device_arena=True)
+    got = train_attached(shape, CudaAccelerator(), {"device_arena": True})
     forget()
     wrong, arena = _differences(got.results, plain.results), got.arena
     told = (
@@ -388,41 +400,96 @@ def no_race_in(shape: Shape, device: UnderTest, seeds: Sequence[int]) -> Outcome
     return Outcome(f"the same bits under {ran} seeds", holds=ran > 0, value=ran)
 
 
-def scaled_training_works(shape: Shape) -> Outcome:
-    """Autocast to float16 with a loss scale: gradients are unscaled and checked on the host."""
+def rebuilding_is_exact(shape: Shape, device: UnderTest, alpha: float) -> Outcome:
+    """Token rows rebuilt on the device, from copies of weights that come and go: the same bits."""
+    forget()
+    right = train_plainly(shape, _place_of(device))
+    forget()
+    config = {"recompute": "tokenwise", "alpha": alpha, "blocks": ["layers"]}
+    got = train_attached(shape, _open(device), config)
+    forget()
+    wrong = _differences(got.results, right)
+    rebuilt = f"{got.rebuilt_nbytes / MIB:.1f} MiB of rows rebuilt"
+    told = f"{wrong} of {len(right)} tensors differ; {rebuilt}; {'; '.join(got.notices)[:200]}"
+    return Outcome(told, holds=wrong == 0 and got.rebuilt_nbytes > 0, value=got.rebuilt_nbytes)
+
+
+def _first_scale(shape: Shape) -> float:
+    """Too large: steps are skipped until it is small enough, which the last ones find."""
+    return 2.0 ** (10 + shape.steps)
+
+
+def scale_plainly(shape: Shape, device: torch.device, *, fused: bool) -> list[torch.Tensor]:
+    """Scales, losses and weights: autocast on ``device``; unscaled and stepped on the host."""
+    model = make_model(shape)
+    homes = [parameter.detach().clone() for parameter in model.parameters()]
+    model = model.to(device)
+    optimizer, results, scale = torch.optim.AdamW(homes, 1e-3, fused=fused), [], _first_scale(shape)
+    (batch,) = batches(shape, 1)
+    for _ in range(shape.steps):
+        with torch.autocast(device.type, torch.float16):
+            loss = model(batch.to(device))
+        (loss * scale).backward()
+        found = torch.zeros(())
+        gradients = [one.grad.to("cpu", copy=True) for one in model.parameters()]  # type: ignore[union-attr]
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.tensor(1 / scale))
+        for home, gradient in zip(homes, gradients, strict=True):
+            home.grad = gradient
+        if found:
+            scale /= 2
+        else:
+            optimizer.step()
+        results += [loss.detach().cpu(), torch.tensor(scale)]
+        model.zero_grad()
+        with torch.no_grad():
+            for home, parameter in zip(homes, model.parameters(), strict=True):
+                parameter.copy_(home)
+    return [*results, *homes]
+
+
+def scaled_training_is_exact(shape: Shape, device: UnderTest, *, fused: bool) -> Outcome:
+    """Autocast to float16 with a ``GradScaler`` of the device; gradients are on the host.
+
+    A fused step unscales by itself.
+    """
     import offload
 
     forget()
+    place, accelerator = _place_of(device), _open(device)
+    right = scale_plainly(shape, place, fused=fused)
+    forget()
     model = make_model(shape)
-    optimizer = _optimizer(list(model.parameters()))
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**28)  # the first steps are skipped
-    losses, scales = [], []
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=fused)
+    scaler = torch.amp.GradScaler(place.type, init_scale=_first_scale(shape))
+    results = []
     with TemporaryDirectory(dir=".") as folder:
         engine = offload.attach(
             model,
             optimizer,
-            budget=f"host=16GiB,device={2 * shape.budget_nbytes}",
+            budget=f"host=16GiB,device={shape.budget_nbytes}",
             nvme=Path(folder),
             commit="never",
-            device="cuda",
+            accelerator=accelerator,
         )
-        with engine:
+        with engine, _computing(accelerator):
+            model.to(place)  # as scripts do: nothing is to be moved
             (batch,) = batches(shape, 1)
-            for _ in range(30):
-                with torch.autocast("cuda", torch.float16):
+            for _ in range(shape.steps):
+                with torch.autocast(place.type, torch.float16):
                     loss = model(batch)
                 scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
-                losses.append(loss.item())
-                scales.append(scaler.get_scale())
+                results += [torch.tensor(loss.item()), torch.tensor(scaler.get_scale())]
             del loss
     forget()
+    got = [*results, *(parameter.detach() for parameter in model.parameters())]
+    scales, losses = [one.item() for one in results[1::2]], [one.item() for one in results[::2]]
     told = f"loss {losses[0]:.3f} to {losses[-1]:.3f}, scale {scales[0]:.3g} to {scales[-1]:.3g}"
-    return Outcome(told, holds=losses[-1] < losses[0] and scales[-1] < scales[0])
+    wrong = _differences(got, right)
+    trained = losses[-1] < losses[0] and scales[-1] < _first_scale(shape)
+    return Outcome(f"{wrong} tensors differ; {told}", holds=wrong == 0 and trained)
 
 
 def budget_is_refused(shape: Shape) -> Outcome:

@@ -8,13 +8,30 @@ is left to them, and a new one takes its place.
 
 import torch
 
+from offload.tiers.accelerator import Accelerator
+
 _ALIGN_NBYTES = 64
 
 
-class RoundingBuffers:
-    """Hands out two flat buffers, each as large as the largest part so far."""
+def fresh(nbytes: int, device: torch.device, accelerator: Accelerator | None) -> torch.Tensor:
+    """Memory of ``accelerator``, if there is one, for kernels of the current stream: 1-D, bytes."""
+    if accelerator is None:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    memory = accelerator.allocate(nbytes)
+    accelerator.current_stream().wait(memory.ready)
+    alias = torch.empty(0, dtype=torch.uint8, device=memory.tensor.device)  # a view has a base
+    return alias.set_(memory.tensor.untyped_storage(), 0, (nbytes,), (1,))
 
-    def __init__(self) -> None:
+
+class RoundingBuffers:
+    """Hands out two flat buffers, each as large as the largest part so far.
+
+    Args:
+        accelerator: whose memory they are; by default torch's.
+    """
+
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        self._accelerator = accelerator
         self._flat: list[torch.Tensor | None] = [None, None]
 
     @property
@@ -27,7 +44,7 @@ class RoundingBuffers:
         flat = self._flat[turn]
         if flat is None or flat.nbytes < nbytes or flat.device != device or _held(flat):
             self._flat[turn] = flat = None
-            flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            flat = fresh(nbytes, device, self._accelerator)
             self._flat[turn] = flat
         return flat
 

@@ -5,14 +5,19 @@ from collections.abc import Callable
 
 import torch
 
+from offload.swap.tokenwise.buffers import fresh
 from offload.swap.tokenwise.replay import Replay, direct, rows_of
+from offload.tiers.accelerator import Accelerator
 
 
 class Rehearsal:
     """Takes rebuilt rows as backward will, into memory of its own, and lets them go."""
 
-    def __init__(self, replay: Replay, device: torch.device) -> None:
+    def __init__(
+        self, replay: Replay, device: torch.device, accelerator: Accelerator | None = None
+    ) -> None:
         self._replay = replay
+        self._accelerator = accelerator
         self._device = device
         self._targets = {target.root: target for target in replay.chain.targets}
         self._placed: set[int] = set()
@@ -24,7 +29,9 @@ class Rehearsal:
         tail = self._tail_of(value, shape_only)
         if not direct(self._targets[value].axis, tail):
             return None
-        placed = torch.empty(tail.shape, dtype=told.dtype, device=self._device)
+        nbytes = tail.numel() * told.dtype.itemsize
+        flat = fresh(nbytes, self._device, self._accelerator)
+        placed = flat.view(told.dtype).view(tail.shape)
         self._placed.add(value)
         return placed
 
@@ -57,9 +64,10 @@ class Comparison(Rehearsal):
         saved: Callable[[int], torch.Tensor],
         device: torch.device,
         *,
+        accelerator: Accelerator | None = None,
         relaxed: bool,
     ) -> None:
-        super().__init__(replay, device)
+        super().__init__(replay, device, accelerator)
         self.failed: dict[int, str] = {}
         self.worst_error = 0.0
         self._saved = saved

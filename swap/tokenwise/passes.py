@@ -35,20 +35,27 @@ _MODIFIED = (
 
 
 class Weights:
-    """The parameters and buffers of a block, by name and by storage, as they are now."""
+    """The parameters and buffers of a block, as they are now.
+
+    Attributes:
+        tensors: by name, to compute with.
+        by_storage: names by storage (``_cdata``).
+        prefix: of the names in the model.
+    """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        self.tensors: dict[str, torch.Tensor] = {
-            **dict(module.named_parameters()),
-            **dict(module.named_buffers()),
-        }
-        self.by_storage = {
-            tensor.untyped_storage()._cdata: key
-            for key, tensor in self.tensors.items()
-            if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
-            and tensor.layout is torch.strided
-        }
+        present = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        self.tensors: Mapping[str, torch.Tensor] = present
+        self.by_storage: Mapping[int, str] = names_by_storage(present)
         self.prefix = f"{name}." if name else ""
+
+    def state_of(self, name: str) -> tuple[int, int]:
+        """Changes when ``name`` is written to, or has another storage; its version is the first."""
+        return state_of(self.tensors[name])
+
+    def use(self, names: Iterable[str], keeper: Keeper) -> None:
+        """These are read now."""
+        keeper.use_weights([self.tensors[name] for name in names])
 
 
 class BlockPass:
@@ -95,8 +102,7 @@ class BlockPass:
             {target.storage: target for target in replay.chain.targets} if replay else {}
         )
         self._versions = {
-            name: (weights.tensors[name]._version, _storage_of(weights.tensors[name]))
-            for name in (replay.weights if replay else ())
+            name: weights.state_of(name) for name in (replay.weights if replay else ())
         }
 
     def wanted(self, value: int, tensor: torch.Tensor) -> None:
@@ -154,13 +160,13 @@ class BlockPass:
     def check_weights(self, names: Iterable[str]) -> None:
         """Raises RuntimeError if one of these parameters was changed since forward."""
         for name in names:
-            version, storage = self._versions[name]
-            tensor = self.weights.tensors[name]
-            if tensor._version != version or _storage_of(tensor) != storage:
+            expected, found = self._versions[name], self.weights.state_of(name)
+            if found != expected:
+                shape = tuple(self.weights.tensors[name].shape)
                 raise RuntimeError(
-                    f"{_MODIFIED}: {self.weights.prefix}{name} {tuple(tensor.shape)}, which "
-                    f"rows are rebuilt from, is at version {tensor._version}; expected version "
-                    f"{version} and the same storage. Step the optimizer after backward"
+                    f"{_MODIFIED}: {self.weights.prefix}{name} {shape}, which "
+                    f"rows are rebuilt from, is at version {found[0]}; expected version "
+                    f"{expected[0]} and the same storage. Step the optimizer after backward"
                 )
 
     def rebuild(
@@ -207,7 +213,7 @@ class BlockPass:
         computing: Stopwatch,
     ) -> None:
         """Execute ``replay`` with the block's weights as they are now; ``computing`` runs then."""
-        self.keeper.use_weights([self.weights.tensors[name] for name in replay.weights_of(roots)])
+        self.weights.use(replay.weights_of(roots), self.keeper)
         with computing:
             replay.run(roots, sources, self.weights.tensors, sink)
 
@@ -284,5 +290,16 @@ def root_of(tensor: torch.Tensor, root: Value) -> torch.Tensor:
     )
 
 
-def _storage_of(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+def names_by_storage(tensors: Mapping[str, torch.Tensor]) -> dict[int, str]:
+    """The names of ``tensors`` by their storage's ``_cdata``, of plain ones."""
+    return {
+        tensor.untyped_storage()._cdata: name
+        for name, tensor in tensors.items()
+        if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)
+        and tensor.layout is torch.strided
+    }
+
+
+def state_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The version of ``tensor`` and its storage."""
+    return tensor._version, int(tensor.untyped_storage()._cdata)

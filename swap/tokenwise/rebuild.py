@@ -81,8 +81,8 @@ class Rebuilder:
     def __init__(self, keeper: Keeper, timer: Timer, *, rounding: bool = False) -> None:
         self._keeper = keeper
         self._timer = timer
-        self._rounding = rounding
-        self._buffers = RoundingBuffers()
+        self._rounding = rounding or timer.accelerator is not None
+        self._buffers = RoundingBuffers(timer.accelerator)
         self._rebuilt: list[_Rebuilt | None] = [None, None]
         self._last_turn = 0
         self._living: dict[int, weakref.ref[Part]] = {}

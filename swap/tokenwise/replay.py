@@ -1,7 +1,8 @@
 """Executes the operations of a chain once more, on the tail of the rows only."""
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ def sliced(tensor: torch.Tensor, axis: Axis, start: int, stop: int) -> torch.Ten
     stride = _dense_stride(tuple(shape), tensor.stride())
     if axis.outer == 1 and _same_stride(shape, view.stride(), stride):
         return view
-    result = torch.empty_strided(shape, stride, dtype=tensor.dtype, device=tensor.device)
+    result = tensor.new_empty_strided(shape, stride)
     rows_of(result, axis, 0, stop - start).copy_(view)
     return result
 
@@ -182,7 +183,7 @@ class Replay:
             weights: the block's parameters and buffers by name.
             sink: takes the rows as they are rebuilt.
         """
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), unwatched():
+        with torch.no_grad(), _no_autocast(sources), unwatched():
             env: dict[int, torch.Tensor] = {}
             steps, needed = self._steps_of(roots)
             for value in needed:
@@ -230,6 +231,17 @@ class Replay:
         if isinstance(arg, tuple):
             return [self._resolve(env, weights, item) for item in arg]
         return arg
+
+
+@contextmanager
+def _no_autocast(sources: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    """What the forward cast was recorded as an operation."""
+    kinds = {"cpu", *(source.device.type for source in sources.values())}
+    with ExitStack() as off:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                off.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _viewed(weight: torch.Tensor, value: Value) -> torch.Tensor:

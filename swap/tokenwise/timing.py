@@ -28,6 +28,7 @@ class Timer:
     """Hands out stopwatches that run by ``clock``, or on ``accelerator`` by its current stream.
 
     Attributes:
+        accelerator: where the model computes, if that is not the host.
         host_clock: of what the host does within the times measured; None where they do not
             contain it, for a device computes meanwhile.
         measures: whether stopwatches that are handed out from now on measure anything.
@@ -41,7 +42,7 @@ class Timer:
         self.host_clock = clock if accelerator is None else None
         self.measures = True
         self._clock = clock
-        self._accelerator = accelerator
+        self.accelerator = accelerator
         self._untold: deque[tuple[list[Event], Took]] = deque()
         self._marks = 0  # of these
 
@@ -55,8 +56,8 @@ class Timer:
 
     def mark(self) -> Event:
         """Now; on a device, behind all work that was enqueued so far."""
-        if self._accelerator is not None:
-            return self._accelerator.current_stream().record()
+        if self.accelerator is not None:
+            return self.accelerator.current_stream().record()
         now_s = self._clock()
         return DoneEvent(now_s, now_s)
 

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.swap.selective import SavedTensors  # noqa: TC001 (as Keeper)
 from offload.swap.tokenwise.blocks import find_blocks
 from offload.swap.tokenwise.keeper import Keeper
 from offload.swap.tokenwise.measure import Measurements  # noqa: TC001 (as Keeper)
@@ -70,7 +72,11 @@ class TokenWise:
         keeper: takes what is swapped.
         notice: is told, once each, what can't be rebuilt and why.
         timer: measures what alpha is solved from, where the model computes.
+        weights_of: a block, by its name and module.
         rounding: rebuild into flat buffers on the host, too, as on a device.
+
+    Attributes:
+        hooks: what autograd hands its tensors to: this object, or something on top of it.
 
     Raises:
         ConfigError: a block that the model has not.
@@ -84,13 +90,16 @@ class TokenWise:
         *,
         notice: Callable[[str], None] | None = None,
         timer: Timer | None = None,
+        weights_of: Callable[[str, nn.Module], Weights] = Weights,
         rounding: bool = False,
     ) -> None:
+        self.hooks: SavedTensors = self
         self.keeper = keeper
         self.settings = settings
         self._notice = notice
         self._told: set[str] = set()
         self._timer = timer or Timer()
+        self._weights_of = weights_of
         self._running: _Running | None = None
         self._previous: weakref.ref[BlockPass] | None = None
         self._outside = OutsideBytes(model)
@@ -164,6 +173,11 @@ class TokenWise:
             finally:
                 self._rebuilder.resume()
 
+    def aside(self) -> AbstractContextManager[object]:
+        """What happens inside is no operation of the block whose forward is being executed."""
+        recording = self._running is not None and self._running.recording is not None
+        return unwatched() if recording else nullcontext()
+
     def _saves(self) -> bool:
         """Whether autograd hands what it saves to this object, outside of backward.
 
@@ -174,7 +188,7 @@ class TokenWise:
             torch.is_grad_enabled()
             and torch._C._current_graph_task_id() == -1
             and top is not None
-            and bool(top[0] == self.pack)
+            and bool(top[0] == self.hooks.pack)
         )
 
     def remove(self) -> None:
@@ -241,7 +255,7 @@ class TokenWise:
         replay, keeps = plan.begin()
         if keeps and self._pass is not None:
             self._pass.clean = False
-        weights = Weights(block.name, block.module)
+        weights = self._weights_of(block.name, block.module)
         wanted = frozenset(replay.chain.sources) if replay is not None else frozenset[int]()
         recorder = (
             Recorder(plan.rows, weights.by_storage, clock=self._timer.host_clock)

@@ -54,7 +54,7 @@ class KeptForward:
             return  # backward will tell
         figures = self._pass.measurements.of(replay.chain)
         rebuilding, copying = self._timer.stopwatch(), self._timer.stopwatch()
-        self._rebuild(replay, Rehearsal(replay, self._pass.device), rebuilding)
+        self._rebuild(replay, self._rehearsal(replay), rebuilding)
         rebuilding.tell(partial(figures.rebuild, replay.cut))
         targets, rows = replay.chain.targets, replay.chain.program.rows
         tensor = self._pass.saved(max(targets, key=lambda target: target.nbytes).storage)
@@ -64,10 +64,18 @@ class KeptForward:
         scale = 2 * sum(target.nbytes for target in targets) / tensor.nbytes
         copying.tell(lambda seconds: figures.estimate_heads(rows, scale * seconds))
 
+    def _rehearsal(self, replay: Replay) -> Rehearsal:
+        return Rehearsal(replay, self._pass.device, self._timer.accelerator)
+
     def _compare(self, replay: Replay) -> dict[int, str]:
         """The targets whose rebuilt rows differ from the saved ones, with the reason."""
-        device = self._pass.device
-        comparison = Comparison(replay, self._pass.saved, device, relaxed=self._relaxed)
+        comparison = Comparison(
+            replay,
+            self._pass.saved,
+            self._pass.device,
+            accelerator=self._timer.accelerator,
+            relaxed=self._relaxed,
+        )
         try:
             self._rebuild(replay, comparison, self._timer.stopwatch())
         except RuntimeError as fault:

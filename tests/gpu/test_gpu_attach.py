@@ -42,7 +42,17 @@ def test_streams_that_are_held_up_change_nothing(tmp_path, monkeypatch):
     assert outcome.holds, outcome.result
 
 
-def test_a_loss_scale_works(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loss_scale_is_exact(fused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    outcome = gpu_attach.scaled_training_works(FEW)
+    shape = replace(FEW, steps=16, budget_nbytes=2 * FEW.budget_nbytes)
+    outcome = gpu_attach.scaled_training_is_exact(shape, gpu_checks.Cuda(), fused=fused)
+    assert outcome.holds, outcome.result
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_rebuilt_rows_are_exact(alpha, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shape = replace(FEW, budget_nbytes=2 * FEW.budget_nbytes)
+    outcome = gpu_attach.rebuilding_is_exact(shape, gpu_checks.Cuda(), alpha)
     assert outcome.holds, outcome.result

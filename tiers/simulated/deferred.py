@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from offload.tiers.accelerator import Accelerator
 
-_METADATA = {"set_", "resize_", "empty", "empty_like", "empty_strided", "new_empty"}
+_METADATA = {
+    "set_", "resize_", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
+}  # fmt: skip
 _ALIASES = {"detach", "_unsafe_view"}  # views that their schemas don't tell of
 _VALUES = {"_local_scalar_dense", "equal", "is_nonzero"}
 _MOST_SHAPES = 1 << 12
