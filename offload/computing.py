@@ -34,6 +34,7 @@ from offload.swap.gradients import GradientSwapper
 from offload.swap.homes import Home
 from offload.swap.plan import Plan
 from offload.swap.stand_ins import SavedWeights, StandIns
+from offload.swap.staying import move_freely, stay
 from offload.swap.tokenwise.copies import CopiedWeights
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.accelerator import Accelerator
@@ -226,6 +227,8 @@ class Computing:
         self._closing.callback(accelerator.synchronize)
         self._closing.callback(self._move_buffers, self.to_host)
         self._move_buffers(self.to_device)
+        stay(model, self.device, partial(self._move_buffers, self.to_device))
+        self._closing.callback(move_freely, model)
         self.activations.fixed.know_model(model)
         self.saved = SavedWeights(self.weights, self.activations, self.gradients.lock)
         self.stand_ins = StandIns(model, self.weights, self.gradients, names, self.device)
