@@ -1,8 +1,7 @@
 """An optimizer that was taken over: it steps by tiles, with its states in the store."""
 
 from collections.abc import Callable, Mapping
-from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +21,9 @@ from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.plan import Plan
 from offload.swap.states import StateKeeper
 from offload.swap.weights import Weight, WeightSwapper
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 class Optimizing:

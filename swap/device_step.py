@@ -99,8 +99,9 @@ def visit_size(optimizer: Optimizer, precision: Precision, chunk_numel: int) -> 
                 if spec.name != MASTER_LOW
             ]
             tile = max(tile, dtype.itemsize * (2 + len(specs)))
-            if not group.get("fused"):
-                temporaries = max(temporaries, dtype.itemsize * _TEMPORARIES)
+            made = len(specs)  # in a first step, before they go where they stay
+            made += 0 if group.get("fused") else _TEMPORARIES
+            temporaries = max(temporaries, dtype.itemsize * made)
     numel = min(chunk_numel, total)
     return VisitSize(
         tile_nbytes=int(numel * tile * _PADDING) + (1 << 16),
@@ -236,6 +237,11 @@ class DeviceStep:
     def busy(self) -> bool:
         """Whether any tile is on its way."""
         return bool(self._arriving or self._leaving)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one more tile may have to wait for another."""
+        return self.busy and self._held_nbytes() + self.size.tile_nbytes > self.limit_nbytes
 
     def send(
         self,

@@ -272,7 +272,7 @@ class TilePipeline:
             TierIOError: a read or write failed.
         """
         self._move_on()
-        while self._reading and self._reading[0].transfer.done():
+        while self._has_read() and not (self._reading[0].on_device and self._is_full()):
             self._step_first()
             self._move_on()
 
@@ -328,6 +328,9 @@ class TilePipeline:
 
     def _has_read(self) -> bool:
         return bool(self._reading) and self._reading[0].transfer.done()
+
+    def _is_full(self) -> bool:
+        return self.device is not None and self.device.is_full
 
     def _step_first(self) -> None:
         tile = self._reading[0]

@@ -15,6 +15,7 @@ import torch
 from device_runs import assert_same, computing_on, moved_roles, train_both
 from exact_models import Net, accumulating_loop, adamw, loss_of, tokens_of
 from torch import nn
+from torch.nn import functional as F
 
 import offload
 from offload import sharing
@@ -34,7 +35,7 @@ from offload.swap.tile_share import StepRates
 from offload.tiers.cpudevice import CpuAccelerator
 from offload.tiers.events import Move
 
-STEPS = 6
+STEPS = 4
 CHUNK = 4096  # elements of a tile: most weights of the model have several
 loop = partial(accumulating_loop, steps=STEPS, most_passes=3)
 
@@ -89,7 +90,7 @@ def weights_and_states(loop: Any, engine: Engine | None, model: Any, optimizer: 
     values: list[float] = loop(model, optimizer, engine)
     if engine is not None:
         engine.weights.keep(engine.weights.weights)
-        memory = engine._streamed.memory
+        memory = engine._optimizing.streamed.memory
         memory.keep(memory.nbytes())
     return [*values, *loop(model, optimizer, engine)]
 
@@ -102,31 +103,24 @@ def test_streaming_and_in_memory(who: str | float, same: Any, stepped_there: lis
     engine, accelerator = same(loop=both, who=who)
     assert "state" in moved_roles(engine, accelerator)
     model: Any = engine.model
-    numel = sum(p.numel() for p in trained(model)) - sum(p.numel() for p in model.unused.parameters())
+    numel = sum(p.numel() for p in trained(model)) - sum(
+        p.numel() for p in model.unused.parameters()
+    )
     found = sum(stepped_there) / (2 * STEPS * numel)
     assert found == 1 if who == "device" else abs(found - who) < 0.15
 
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, nesterov=True),
     "adam": lambda parameters: torch.optim.Adam(parameters, 1e-3, amsgrad=True),
-    "fused": lambda parameters: torch.optim.AdamW(parameters, 1e-3, fused=True),
-    "maximize": lambda parameters: torch.optim.AdamW(parameters, 1e-3, maximize=True),
-    "foreach": lambda parameters: torch.optim.AdamW(parameters, 1e-3, foreach=True),
-    "nadam": lambda parameters: torch.optim.NAdam(parameters, 1e-3),
-    "radam": lambda parameters: torch.optim.RAdam(parameters, 1e-3),
-    "adamax": lambda parameters: torch.optim.Adamax(parameters, 1e-3),
-    "adadelta": lambda parameters: torch.optim.Adadelta(parameters, 1.0),
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, 1e-2),
-    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, 1e-3, centered=True),
-    "rprop": lambda parameters: torch.optim.Rprop(parameters, 1e-3),
     "asgd": lambda parameters: torch.optim.ASGD(parameters, 1e-2),
 }
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_that_goes_by_tiles(name: str, same: Any, stepped_there: list[int]) -> None:
+def test_optimizers_with_states_of_other_kinds(
+    name: str, same: Any, stepped_there: list[int]
+) -> None:
     def make(model: nn.Module) -> Any:
         halves = trained(model)
         return OPTIMIZERS[name]([{"params": halves[::2]}, {"params": halves[1::2], "lr": 2e-3}])
@@ -222,9 +216,10 @@ def train(
         while engine.step < steps:
             if engine.step == keeps:
                 engine.weights.keep(engine.weights.weights)
-                engine._streamed.memory.keep(engine._streamed.memory.nbytes())
+                engine._optimizing.streamed.memory.keep(engine._optimizing.streamed.memory.nbytes())
             torch.manual_seed(engine.step)
-            loss = loss_of(model, tokens_of(4, 32))
+            tokens = tokens_of(4, 32)
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(1).flatten())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -234,7 +229,7 @@ def train(
 
 @pytest.mark.usefixtures("other_kernels")
 def test_a_share_does_not_depend_on_what_is_in_memory(tmp_path: Path) -> None:
-    runs = [train(tmp_path / str(keeps), 0.4, keeps=keeps) for keeps in (1, 3, STEPS + 1)]
+    runs = [train(tmp_path / str(keeps), 0.4, keeps=keeps) for keeps in (1, 2, STEPS + 1)]
     for losses, weights, _ in runs[1:]:
         assert losses == runs[0][0]
         assert_same(weights, runs[0][1])
@@ -331,12 +326,11 @@ def unclipped(
     return values
 
 
-@pytest.mark.parametrize("recompute", [None, False, True], ids=["keep", "checkpoint", "reentrant"])
-@pytest.mark.parametrize("who", ["host", "device"])
+@pytest.mark.parametrize(
+    ("who", "recompute"), [("host", None), ("host", True), ("device", None), ("device", False)]
+)
 def test_a_step_in_backward(who: str, recompute: bool | None, same: Any) -> None:
-    engine, accelerator = same(
-        lambda: Net(recompute), loop=unclipped, who=who, config=IN_BACKWARD
-    )
+    engine, accelerator = same(lambda: Net(recompute), loop=unclipped, who=who, config=IN_BACKWARD)
     gradients = [move for move in engine._journal.recorder.events if moves_gradient(move)]
     assert {move.src for move in gradients} == {accelerator.name}
     assert {move.dst for move in gradients} == {"host"}  # none goes to scratch
