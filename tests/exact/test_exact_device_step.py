@@ -392,7 +392,12 @@ def test_a_step_in_backward_keeps_the_device_budget(
 
 
 @pytest.mark.parametrize("config", [{"state_precision": "bf16"}, {"state_precision": "8bit"}])
-def test_states_are_rounded_by_the_same_bits(config: dict[str, str], tmp_path: Path) -> None:
+def test_states_are_rounded_by_the_same_bits(
+    config: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What 8 bits take of a tile is whole pages.
+    monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: 1 << 18)
+
     def run(who: str) -> list[float]:
         torch.manual_seed(0)
         model, accelerator = Net(), CpuAccelerator()
@@ -461,21 +466,6 @@ def test_a_loss_scale_is_divided_out_where_the_step_is(keeps: bool, same: Any) -
     same(loop=run)
 
 
-def held_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> list[int]:
-    """Bytes of the tiles on the device, whenever one is sent."""
-    found: list[int] = []
-    original = DeviceStep.send
-
-    def send(self: DeviceStep, group: Any, parts: Any, done: Any) -> None:
-        original(self, group, parts, done)
-        found.append(self._held_nbytes())
-
-    monkeypatch.setattr(DeviceStep, "send", send)
-    return found
-
-
 class Wide(nn.Module):
     """Layers of 64 KiB, so that a tile of the step is larger than a layer."""
 
@@ -518,14 +508,11 @@ def fit(
 
 def test_the_device_budget_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: 1 << 16)
-    held = held_at_once(monkeypatch)
     ample, accelerator, right = fit(tmp_path, 64 << 20)
-    assert max(held) > 1 << 20  # more than one tile at once
     with pytest.raises(BudgetError, match="a tile of the optimizer's step, which") as refusal:
         fit(tmp_path, 1 << 20)
     least = -(-refusal.value.needed_nbytes // (1 << 20)) << 20
     assert f"device={least >> 20}MiB" in str(refusal.value)
-    held.clear()
     tight, accelerator, losses = fit(tmp_path, least)
     assert accelerator.peak_nbytes() <= least
     assert losses == right
@@ -577,7 +564,9 @@ def test_a_sparse_gradient(tmp_path: Path) -> None:
     before = model.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with attach(model, optimizer, tmp_path):
-        model.weight.grad = torch.sparse_coo_tensor([[3]], torch.ones(1, 64), (100, 64))
+        model.weight.grad = torch.sparse_coo_tensor(
+            [[3]], torch.ones(1, 64), (100, 64), check_invariants=True
+        )
         with pytest.raises(UnsupportedError, match=r"weight \(100, 64\) is sparse"):
             optimizer.step()
         assert torch.equal(model.weight, before)
