@@ -122,7 +122,8 @@ def run_checks(report: Report, device: UnderTest, *, quick: bool) -> None:
     except ImportError:
         return  # ``gpu_attach`` has told it
     on_cuda = device.name != "simulated"
-    shape = replace(REAL, layers=6, steps=4) if on_cuda else replace(SMALL, steps=2)
+    small = replace(SMALL, steps=2, budget_nbytes=64 * MIB)
+    shape = replace(REAL, layers=6, steps=4) if on_cuda else small
     for name, make in OPTIMIZERS.items():
         report.run("step", name, partial(step_is_exact, shape, device, make, streams=False))
     adamw = OPTIMIZERS["AdamW"]
