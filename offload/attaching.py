@@ -21,6 +21,7 @@ from offload.config import OffloadConfig, make_config
 from offload.engine import Engine
 from offload.interrupts import deliver_lost_interrupts
 from offload.runtime import Runtime
+from offload.sharing import check_steps_on_host, size_on_device
 from offload.swap.census import take_census
 from offload.swap.device_plan import DevicePlan
 from offload.swap.optim_kinds import kind_of
@@ -115,7 +116,7 @@ def attach_in(
         if optimizer is not None:
             runtime.precision.check(optimizer)
         on_device = _plan_device(
-            model if called is None else called, optimizer, runtime.config, accelerator
+            model if called is None else called, optimizer, runtime, accelerator
         )
         runtime.governor.shed()
         census = take_census(
@@ -151,17 +152,20 @@ def attach_in(
 def _plan_device(
     model: nn.Module,
     optimizer: Optimizer | None,
-    config: OffloadConfig,
+    runtime: Runtime,
     given: Accelerator | None,
 ) -> tuple[Accelerator, DevicePlan] | None:
     """The device to compute on, and its plan; None: on the CPU.
 
     Raises:
         BudgetError, ConfigError: as ``attach``.
-        UnsupportedError: there is no such device, or the model is compiled.
+        UnsupportedError: there is no such device, it can't step with this optimizer, or the model
+            is compiled.
     """
+    config = runtime.config
     accelerator = accelerator_for(model, config.device, given)
     if accelerator is None:
+        check_steps_on_host(config)
         if config.device_arena:
             raise ConfigError(
                 "device_arena needs a CUDA device, and the model computes on the CPU: set "
@@ -175,4 +179,5 @@ def _plan_device(
             "of its modules"
         )
     check_optimizer(optimizer)
-    return accelerator, plan_device(model, config, accelerator)
+    stepping = size_on_device(optimizer, runtime)
+    return accelerator, plan_device(model, config, accelerator, stepping)

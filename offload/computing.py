@@ -28,6 +28,7 @@ from offload.swap.activations import ActivationCache
 from offload.swap.census import Census, take_census
 from offload.swap.device_gradients import DeviceGradients
 from offload.swap.device_plan import DevicePlan, grow, make_device_plan
+from offload.swap.device_step import TILES, DeviceStep, VisitSize, beside_backward
 from offload.swap.device_weights import DeviceWeights
 from offload.swap.ferry import CHUNK_NBYTES, Ferry
 from offload.swap.gradients import GradientSwapper
@@ -108,19 +109,21 @@ def _buffers(config: OffloadConfig) -> int:
     return config.io_threads * (1 + 2 * paths) + _LEAVING + _AT_ONCE
 
 
-def plan_device(model: nn.Module, config: OffloadConfig, accelerator: Accelerator) -> DevicePlan:
+def plan_device(
+    model: nn.Module,
+    config: OffloadConfig,
+    accelerator: Accelerator,
+    stepping: VisitSize | None = None,
+) -> DevicePlan:
     """The shares of the device budget.
 
+    Args:
+        stepping: what the optimizer's step takes of the device, if it steps there.
+
     Raises:
-        BudgetError: the largest module does not fit.
-        ConfigError: a setting that works on the CPU only.
+        BudgetError: the largest module does not fit, or no tile of the optimizer's step.
         UnsupportedError: the device has no arena, and one is asked for.
     """
-    if config.step_in_backward:
-        raise ConfigError(
-            "step_in_backward works for models that compute on the CPU only, and this one is to "
-            f"compute on {accelerator.name}: leave it out, or set device='cpu'"
-        )
     if config.device_arena:
         accelerator.step_arena()  # refused, if it is, before anything has moved
     budget = config.budget.get("device")
@@ -131,11 +134,17 @@ def plan_device(model: nn.Module, config: OffloadConfig, accelerator: Accelerato
     fixed += _others_nbytes(model, accelerator)
     if isinstance(accelerator, CudaAccelerator):
         fixed += _WORKSPACES_NBYTES
+    step_nbytes = 0
+    if stepping is not None and config.step_in_backward:  # beside what backward computes
+        fixed += beside_backward(stepping, budget) + stepping.temporaries_nbytes
+    elif stepping is not None:
+        step_nbytes = stepping.least_nbytes
     return make_device_plan(
         take_census(model, whole_tables=True),
         budget_nbytes=budget,
         fixed_nbytes=fixed,
         device=accelerator.name,
+        step_nbytes=step_nbytes,
     )
 
 
@@ -162,6 +171,8 @@ class Computing:
         census: of the modules that use weights on the device.
         activations: the cache of saved tensors; ``saved`` is on top of it.
         tokenwise: rebuilds token rows, between these two, if that was asked for.
+        ferry: between host and device, with the lanes ``arriving`` and ``leaving``.
+        device_step: steps tiles of the optimizer, where the device does that.
     """
 
     def __init__(
@@ -188,12 +199,14 @@ class Computing:
         if config.budget.get("device") is not None:
             accelerator.set_limit(plan.budget_nbytes)
             self._closing.callback(self._lift_limit)
-        ferry = Ferry(
+        self.ferry = ferry = Ferry(
             accelerator, journal, buffers=_buffers(config), pinners=pinners_of(accelerator)
         )
         self._closing.callback(ferry.close)
-        arriving = Lane("host→device", config.io_threads, journal)
-        leaving = Lane("device→host", _LEAVING, journal)
+        self.arriving = arriving = Lane("host→device", config.io_threads, journal)
+        self.leaving = leaving = Lane("device→host", _LEAVING, journal)
+        self.device_step: DeviceStep | None = None
+        self._in_backward = config.step_in_backward
         for lane in (arriving, leaving):
             self._closing.callback(lane.close)
         self.arena = accelerator.step_arena() if config.device_arena else None
@@ -281,6 +294,18 @@ class Computing:
             self.arena.end()
         self.gradients.drain()
         self.weights.before_step()
+        if self.device_step is not None and not self._in_backward:
+            self._make_room(self.device_step)
+
+    def _make_room(self, step: DeviceStep) -> None:
+        """Have room for tiles that are stepped, if need be by copies of frozen weights."""
+        least, tile = step.size.temporaries_nbytes, step.size.tile_nbytes
+        if self._free_nbytes() < least + TILES * tile:
+            self.weights.evict_streaming()
+        step.limit_nbytes = max(tile, min(TILES * tile, self._free_nbytes() - least))
+
+    def _free_nbytes(self) -> int:
+        return self.plan.budget_nbytes - self.accelerator.held_nbytes()
 
     def finish_step(self) -> None:
         """A step has ended: its peak tells what more weights the device has room for."""

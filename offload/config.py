@@ -65,6 +65,12 @@ class OffloadConfig(BaseModel):
     """
     accumulation_steps: int = Field(default=1, ge=1)
     """Backward passes that make one step, where ``step_in_backward`` can't see their end."""
+    optimizer_device: float | Literal["host", "device", "auto"] = "host"
+    """Who steps the tiles of the optimizer, where the model computes on a device (docs/gpu.md).
+
+    ``device`` has the bits of a loop whose optimizer steps there. A number is the device's share of
+    the tiles; ``auto`` measures both before the first step and keeps its choice with the store.
+    """
     state_precision: Literal["exact", "bf16", "8bit"] = "exact"
     """In which precision the store keeps the optimizer's large float32 states.
 
@@ -127,6 +133,21 @@ class OffloadConfig(BaseModel):
         if not 0 <= alpha <= 1:
             raise ValueError(f"{value!r} is no fraction of the rows: give 0 to 1, or 'auto'")
         return alpha
+
+    @field_validator("optimizer_device", mode="before")
+    @classmethod
+    def _parse_optimizer_device(cls, value: Any) -> Any:
+        if value in ("host", "device", "auto"):
+            return value
+        try:
+            share = float(value)
+        except (TypeError, ValueError):
+            share = math.nan
+        if not 0 <= share <= 1:
+            raise ValueError(
+                f"{value!r} is nobody who steps: host, device, auto, or the device's share, 0 to 1"
+            )
+        return share
 
     @field_validator("blocks", mode="before")
     @classmethod

@@ -30,6 +30,7 @@ from offload.replanning import Replanner
 from offload.returning import take_back
 from offload.runtime import Runtime
 from offload.saving import make_homes, open_cache
+from offload.sharing import open_device_step
 from offload.steplog import Stats, StepLog
 from offload.swap.census import take_census
 from offload.swap.device_plan import DevicePlan
@@ -147,6 +148,8 @@ class Engine(Attachment):
         )
         if resuming:
             self._resume()
+        if self._optimizing is not None:
+            self._optimizing.settle_share()
         self._begin()
         self._hold()
 
@@ -161,8 +164,10 @@ class Engine(Attachment):
             self.gradients,
             self._adopted,
             steps=lambda: self.step,
+            check_step=self._check_step,
             before_step=self._before_step,
             after_step=self._after_step,
+            device=open_device_step(optimizer, self.computing, self._runtime),
         )
         self._replanner.memory = optimizing.streamed.memory
         return optimizing
@@ -196,9 +201,13 @@ class Engine(Attachment):
         self.gradients.poll()
 
     def _before_step(self) -> None:
-        """Gradients are complete, or the first is: refuse the step while nothing is lost."""
+        """Gradients are complete."""
         if self.computing is not None:
             self.computing.before_step()
+        self._check_step()
+
+    def _check_step(self) -> None:
+        """Gradients are complete, or the first is: refuse the step while nothing is lost."""
         self._replanner.check_fits()
         check_unchanged(self.model, self._adopted)
         assert self._optimizing is not None

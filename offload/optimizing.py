@@ -1,7 +1,7 @@
 """An optimizer that was taken over: it steps by tiles, with its states in the store."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 from offload.allocator.errors import ConfigError
 from offload.progress import pack_groups, restore_groups
 from offload.runtime import Runtime
+from offload.sharing import pack_share, settle_share, unpack_share
 from offload.stepping import StepHooks
 from offload.swap.backward_step import BackwardStep
+from offload.swap.device_step import DeviceStep
 from offload.swap.gradients import GradientSwapper
 from offload.swap.loading import ExactLoading
 from offload.swap.masters import master_of
@@ -20,6 +22,9 @@ from offload.swap.plan import Plan
 from offload.swap.states import StateKeeper
 from offload.swap.weights import Weight, WeightSwapper
 
+if TYPE_CHECKING:
+    from fractions import Fraction
+
 
 class Optimizing:
     """The optimizer of one model, until ``remove`` and ``abandon``.
@@ -27,8 +32,10 @@ class Optimizing:
     Args:
         by_parameter: the weight behind each parameter.
         steps: finished so far.
-        before_step: called when the gradients are complete, or the first is; may refuse the step.
+        check_step: called when the gradients are complete, or the first is; may refuse the step.
+        before_step: called when they are complete; checks, too.
         after_step: called with (seconds in the optimizer, seconds of it spent waiting).
+        device: steps the share of the tiles that ``settle_share`` gives it.
 
     Attributes:
         keeper: of the states.
@@ -46,8 +53,10 @@ class Optimizing:
         by_parameter: dict[nn.Parameter, Weight],
         *,
         steps: Callable[[], int],
+        check_step: Callable[[], None],
         before_step: Callable[[], None],
         after_step: Callable[[float, float], None],
+        device: DeviceStep | None = None,
     ) -> None:
         self.optimizer = optimizer
         self._runtime = runtime
@@ -76,7 +85,9 @@ class Optimizing:
             chunk_numel=runtime.chunk_numel,
             staging_nbytes=plan.staging_nbytes,
             gradients_wait=not config.step_in_backward or config.accumulation_steps > 1,
+            device=device,
         )
+        self._kept_share: Fraction | None = None  # that of the commit which is continued
         self._loading = ExactLoading(optimizer, runtime.precision.has_master)
         self.in_backward: BackwardStep | None = None
         if config.step_in_backward:
@@ -85,7 +96,7 @@ class Optimizing:
                 accumulation_steps=config.accumulation_steps,
                 limit_nbytes=plan.gradients_nbytes,
                 room=runtime.governor.room,
-                before_step=before_step,
+                before_step=check_step,
             )
         self._hooks = StepHooks(optimizer, self.streamed, before_step, after_step, self.in_backward)
 
@@ -118,13 +129,26 @@ class Optimizing:
     def record(self) -> dict[str, Any]:
         """Write the states that the store has not; returns the entries of the commit record."""
         self.keeper.absorb_all()
-        return {"optimizer": self.keeper.record(), "groups": pack_groups(self.optimizer)}
+        return {
+            "optimizer": self.keeper.record(),
+            "groups": pack_groups(self.optimizer),
+            **pack_share(self.streamed),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from the entries of a commit record."""
         self.keeper.restore(state["optimizer"])
         restore_groups(self.optimizer, state["groups"])
         self.streamed.masters.adopt()
+        self._kept_share = unpack_share(state)
+
+    def settle_share(self) -> None:
+        """Choose who steps which tiles, once; call it behind ``restore``.
+
+        Raises:
+            CapacityError: the device has no room for the tiles that it is measured with.
+        """
+        settle_share(self.streamed, self._runtime, self._kept_share)
 
     def master(self, name: str, weight: nn.Parameter | None) -> torch.Tensor:
         """The float32 master of ``weight``, whose name is ``name``, as a copy.

@@ -91,8 +91,9 @@ class DeviceGradients:
         self._arriving: deque[_Arriving] = deque()
         self._hooks: list[RemovableHandle] = []
         self._task = -1  # of autograd, whose gradients are arriving
+        self._without: set[torch.Tensor] = set()  # autograd had nothing to accumulate for them
         gradients.guard, gradients.before_end = self.lock, self.drain
-        gradients.is_arriving = self._is_arriving
+        gradients.is_arriving = self._comes_from_here
 
     def watch(self, parameter: nn.Parameter) -> None:
         """Take charge of the gradients of ``parameter`` from now on."""
@@ -101,8 +102,16 @@ class DeviceGradients:
 
     def _meet(self, parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
         """Autograd accumulates by itself, unless there is nothing."""
-        if gradient is not None and self._is_arriving(parameter):
+        if gradient is None:
+            self._without.add(parameter)
+            return
+        self._without.discard(parameter)
+        if self._is_arriving(parameter):
             self.drain()
+
+    def _comes_from_here(self, parameter: torch.Tensor) -> bool:
+        """Whether autograd has told of a gradient that arrives here, or has already."""
+        return parameter in self._without or self._is_arriving(parameter)
 
     def _is_arriving(self, parameter: torch.Tensor) -> bool:
         with self.lock:

@@ -18,7 +18,7 @@ class DevicePlan:
         budget_nbytes: the hard limit on what the device's allocator holds.
         fixed_nbytes: what is there all the time: buffers, the user's own tensors, and the
             libraries' workspaces.
-        working_nbytes: the largest module's weights and gradients.
+        working_nbytes: the largest module's weights and gradients, or a tile of the step.
         window_nbytes: weights that may be on the device at once, the working set's included.
         gradients_nbytes: gradients that may be on their way to the host, beside the working set's.
         activations_nbytes: saved activations kept on the device before they are swapped.
@@ -33,7 +33,7 @@ class DevicePlan:
 
 
 def make_device_plan(
-    census: Census, *, budget_nbytes: int, fixed_nbytes: int, device: str
+    census: Census, *, budget_nbytes: int, fixed_nbytes: int, device: str, step_nbytes: int = 0
 ) -> DevicePlan:
     """Share ``budget_nbytes`` of ``device`` out for the first step.
 
@@ -42,11 +42,13 @@ def make_device_plan(
 
     Args:
         census: with lookup tables as weights that are used whole.
+        step_nbytes: what one tile of the optimizer's step takes of the device.
 
     Raises:
-        BudgetError: the largest module does not fit; names it, and the smallest budget that does.
+        BudgetError: the largest module does not fit, or no tile of the step; names what does not,
+            and the smallest budget that does.
     """
-    working = census.working_set_nbytes()
+    working = max(census.working_set_nbytes(), step_nbytes)
     needed = fixed_nbytes + working
     if budget_nbytes < needed:
         by_module = census.module_nbytes()
@@ -55,8 +57,7 @@ def make_device_plan(
             f"the device budget of {format_nbytes(budget_nbytes)} is too small: on {device}, "
             f"buffers, workspaces and what was there before hold {format_nbytes(fixed_nbytes)} "
             f"({fixed_nbytes} bytes), "
-            f"and the largest layer ({largest}) needs {format_nbytes(working)} ({working} bytes) "
-            f"for weights and gradients. The smallest budget that fits is "
+            f"and {_claim(largest, working, step_nbytes)}. The smallest budget that fits is "
             f"device={-(-needed // _MIB)}MiB, and activations come on top",
             needed_nbytes=needed,
             budget_nbytes=budget_nbytes,
@@ -76,6 +77,13 @@ def make_device_plan(
         gradients_nbytes=min(spare // 12, largest_weight),
         activations_nbytes=spare // 4,
     )
+
+
+def _claim(largest: str, working: int, step_nbytes: int) -> str:
+    size = f"{format_nbytes(working)} ({working} bytes)"
+    if working == step_nbytes:
+        return f"a tile of the optimizer's step, which optimizer_device has there, needs {size}"
+    return f"the largest layer ({largest}) needs {size} for weights and gradients"
 
 
 def grow(plan: DevicePlan, census: Census, *, peak_nbytes: int) -> DevicePlan:

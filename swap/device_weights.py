@@ -213,11 +213,19 @@ class DeviceWeights(Window[DeviceCopy]):
         except CapacityError:
             if not urgent:
                 return None
+        self.make_room()
+        return self._accelerator.allocate(nbytes)
+
+    def make_room(self) -> None:
+        """Give up all copies but those that are computed with now.
+
+        Raises:
+            TierIOError: what kernels wrote to one could not be brought home.
+        """
         in_use = {name for names in self._in_use[-1:] for name in names}
         for copy in list(self._streaming.values()):
             if copy.name not in in_use:
                 self.evict(copy)
-        return self._accelerator.allocate(nbytes)
 
     def _arrived(self, weight: DeviceCopy) -> None:
         assert weight.cargo is not None

@@ -78,7 +78,7 @@ class GradientSwapper:
         self.before_end: Callable[[], None] = lambda: None  # called as a backward ends
         # Of gradients that come from a device (``device_gradients``):
         self.guard: AbstractContextManager[Any] = nullcontext()  # entered on each gradient
-        self.is_arriving: Callable[[torch.Tensor], bool] = lambda _parameter: False
+        self.is_arriving: Callable[[torch.Tensor], bool] = lambda _parameter: False  # or has
         self._watched_task = -1  # of autograd; at its end ``_end_backward`` is called
         self._is_hooked = False  # by the user's code, which runs inside of this backward
         self._hooks: list[RemovableHandle] = []

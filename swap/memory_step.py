@@ -9,9 +9,11 @@ copy; it is stored at a commit, and when its memory is given back.
 Optimizers that are not fused make temporaries as large as what one call steps. A call therefore
 gets no more elements than a tile, larger parameters by slices on the tiles' grid (``optim_kinds``
 [Note: tiles]): the peak that the plan was made from holds the temporaries of a tile.
+
+Tiles that a device takes (``device_step``) go there from memory, and come back to it.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +21,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.allocator.errors import StepInterruptedError
+from offload.swap.device_step import DeviceStep, HostPart
 from offload.swap.gradients import MIN_NBYTES, GradientSwapper
-from offload.swap.optim_kinds import Kind, state_specs, step_on
+from offload.swap.optim_kinds import Kind, StateSpec, state_specs, step_on
 from offload.swap.states import State, StateKeeper
 from offload.swap.tiles import Piece, cut
 from offload.swap.weights import Weight, WeightSwapper
@@ -42,6 +45,7 @@ class MemoryStep:
         chunk_numel: elements of one tile.
         gradients_wait: gradients exist as long as their step has not come; False where a step in
             backward uses each up at once.
+        device: steps its share of the tiles.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class MemoryStep:
         *,
         chunk_numel: int,
         gradients_wait: bool = True,
+        device: DeviceStep | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._kind = kind
@@ -64,6 +69,7 @@ class MemoryStep:
         self._by_parameter = by_parameter
         self._chunk_numel = chunk_numel
         self._gradients_wait = gradients_wait
+        self._device = device
         self._kept: frozenset[nn.Parameter] = frozenset()
         self._is_whole = True  # no step has begun that did not end
 
@@ -172,26 +178,62 @@ class MemoryStep:
         for state in states:
             state.dirty = True
         stepped = [_Stepped(one, self._optimizer.state.get(one, {})) for one in parameters]
-        for pieces in self._calls(group, parameters):
+        for pieces, on_device in self._calls(group, parameters):
             meanwhile()
+            if on_device:
+                self._send(group, stepped, pieces)
+                continue
             parts = [stepped[piece.index].part(piece) for piece in pieces]
             afters = step_on(
                 self._optimizer, group, [part for part, _ in parts], [state for _, state in parts]
             )
             for piece, after in zip(pieces, afters, strict=True):
                 stepped[piece.index].take(piece, after)
+        if self._device is not None:
+            self._device.finish()
         for done in stepped:
             if done.after:
                 self._optimizer.state[done.parameter] = done.after
 
     def _calls(
         self, group: Mapping[str, Any], parameters: Sequence[nn.Parameter]
-    ) -> Sequence[Sequence[Piece]]:
-        """What each call of the optimizer's own step gets."""
+    ) -> Iterator[tuple[Sequence[Piece], bool]]:
+        """What each call of the optimizer's own step gets, and whether on the device."""
         numels = [parameter.numel() for parameter in parameters]
         if self._kind is Kind.PER_PARAMETER:
-            return [(Piece(index, 0, numel),) for index, numel in enumerate(numels)]
-        return cut(numels, self._chunk_numel * (_FUSED_TILES if group.get("fused") else 1))
+            yield from (((Piece(index, 0, numel),), False) for index, numel in enumerate(numels))
+            return
+        if self._device is None or not self._device.share.share:
+            tiles = _FUSED_TILES if group.get("fused") else 1
+            yield from ((pieces, False) for pieces in cut(numels, self._chunk_numel * tiles))
+            return
+        for pieces in cut(numels, self._chunk_numel):
+            taken, here = self._device.share.split(parameters, pieces)
+            if taken:
+                yield taken, True
+            if here:
+                yield here, False
+
+    def _send(
+        self, group: Mapping[str, Any], stepped: "Sequence[_Stepped]", pieces: Sequence[Piece]
+    ) -> None:
+        """Have pieces stepped by the device; it fills what is in memory, and ``stepped``."""
+        assert self._device is not None
+        specs = [
+            state_specs(self._optimizer, group, stepped[piece.index].parameter) for piece in pieces
+        ]
+        parts = [
+            stepped[piece.index].for_device(
+                self._by_parameter[stepped[piece.index].parameter].name, piece, found
+            )
+            for piece, found in zip(pieces, specs, strict=True)
+        ]
+
+        def done(afters: Sequence[Mapping[str, Any]]) -> None:
+            for piece, after in zip(pieces, afters, strict=True):
+                stepped[piece.index].take_part(piece, after)
+
+        self._device.send(group, parts, done)
 
     def _fetch(self, parameters: Sequence[nn.Parameter]) -> list[State]:
         """Have weights and states in memory: once, for they stay; their large states."""
@@ -233,14 +275,16 @@ class _Stepped:
     Attributes:
         before: ``optimizer.state[parameter]`` as the step began; empty before its first one.
         after: the new state's entries in the optimizer's own order.
+        made: states that a step on the device is to fill for the first time.
     """
 
-    __slots__ = ("after", "before", "parameter")
+    __slots__ = ("after", "before", "made", "parameter")
 
     def __init__(self, parameter: nn.Parameter, before: Mapping[str, Any]) -> None:
         self.parameter = parameter
         self.before = dict(before)
         self.after: dict[str, Any] = {}
+        self.made: dict[str, torch.Tensor] = {}
 
     def part(self, piece: Piece) -> tuple[torch.Tensor, dict[str, Any]]:
         """What the optimizer sees of a piece: the parameter itself, or 1-D slices."""
@@ -251,6 +295,28 @@ class _Stepped:
         part = parameter.detach().view(-1)[piece.start : piece.stop]
         part.grad = parameter.grad.detach().reshape(-1)[piece.start : piece.stop]
         return part, {name: self._slice(value, piece) for name, value in self.before.items()}
+
+    def for_device(self, name: str, piece: Piece, specs: Sequence[StateSpec]) -> HostPart:
+        """What the device sees of a piece of the weight ``name``; ``specs`` of its states."""
+        parameter = self.parameter
+        assert parameter.grad is not None
+        torch.autograd.graph.increment_version(parameter)  # its bytes change past torch
+        for spec in specs:
+            if spec.name not in self.before and spec.name not in self.made:
+                self.made[spec.name] = torch.empty(parameter.shape, dtype=spec.dtype)
+        before = {key: self._slice(value, piece) for key, value in self.before.items()}
+        return HostPart(
+            name=name,
+            parameter=parameter.detach().view(-1)[piece.start : piece.stop],
+            gradient=parameter.grad.detach().reshape(-1)[piece.start : piece.stop],
+            before=before,
+            states={
+                spec.name: before[spec.name]
+                if spec.name in before
+                else self.made[spec.name].view(-1)[piece.start : piece.stop]
+                for spec in specs
+            },
+        )
 
     def _is_whole(self, piece: Piece) -> bool:
         return piece.numel == self.parameter.numel()
@@ -266,12 +332,16 @@ class _Stepped:
         """Keep what the optimizer made of the state of a piece."""
         if self._is_whole(piece):
             self._take_whole(after)
-            return
+        else:
+            self.take_part(piece, after)
+
+    def take_part(self, piece: Piece, after: Mapping[str, Any]) -> None:
+        """Keep what the optimizer made of the state of a piece in 1-D slices."""
         for name, value in after.items():
             if not isinstance(value, torch.Tensor) or value.shape != (piece.numel,):
                 self.after[name] = value
                 continue
-            whole = self.after.setdefault(name, self.before.get(name))
+            whole = self.after.setdefault(name, self.before.get(name, self.made.get(name)))
             if whole is None:  # its first step
                 whole = self.after[name] = value.new_empty(self.parameter.shape)
             kept = whole.view(-1)[piece.start : piece.stop]

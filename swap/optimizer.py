@@ -5,7 +5,7 @@
 leaves the last commit whole; the training process itself can't go on from there.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from offload.allocator.errors import UnsupportedError
 from offload.swap.consumed import ConsumedGradient
+from offload.swap.device_step import DeviceStep, HostPart, State
 from offload.swap.gradients import GradientSwapper
 from offload.swap.master_keeper import MasterKeeper
 from offload.swap.masters import MASTER_LOW
@@ -34,6 +35,7 @@ class StreamedOptimizer:
         chunk_numel: elements of one tile.
         staging_nbytes: bytes of tiles in flight.
         gradients_wait: as in ``MemoryStep``.
+        device: steps its share of the tiles, and if that is all of them, small parameters, too.
 
     Attributes:
         memory: steps in memory what the plan keeps there.
@@ -55,8 +57,10 @@ class StreamedOptimizer:
         chunk_numel: int,
         staging_nbytes: int,
         gradients_wait: bool = True,
+        device: DeviceStep | None = None,
     ) -> None:
         self.optimizer = optimizer
+        self.device = device
         self.kind = kind_of(optimizer)
         self.weights = weights
         self.gradients = gradients
@@ -71,6 +75,7 @@ class StreamedOptimizer:
             optimizer,
             chunk_numel=chunk_numel,
             staging_nbytes=staging_nbytes,
+            device=device,
         )
         self.memory = MemoryStep(
             optimizer,
@@ -81,6 +86,7 @@ class StreamedOptimizer:
             by_parameter,
             chunk_numel=chunk_numel,
             gradients_wait=gradients_wait,
+            device=device,
         )
         if self.kind is Kind.PER_PARAMETER:
             journal.notice(
@@ -100,17 +106,28 @@ class StreamedOptimizer:
 
     def begin(self) -> None:
         """A step begins: now, or as backward produces its first gradient."""
-        if self._known is None:
-            self._known = set(self.optimizer.state)
+        if self._known is not None:
+            return
+        self._known = set(self.optimizer.state)
+        if self.device is not None:
+            self.device.share.number(
+                (parameter, parameter.numel())
+                for group in self.optimizer.param_groups
+                for parameter in group["params"]
+                if self.streams(parameter)
+            )
 
     def check_states(self) -> None:
         """Raise if a state can't be its parameter's, or be kept as the settings ask.
 
         Raises:
-            UnsupportedError: naming the state and both shapes, or what can't be rounded.
+            UnsupportedError: naming the state and both shapes, what can't be rounded, or what the
+                device can't step.
         """
         self.keeper.precision.check(self.optimizer)
         self.masters.check()
+        if self._is_all_on_device:
+            self._check_gradients()
         if self.kind is not Kind.ELEMENTWISE:
             return  # factored states, say, have shapes of their own
         for parameter, weight in self._by_parameter.items():
@@ -122,6 +139,19 @@ class StreamedOptimizer:
                         f"{tuple(value.shape)}, the parameter has {tuple(parameter.shape)}, so no "
                         "step was taken: load the state_dict that belongs to this model"
                     )
+
+    @property
+    def _is_all_on_device(self) -> bool:
+        return self.device is not None and self.device.share.is_all
+
+    def _check_gradients(self) -> None:
+        for parameter, weight in self._by_parameter.items():
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                raise UnsupportedError(
+                    f"the gradient of {weight.name} {tuple(parameter.shape)} is sparse, and "
+                    "optimizer_device='device' steps dense ones only, so no step was taken: make "
+                    "it dense (sparse=False), or set optimizer_device='host'"
+                )
 
     def step(self) -> None:
         """One optimizer step over all groups; gradients must be complete.
@@ -156,7 +186,11 @@ class StreamedOptimizer:
                 for parameter in streamed:
                     self._step_whole(group, parameter)
                 self.memory.step(group, held)
-            self._step_here(group, [other for other in stepped if other not in chosen])
+            others = [other for other in stepped if other not in chosen]
+            if self._is_all_on_device:
+                self._step_here(group, [one for one in others if one in self._by_parameter], True)
+                others = [one for one in others if one not in self._by_parameter]
+            self._step_here(group, others)
         self._order_first_states()
         self.memory.end_step()
 
@@ -200,7 +234,9 @@ class StreamedOptimizer:
         if home is not None:
             home.shed()
 
-    def _step_here(self, group: dict[str, Any], parameters: list[nn.Parameter]) -> None:
+    def _step_here(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], on_device: bool = False
+    ) -> None:
         """The optimizer's own step on whole parameters; what it changed is then stored."""
         if not parameters:
             return
@@ -216,7 +252,10 @@ class StreamedOptimizer:
             one if master is None else master.stepped
             for one, master in zip(parameters, whole, strict=True)
         ]
-        after = step_on(self.optimizer, group, stepped, states)
+        if on_device:
+            after = self._step_there(group, parameters, stepped, states)
+        else:
+            after = step_on(self.optimizer, group, stepped, states)
         for parameter, state, master in zip(parameters, after, whole, strict=True):
             if master is not None:
                 state[MASTER_LOW] = self.masters.end_whole(parameter, master)
@@ -226,6 +265,41 @@ class StreamedOptimizer:
             if weight is not None:
                 self.weights.store_new(weight)
                 self.keeper.absorb(parameter)
+
+    def _step_there(
+        self,
+        group: dict[str, Any],
+        parameters: Sequence[nn.Parameter],
+        stepped: Sequence[nn.Parameter],
+        states: Sequence[Mapping[str, Any]],
+    ) -> list[State]:
+        """The device steps what stands for ``parameters``; their new ``states``."""
+        assert self.device is not None
+        parts = [
+            HostPart(
+                name=self.name_of(parameter),
+                parameter=one.detach().view(-1),
+                gradient=_flat_gradient(one),
+                before={name: _flat(value, one) for name, value in state.items()},
+                states={
+                    spec.name: _flat(state[spec.name], one)
+                    if spec.name in state
+                    else torch.empty(one.numel(), dtype=spec.dtype)
+                    for spec in state_specs(self.optimizer, group, parameter, self.keeper.precision)
+                    if spec.name != MASTER_LOW
+                },
+            )
+            for parameter, one, state in zip(parameters, stepped, states, strict=True)
+        ]
+        return [
+            {
+                name: value.view(one.shape) if name in part.states else value
+                for name, value in after.items()
+            }
+            for one, part, after in zip(
+                stepped, parts, self.device.step_now(group, parts), strict=True
+            )
+        ]
 
     def _step_tiled(
         self,
@@ -292,6 +366,18 @@ class StreamedOptimizer:
                 shown[name] = value
         if shown:
             self.optimizer.state[target.parameter] = shown
+
+
+def _flat_gradient(parameter: nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad.detach().reshape(-1)
+
+
+def _flat(value: Any, parameter: torch.Tensor) -> Any:
+    """A per-element state in one dimension; others as they are."""
+    if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+        return value.detach().reshape(-1)
+    return value
 
 
 def _not_yet(_target: Target) -> None:

@@ -1,8 +1,14 @@
-"""Tiles in flight: read ahead, step, write behind, within a bound on staging memory."""
+"""Tiles in flight: read ahead, step, write behind, within a bound on staging memory.
+
+Tiles that a device takes (``device_step``) go there when they have been read, and are written when
+they are back.
+"""
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.swap.copying import write_jobs
+from offload.swap.device_step import DeviceStep, HostPart
 from offload.swap.gradients import GradientSwapper
 from offload.swap.masters import MASTER_LOW, StagedGradient, StagedMaster
 from offload.swap.optim_kinds import step_on, unscales
@@ -136,6 +143,17 @@ class _Part:
             if name != MASTER_LOW
         }
 
+    def for_device(self) -> HostPart:
+        """The same, to be stepped there."""
+        assert self.parameter.grad is not None
+        return HostPart(
+            name=self.target.weight.name,
+            parameter=self.parameter,
+            gradient=self.parameter.grad,
+            before=self.state_before(),
+            states=self.states,
+        )
+
     def take(self, after: Mapping[str, Any]) -> None:
         """Keep what the optimizer made of the state."""
         for name, value in after.items():
@@ -175,11 +193,12 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A tile that is not read yet: pieces of ``targets``."""
+    """A tile that is not read yet: pieces of ``targets``, which a device is to step or not."""
 
     group: Mapping[str, Any]
     targets: Sequence[Target]
     pieces: Sequence[Piece]
+    on_device: bool
 
     def staging_nbytes(self) -> int:
         return sum(sum(self.targets[piece.index].staging(piece)) for piece in self.pieces)
@@ -193,6 +212,7 @@ class _Tile:
     parts: list[_Part]
     buffer: HostBuffer
     transfer: Transfer
+    on_device: bool
 
 
 class TilePipeline:
@@ -203,6 +223,7 @@ class TilePipeline:
     Args:
         tier: the store's, which parameters and states are read from and written to.
         staging_nbytes: bytes of tiles in flight; one tile may always be.
+        device: steps its share of the tiles.
     """
 
     def __init__(
@@ -214,6 +235,7 @@ class TilePipeline:
         *,
         chunk_numel: int,
         staging_nbytes: int,
+        device: DeviceStep | None = None,
     ) -> None:
         self.tier = tier
         self.gradients = gradients
@@ -221,8 +243,10 @@ class TilePipeline:
         self.optimizer = optimizer
         self.chunk_numel = chunk_numel
         self.staging = Staging(staging_nbytes)
+        self.device = device
         self._waiting: deque[_Waiting] = deque()
         self._reading: deque[_Tile] = deque()
+        self._visiting: deque[_Tile] = deque()  # the device
         self._writing: deque[_Tile] = deque()
 
     @property
@@ -232,8 +256,15 @@ class TilePipeline:
 
     def add(self, group: Mapping[str, Any], targets: Sequence[Target]) -> None:
         """Line up the tiles of ``targets``, all of the optimizer's ``group``."""
-        tiles = cut([target.gradient.numel() for target in targets], self.chunk_numel)
-        self._waiting += [_Waiting(group, targets, pieces) for pieces in tiles]
+        parameters = [target.parameter for target in targets]
+        taken: Sequence[Piece] = ()
+        for pieces in cut([target.gradient.numel() for target in targets], self.chunk_numel):
+            here: Sequence[Piece] = pieces
+            if self.device is not None:
+                taken, here = self.device.share.split(parameters, pieces)
+            for some, on_device in ((taken, True), (here, False)):
+                if some:
+                    self._waiting.append(_Waiting(group, targets, some, on_device))
 
     def advance(self) -> None:
         """Read, step and write what can be without waiting for a lane.
@@ -242,7 +273,7 @@ class TilePipeline:
             TierIOError: a read or write failed.
         """
         self._move_on()
-        while self._reading and self._reading[0].transfer.done():
+        while self._has_read() and not (self._reading[0].on_device and self._is_full()):
             self._step_first()
             self._move_on()
 
@@ -253,7 +284,9 @@ class TilePipeline:
             TierIOError: a read or write failed.
         """
         self._move_on()
-        if self._reading:
+        if self.device is not None and self._visiting and not self._has_read():
+            self.device.advance_one()
+        elif self._reading:
             self._step_first()
         elif self._writing:  # room is needed, or the step is ending
             self._retire()
@@ -264,7 +297,7 @@ class TilePipeline:
         Raises:
             TierIOError: a read or write failed.
         """
-        while self._waiting or self._reading or self._writing:
+        while self._waiting or self._reading or self._visiting or self._writing:
             self.advance_one()
         self.staging.close()
 
@@ -275,26 +308,59 @@ class TilePipeline:
     def abandon(self) -> None:
         """After an error: wait until no lane uses a buffer, and forget all tiles."""
         self._waiting.clear()
-        for tile in (*self._reading, *self._writing):
+        if self.device is not None:
+            self.device.abandon()
+        for tile in (*self._reading, *self._visiting, *self._writing):
             tile.transfer.settle()
             self.staging.give_back(tile.buffer)
         self._reading.clear()
+        self._visiting.clear()
         self._writing.clear()
         self.staging.close()
 
     def _move_on(self) -> None:
         """Let written tiles go and begin to read others, as far as staging reaches."""
+        if self.device is not None:
+            self.device.advance()
         while self._writing and self._writing[0].transfer.done():
             self._retire()
         while self._waiting and (buffer := self.staging.take(self._waiting[0].staging_nbytes())):
             self._reading.append(self._read(self._waiting.popleft(), buffer))
 
+    def _has_read(self) -> bool:
+        return bool(self._reading) and self._reading[0].transfer.done()
+
+    def _is_full(self) -> bool:
+        return self.device is not None and self.device.is_full
+
     def _step_first(self) -> None:
         tile = self._reading[0]
         self._await(tile.transfer, "late")
+        if tile.on_device:
+            self._send(tile)
+            return
         self._compute(tile)
         self._write(tile)
         self._writing.append(self._reading.popleft())
+
+    def _send(self, tile: _Tile) -> None:
+        """Have the first tile that has been read stepped by the device."""
+        assert self.device is not None
+        with _one_thread():
+            for part in tile.parts:
+                part.widen()
+        self._visiting.append(self._reading.popleft())
+        parts = [part.for_device() for part in tile.parts]
+        self.device.send(tile.group, parts, partial(self._came_back, tile))
+
+    def _came_back(self, tile: _Tile, afters: Sequence[Mapping[str, Any]]) -> None:
+        with _one_thread():
+            for part, after in zip(tile.parts, afters, strict=True):
+                part.take(after)
+                part.narrow()
+        self._write(tile)
+        self._visiting.remove(tile)
+        self._writing.append(tile)
 
     def _retire(self) -> None:
         tile = self._writing[0]
@@ -325,7 +391,7 @@ class TilePipeline:
         transfer = self.tier.lanes.reads.submit(
             jobs, self._label(parts, reading=True), sum(_read_nbytes(part) for part in parts)
         )
-        return _Tile(waiting.group, parts, buffer, transfer)
+        return _Tile(waiting.group, parts, buffer, transfer, waiting.on_device)
 
     def _part(
         self, target: Target, piece: Piece, buffer: HostBuffer, offset: int, jobs: list[Job]
@@ -391,11 +457,7 @@ class TilePipeline:
         return move_jobs(file, file.read, base, staged.data_ptr(), nbytes)
 
     def _compute(self, tile: _Tile) -> None:
-        threads = torch.get_num_threads()
-        # The step is bound by the disk. More threads would only wait, busily, for one another,
-        # on cores that the lanes want.
-        torch.set_num_threads(1)
-        try:
+        with _one_thread():
             for part in tile.parts:
                 part.widen()
             afters = step_on(
@@ -407,8 +469,6 @@ class TilePipeline:
             for part, after in zip(tile.parts, afters, strict=True):
                 part.take(after)
                 part.narrow()
-        finally:
-            torch.set_num_threads(threads)
 
     def _write(self, tile: _Tile) -> None:
         jobs: list[Job] = []
@@ -458,6 +518,20 @@ class TilePipeline:
         ends = (self.tier.spec.name, "host")
         source, destination = ends if reading else ends[::-1]
         return Label(parts[0].target.weight.name, "state", source, destination)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The step is bound by the disk.
+
+    More threads would only wait, busily, for one another, on cores that the lanes want.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _read_nbytes(part: _Part) -> int:

@@ -102,7 +102,10 @@ class HostMemoryPool:
         """Whether the bytes of ``tensor`` are in this memory."""
         if not tensor.is_cpu:
             return False
-        at = tensor.untyped_storage().data_ptr()
+        try:
+            at = tensor.untyped_storage().data_ptr()
+        except RuntimeError:
+            return False  # of a subclass that has no bytes
         return any(start <= at < start + nbytes for start, nbytes in self._held.copy().values())
 
 

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only",
         metavar="GROUP",
-        help="contract, races, exact, rates, attach, arena, pool or budget",
+        help="contract, races, exact, rates, attach, step, arena, pool or budget",
     )
     parser.add_argument("--results", type=Path, metavar="DIR", help="where the JSON file goes")
     options = parser.parse_args(arguments)

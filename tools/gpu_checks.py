@@ -14,6 +14,7 @@ import torch
 import contract_runner
 import gpu_attach
 import gpu_rates
+import gpu_step
 from gpu_activations import SWAP_HOMES, Swap, step_gradients
 from gpu_caching import model_agrees, random_requests, recorded_step
 from gpu_report import Outcome, Report
@@ -114,6 +115,7 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
     report.run("pool", "exact size", partial(pool_size_is_exact, device))
     gpu_attach.forget()  # its budgets count what is on the device already
     gpu_attach.run_checks(report, device, quick=quick)
+    gpu_step.run_checks(report, device, quick=quick)
     if isinstance(device, Cuda):
         gpu_attach.run_arena_checks(report)
         report.run("pool", "registered", pool_is_pinned)

@@ -77,6 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="backward passes that make one step, with --step-in-backward (default: 1)",
     )
     parser.add_argument(
+        "--optimizer-device",
+        metavar="WHO",
+        help="steps where the model computes on a device: host (default), device, auto, or the "
+        "device's share, 0 to 1",
+    )
+    parser.add_argument(
         "--state-precision",
         choices=["exact", "bf16", "8bit"],
         help="bf16: float32 optimizer states are rounded at random to half their bytes, which "
@@ -127,6 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         nvme_endurance=arguments.nvme_endurance,
         step_in_backward=arguments.step_in_backward,
         accumulation_steps=arguments.accumulation_steps,
+        optimizer_device=arguments.optimizer_device,
         state_precision=arguments.state_precision,
         master_weights=arguments.master_weights,
         recompute=arguments.recompute,

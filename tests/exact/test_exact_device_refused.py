@@ -15,19 +15,6 @@ from offload.allocator.segment import ArenaStats
 from offload.tiers.cpudevice import CpuAccelerator
 
 
-def test_what_works_on_the_cpu_only_is_refused(tmp_path: Path) -> None:
-    model = Deep()
-    with pytest.raises(ConfigError, match="step_in_backward works for models that compute on"):
-        offload.attach(
-            model,
-            adamw(model),
-            budget="host=8GiB",
-            nvme=tmp_path,
-            config={"step_in_backward": True},
-            accelerator=CpuAccelerator(),
-        )
-
-
 def test_micro_batches_in_turns_are_refused(tmp_path: Path) -> None:
     model = Deep()
     with (

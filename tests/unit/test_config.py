@@ -155,3 +155,17 @@ def test_a_device_is_named_as_torch_names_it(monkeypatch: pytest.MonkeyPatch) ->
     assert make_config(device="cpu").device == "cpu"
     with pytest.raises(ConfigError, match="'gpu' is no device to compute on: cpu, cuda"):
         make_config(device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("who", "parsed"), [("auto", "auto"), ("device", "device"), ("0.25", 0.25), (1, 1.0)]
+)
+def test_who_steps(who: object, parsed: object) -> None:
+    assert make_config().optimizer_device == "host"
+    assert make_config(optimizer_device=who).optimizer_device == parsed
+
+
+@pytest.mark.parametrize("who", ["cuda", 1.5, -0.1, float("nan"), ""])
+def test_nobody_who_steps(who: object) -> None:
+    with pytest.raises(ConfigError, match="is nobody who steps: host, device, auto, or"):
+        make_config({"optimizer_device": who})

@@ -2,8 +2,10 @@
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +42,7 @@ class Tied(nn.Module):
         return self.head(self.norm(F.gelu(self.middle(self.table(tokens)))))
 
 
-def train(device: Accelerator) -> list[torch.Tensor]:
+def train(device: Accelerator, **config: Any) -> list[torch.Tensor]:
     """Losses, weights and buffers of two steps, with accumulation and clipping."""
     torch.manual_seed(0)
     model = Tied()
@@ -48,7 +50,12 @@ def train(device: Accelerator) -> list[torch.Tensor]:
     results = []
     with TemporaryDirectory() as folder:
         engine = offload.attach(
-            model, optimizer, budget="host=8GiB,device=1GiB", nvme=Path(folder), accelerator=device
+            model,
+            optimizer,
+            budget="host=8GiB,device=1GiB",
+            nvme=Path(folder),
+            accelerator=device,
+            config=config or None,
         )
         engine.keep_streaming()
         computing = engine.computing
@@ -61,7 +68,8 @@ def train(device: Accelerator) -> list[torch.Tensor]:
                     tokens = torch.randint(WIDTH, (64,))
                     loss = F.cross_entropy(model(tokens), tokens)
                     loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                if not config:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
                 optimizer.zero_grad()
                 results.append(torch.tensor(loss.item()))
@@ -70,6 +78,19 @@ def train(device: Accelerator) -> list[torch.Tensor]:
 
 def test_no_order_of_the_device_changes_a_bit() -> None:
     assert_no_race(train, seeds=range(SEEDS))
+
+
+STEPPING: list[dict[str, Any]] = [
+    {"optimizer_device": "device"},
+    {"optimizer_device": 0.5},
+    {"optimizer_device": "device", "step_in_backward": True, "accumulation_steps": 2},
+    {"step_in_backward": True, "accumulation_steps": 2},
+]
+
+
+@pytest.mark.parametrize("config", STEPPING, ids=["device", "half", "in backward", "on the host"])
+def test_no_order_changes_a_bit_of_the_optimizers_step(config: dict[str, Any]) -> None:
+    assert_no_race(partial(train, **config), seeds=range(SEEDS))
 
 
 @pytest.mark.slow
