@@ -62,7 +62,7 @@ class BackwardStep:
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}  # of the present step
         self._order: list[nn.Parameter] = []  # in which the present step's gradients came
         self._next: dict[nn.Parameter, nn.Parameter] = {}  # the gradient that came after, last time
-        self._pending_nbytes = 0  # gradients whose parameters are being stepped
+        self._pending_nbytes = 0  # gradients whose parameters are not stepped yet
         self._in_backward = False
         self._spent_s = self._stalled_s = 0.0
 
@@ -121,6 +121,7 @@ class BackwardStep:
             parameter.grad = consumed_gradient(parameter, name)
             return
         target = self._streamed.target(group, parameter, self._written)
+        target.stepped = self._used_up
         self._weights.hold(target.weight)
         self._pending_nbytes += _held_nbytes(target)
         self._pipeline.add(group, [target])
@@ -142,7 +143,7 @@ class BackwardStep:
         Raises:
             TierIOError: a read or write failed.
         """
-        while (missing := nbytes - self._unclaimed_nbytes()) > 0 and self._pending_nbytes:
+        while (missing := nbytes - self._unclaimed_nbytes()) > 0 and self._pipeline.is_busy:
             self._pipeline.advance_one()
         if missing > 0:
             self._pipeline.trim()
@@ -152,11 +153,13 @@ class BackwardStep:
         """Bytes left until the budget that no move on its way will take."""
         return self._room() - self._weights.landing_nbytes - self._pipeline.landing_nbytes
 
+    def _used_up(self, target: Target) -> None:
+        self._pending_nbytes -= _held_nbytes(target)
+        target.gradient = torch.empty(0)
+
     def _written(self, target: Target) -> None:
         self._streamed.publish(target)
         self._weights.let_go(target.weight)
-        self._pending_nbytes -= _held_nbytes(target)
-        target.gradient = torch.empty(0)
 
     def end_backward(self) -> None:
         """Backward gives control to the user's code: finish what it began.

@@ -2,6 +2,10 @@
 
 Tiles that a device takes (``device_step``) go there when they have been read, and are written when
 they are back.
+
+[Note: a buffer goes on] While kernels run, the training thread comes by seldom. So the buffer of a
+tile that is being written is promised to the next one at once: its read follows the write on the
+lanes (``lanes`` [Note: one after the other]), and the drive need not wait for the training thread.
 """
 
 from collections import deque
@@ -66,6 +70,7 @@ class Target:
         after: the new state's entries in the optimizer's own order; per-element ones stand for
             themselves only by name, their bytes go to ``states``.
         written: called when all its tiles are written, not yet published.
+        stepped: called when all its tiles are stepped: nobody reads its gradient any more.
     """
 
     parameter: nn.Parameter
@@ -76,12 +81,14 @@ class Target:
     before: Mapping[str, Any]
     states: dict[str, Version]
     written: Callable[["Target"], None]
+    stepped: Callable[["Target"], None] = lambda _target: None
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
+    unstepped_numel: int = field(init=False)
     unwritten_numel: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.unwritten_numel = self.gradient.numel()
+        self.unstepped_numel = self.unwritten_numel = self.gradient.numel()
 
     @property
     def has_master(self) -> bool:
@@ -206,11 +213,11 @@ class _Waiting:
 
 @dataclass(slots=True, eq=False)
 class _Tile:
-    """Parts in flight and the staging buffer under them."""
+    """Parts in flight and the staging buffer under them; None once it is promised to another."""
 
     group: Mapping[str, Any]
     parts: list[_Part]
-    buffer: HostBuffer
+    buffer: HostBuffer | None
     transfer: Transfer
     on_device: bool
 
@@ -253,6 +260,11 @@ class TilePipeline:
     def landing_nbytes(self) -> int:
         """Bytes of tiles in flight that the resident set may not show yet."""
         return self.staging.landing_nbytes
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any tile is not written yet."""
+        return bool(self._waiting or self._reading or self._visiting or self._writing)
 
     def add(self, group: Mapping[str, Any], targets: Sequence[Target]) -> None:
         """Line up the tiles of ``targets``, all of the optimizer's ``group``."""
@@ -297,7 +309,7 @@ class TilePipeline:
         Raises:
             TierIOError: a read or write failed.
         """
-        while self._waiting or self._reading or self._visiting or self._writing:
+        while self.is_busy:
             self.advance_one()
         self.staging.close()
 
@@ -312,7 +324,7 @@ class TilePipeline:
             self.device.abandon()
         for tile in (*self._reading, *self._visiting, *self._writing):
             tile.transfer.settle()
-            self.staging.give_back(tile.buffer)
+            self._give_back(tile)
         self._reading.clear()
         self._visiting.clear()
         self._writing.clear()
@@ -341,7 +353,25 @@ class TilePipeline:
             return
         self._compute(tile)
         self._write(tile)
+        self._release_gradients(tile)
         self._writing.append(self._reading.popleft())
+        self._follow(tile)
+
+    def _release_gradients(self, tile: _Tile) -> None:
+        for part in tile.parts:
+            part.parameter.grad = part.gradient = None
+            part.target.unstepped_numel -= part.piece.numel
+            if not part.target.unstepped_numel:
+                part.target.stepped(part.target)
+
+    def _follow(self, tile: _Tile) -> None:
+        """Have the next tile read where ``tile`` is written from ([Note: a buffer goes on])."""
+        buffer = tile.buffer
+        assert buffer is not None
+        if self._waiting and self._waiting[0].staging_nbytes() <= buffer.nbytes:
+            self.staging.pass_on(buffer)
+            tile.buffer = None
+            self._reading.append(self._read(self._waiting.popleft(), buffer, after=tile.transfer))
 
     def _send(self, tile: _Tile) -> None:
         """Have the first tile that has been read stepped by the device."""
@@ -359,18 +389,24 @@ class TilePipeline:
                 part.take(after)
                 part.narrow()
         self._write(tile)
+        self._release_gradients(tile)
         self._visiting.remove(tile)
         self._writing.append(tile)
+        self._follow(tile)
 
     def _retire(self) -> None:
         tile = self._writing[0]
         self._await(tile.transfer, "full")
         self._writing.popleft()
-        self.staging.give_back(tile.buffer)
+        self._give_back(tile)
         for part in tile.parts:
             part.target.unwritten_numel -= part.piece.numel
             if not part.target.unwritten_numel:
                 part.target.written(part.target)
+
+    def _give_back(self, tile: _Tile) -> None:
+        if tile.buffer is not None:
+            self.staging.give_back(tile.buffer)
 
     def _await(self, transfer: Transfer, reason: str) -> None:
         if not transfer.done():
@@ -379,7 +415,7 @@ class TilePipeline:
                 transfer.settle()
         transfer.wait()
 
-    def _read(self, waiting: _Waiting, buffer: HostBuffer) -> _Tile:
+    def _read(self, waiting: _Waiting, buffer: HostBuffer, after: Transfer | None = None) -> _Tile:
         """Lay out the staging of a tile and issue its reads."""
         parts: list[_Part] = []
         jobs: list[Job] = []
@@ -389,7 +425,10 @@ class TilePipeline:
             parts.append(self._part(target, piece, buffer, offset, jobs))
             offset += sum(target.staging(piece))
         transfer = self.tier.lanes.reads.submit(
-            jobs, self._label(parts, reading=True), sum(_read_nbytes(part) for part in parts)
+            jobs,
+            self._label(parts, reading=True),
+            sum(_read_nbytes(part) for part in parts),
+            after=after,
         )
         return _Tile(waiting.group, parts, buffer, transfer, waiting.on_device)
 

@@ -51,6 +51,10 @@ class Staging:
         self._fresh.discard(buffer)
         self._free.append(buffer)
 
+    def pass_on(self, buffer: HostBuffer) -> None:
+        """The tile in ``buffer`` is being written; the next one takes the buffer from there."""
+        self._fresh.discard(buffer)
+
     def close(self) -> None:
         """Return the memory of free buffers to the kernel; others may still be given back."""
         while self._free:

@@ -8,6 +8,10 @@ is kept in ``Lane.failed`` until ``Lane.drain`` raises it at the step edge.
 [Note: a queue for each path] Where files are striped over several paths, a lane keeps one queue
 with workers of its own for each: a slow path never holds up the requests of the others. Jobs of
 one transfer may be in several queues; it is done when the last of them has ended.
+
+[Note: one after the other] A transfer may begin when another has ended, on whichever lane: a read
+into memory that is still being written from. The thread that ends the other one queues it, so
+nobody has to come by.
 """
 
 import threading
@@ -41,6 +45,7 @@ class Transfer:
 
     __slots__ = (
         "_event",
+        "_followers",
         "_left",
         "_lock",
         "ended_s",
@@ -61,6 +66,7 @@ class Transfer:
         self.started_s: float | None = None
         self.ended_s: float | None = None
         self._left = jobs
+        self._followers: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._event = threading.Event()
         if jobs == 0:
@@ -101,7 +107,22 @@ class Transfer:
 
     def _complete(self) -> None:
         self.owner = None
-        self._event.set()
+        with self._lock:
+            self._event.set()
+        while self._followers:  # nobody adds any more
+            self._followers.pop(0)()
+
+    def then(self, call: Callable[[], None]) -> None:
+        """``call`` when done, well or not: now, or on the thread of the last job."""
+        with self._lock:
+            if not self._event.is_set():
+                self._followers.append(call)
+                return
+        call()
+
+
+def _no_job() -> None:
+    """Nothing has to move, but not before another transfer has ended."""
 
 
 def wait_for_all(transfers: Sequence[Transfer]) -> None:
@@ -148,6 +169,7 @@ class Lane:
         self._idle = threading.Condition(self._lock)
         self._closed = False
         self._pending = 0  # jobs that wait or run
+        self._following = 0  # transfers that wait for the end of another
         self._threads = [
             threading.Thread(
                 target=self._work, args=(queue,), name=f"offload {name} {index}", daemon=True
@@ -165,25 +187,44 @@ class Lane:
         *,
         urgent: bool = False,
         owner: object = None,
+        after: Transfer | None = None,
     ) -> Transfer:
         """Queue ``jobs`` as one transfer of ``nbytes``; never blocks.
 
         ``urgent`` goes to the head of its queues: somebody is already waiting for it. ``owner``
-        is kept alive until the last job has ended.
+        is kept alive until the last job has ended. None of the jobs begins, and the transfer is
+        not done, before ``after`` is ([Note: one after the other]).
         """
+        if after is not None:
+            jobs = jobs or [_no_job]
         transfer = Transfer(label, nbytes, len(jobs), owner)
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"lane {self.name} is closed")
-            for job in reversed(jobs) if urgent else jobs:
-                queue = self._queues[job.queue if isinstance(job, QueuedJob) else 0]
-                if urgent:
-                    queue.jobs.appendleft((transfer, job))
-                else:
-                    queue.jobs.append((transfer, job))
-                queue.wake.notify()
+            if after is None:
+                self._enqueue(transfer, jobs, urgent=urgent)
+            else:
+                self._following += 1
             self._pending += len(jobs)
+        if after is not None:
+            after.then(lambda: self._follow(transfer, jobs))
         return transfer
+
+    def _follow(self, transfer: Transfer, jobs: Sequence[Job]) -> None:
+        with self._lock:
+            self._following -= 1
+            self._enqueue(transfer, jobs)
+            if self._closed:
+                self._wake_all()
+
+    def _enqueue(self, transfer: Transfer, jobs: Sequence[Job], *, urgent: bool = False) -> None:
+        for job in reversed(jobs) if urgent else jobs:
+            queue = self._queues[job.queue if isinstance(job, QueuedJob) else 0]
+            if urgent:
+                queue.jobs.appendleft((transfer, job))
+            else:
+                queue.jobs.append((transfer, job))
+            queue.wake.notify()
 
     def expedite(self, transfer: Transfer) -> None:
         """Move what is still queued of ``transfer`` to the head of its queues."""
@@ -216,15 +257,18 @@ class Lane:
         """Finish what is queued and end the workers; safe to call twice."""
         with self._lock:
             self._closed = True
-            for queue in self._queues:
-                queue.wake.notify_all()
+            self._wake_all()
         for thread in self._threads:
             thread.join()
+
+    def _wake_all(self) -> None:
+        for queue in self._queues:
+            queue.wake.notify_all()
 
     def _work(self, queue: _Queue) -> None:
         while True:
             with queue.wake:
-                queue.wake.wait_for(lambda: queue.jobs or self._closed)
+                queue.wake.wait_for(lambda: queue.jobs or (self._closed and not self._following))
                 if not queue.jobs:
                     return
                 transfer, job = queue.jobs.popleft()

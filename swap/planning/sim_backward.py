@@ -18,12 +18,18 @@ class _Target:
     step: "SimBackwardStep"
     weight: SimWeight
     gradient_nbytes: int
-    tiles: int
+    unstepped: int  # tiles
+    unwritten: int
+
+    def stepped_one(self) -> None:
+        self.unstepped -= 1
+        if not self.unstepped:
+            self.step.used_up(self.gradient_nbytes)
 
     def wrote_one(self) -> None:
-        self.tiles -= 1
-        if not self.tiles:
-            self.step.wrote(self.weight, self.gradient_nbytes)
+        self.unwritten -= 1
+        if not self.unwritten:
+            self.step.wrote(self.weight)
 
 
 class SimBackwardStep:
@@ -48,7 +54,7 @@ class SimBackwardStep:
         self.stepped: dict[str, SimWeight] = {}  # in the order of their gradients
         self.spent_s = self.stalled_s = 0.0
         self._next: dict[str, SimWeight] = {}  # the gradient that came after, last time
-        self._pending_nbytes = 0  # gradients whose weights are being stepped
+        self._pending_nbytes = 0  # gradients whose weights are not stepped yet
 
     @property
     def _pipeline(self) -> SimPipeline:
@@ -70,18 +76,22 @@ class SimBackwardStep:
         self._weights.hold(weight)
         self._pending_nbytes += gradient_nbytes
         tiles = list(self._step.tiles([weight.name]))
-        target = _Target(self, weight, gradient_nbytes, sum(count for _, count in tiles))
+        number = sum(count for _, count in tiles)
+        target = _Target(self, weight, gradient_nbytes, number, number)
         for tile, count in tiles:
-            self._pipeline.add(tile, count, target.wrote_one)
+            self._pipeline.add(tile, count, target.wrote_one, target.stepped_one)
         self._pipeline.advance()
         while self._pending_nbytes > self.limit_nbytes:
             self._pipeline.advance_one()
 
-    def wrote(self, weight: SimWeight, gradient_nbytes: int) -> None:
-        """All tiles of ``weight`` are written: its gradient goes."""
-        self._weights.let_go(weight)
+    def used_up(self, gradient_nbytes: int) -> None:
+        """All tiles of a weight are stepped: its gradient goes."""
         self._pending_nbytes -= gradient_nbytes
         self._world.memory.add("gradients", -gradient_nbytes)
+
+    def wrote(self, weight: SimWeight) -> None:
+        """All tiles of ``weight`` are written."""
+        self._weights.let_go(weight)
 
     def _coming_nbytes(self, weight: SimWeight) -> int:
         """Of the gradient that comes next; in the first step, of the largest that may."""
@@ -95,7 +105,7 @@ class SimBackwardStep:
 
     def _make_room(self, nbytes: int) -> None:
         room = self._world.memory.room
-        while nbytes > room() and self._pending_nbytes:
+        while nbytes > room() and self._pipeline.is_busy:
             self._pipeline.advance_one()
         if nbytes > room():
             self._pipeline.staging.close()

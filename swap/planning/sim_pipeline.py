@@ -51,13 +51,15 @@ class _Waiting:
     tile: SimTile
     count: int
     written: Callable[[], None]
+    stepped: Callable[[], None]
 
 
 @dataclass(slots=True, eq=False)
 class _InFlight:
     tile: SimTile
     written: Callable[[], None]
-    buffer_nbytes: int
+    stepped: Callable[[], None]
+    buffer_nbytes: int  # 0 once it is promised to another
     flight: Flight
 
 
@@ -151,15 +153,24 @@ class SimPipeline:
         self._seen: deque[_Sight] = deque(maxlen=_LONGEST_PERIOD)
 
     def add(
-        self, tile: SimTile, count: int, written: Callable[[], None] = _nothing_follows
+        self,
+        tile: SimTile,
+        count: int,
+        written: Callable[[], None] = _nothing_follows,
+        stepped: Callable[[], None] = _nothing_follows,
     ) -> None:
-        """Line up so many equal tiles; ``written`` is called as each of them is."""
+        """Line up equal tiles; ``stepped`` and ``written`` are called as each of them is."""
         last = self._waiting[-1] if self._waiting else None
         merges = last is not None and last.written == written and last.tile.equals(tile)
         if last is not None and merges and not self._world.is_recorded:
             last.count += count
         else:
-            self._waiting.append(_Waiting(tile, count, written))
+            self._waiting.append(_Waiting(tile, count, written, stepped))
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether any tile is not written yet."""
+        return bool(self._waiting or self._reading or self._writing)
 
     def move_on(self) -> None:
         """Let written tiles go and begin to read others, as far as staging reaches."""
@@ -167,17 +178,21 @@ class SimPipeline:
         while self._writing and world.done(self._writing[0].flight):
             self._retire()
         while self._waiting:
-            first = self._waiting[0]
-            tile = first.tile
-            buffer = self.staging.take(tile.staging_nbytes)
+            buffer = self.staging.take(self._waiting[0].tile.staging_nbytes)
             if not buffer:
                 return
-            first.count -= 1
-            if not first.count:
-                self._waiting.popleft()
-            label = Label(tile.name, "state", "file", "host")
-            flight = world.submit(world.reads, label, tile.read_nbytes)
-            self._reading.append(_InFlight(tile, first.written, buffer, flight))
+            self._read(buffer)
+
+    def _read(self, buffer: int, after: Flight | None = None) -> None:
+        """Begin to read the tile that waits longest."""
+        world, first = self._world, self._waiting[0]
+        tile = first.tile
+        first.count -= 1
+        if not first.count:
+            self._waiting.popleft()
+        label = Label(tile.name, "state", "file", "host")
+        flight = world.submit(world.reads, label, tile.read_nbytes, after=after)
+        self._reading.append(_InFlight(tile, first.written, first.stepped, buffer, flight))
 
     def advance(self) -> None:
         """Read, step and write what can be without waiting for a lane."""
@@ -197,7 +212,7 @@ class SimPipeline:
     def finish(self) -> None:
         """Go on until every tile has been written; no staging is kept."""
         self._seen.clear()
-        while self._waiting or self._reading or self._writing:
+        while self.is_busy:
             self.advance_one()
             if self._waiting and self._waiting[0].count >= _LEAST_COUNT:
                 self._skip_what_repeats()
@@ -211,14 +226,19 @@ class SimPipeline:
             world.memory.add("transients", tile.temporary_nbytes)
             world.memory.add("transients", -tile.temporary_nbytes)
         world.compute(tile.seconds)
+        first.stepped()
         label = Label(tile.name, "state", "host", "file")
         first.flight = world.submit(world.writes, label, tile.written_nbytes)
         self._writing.append(first)
+        if self._waiting and self._waiting[0].tile.staging_nbytes <= first.buffer_nbytes:
+            buffer, first.buffer_nbytes = first.buffer_nbytes, 0
+            self._read(buffer, after=first.flight)
 
     def _retire(self) -> None:
         first = self._writing.popleft()
         self._world.wait(self._world.writes, first.flight, "full")
-        self.staging.give_back(first.buffer_nbytes)
+        if first.buffer_nbytes:
+            self.staging.give_back(first.buffer_nbytes)
         first.written()
 
     def _skip_what_repeats(self) -> None:
@@ -229,7 +249,8 @@ class SimPipeline:
             self._seen.clear()
             return
         flights = [each.flight for each in tiles]
-        numbers = len(self._reading), len(self._writing), *self.staging.free
+        promised = sum(not each.buffer_nbytes for each in self._writing)
+        numbers = len(self._reading), len(self._writing), promised, *self.staging.free
         now = _Sight(first.tile, first.count, numbers, world.ahead_s(flights), world.reading())
         for earlier in reversed(self._seen):
             if now.repeats(earlier):
@@ -238,6 +259,7 @@ class SimPipeline:
                 world.repeat(earlier.reading, times, flights)
                 first.count -= times * period
                 for _ in range(times * period):
+                    first.stepped()
                     first.written()
                 self._seen.clear()
                 return

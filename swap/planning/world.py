@@ -94,6 +94,7 @@ class Flight:
     lag_s: float
     began_s: float | None = None
     ended_s: float | None = None
+    follower: "tuple[SimLane, Flight] | None" = None  # what is queued when this has ended
 
 
 class SimLane:
@@ -170,10 +171,23 @@ class World:
             until_s += self._serve_one(until_s) * self._lost_s_per_byte
         self.now_s = until_s
 
-    def submit(self, lane: SimLane, label: Label, nbytes: int, *, urgent: bool = False) -> Flight:
-        """Queue a transfer; ``urgent`` is next after the one that is served."""
+    def submit(
+        self,
+        lane: SimLane,
+        label: Label,
+        nbytes: int,
+        *,
+        urgent: bool = False,
+        after: Flight | None = None,
+    ) -> Flight:
+        """Queue a transfer; ``urgent`` is next after the one that is served.
+
+        One ``after`` another is queued when that one, which nothing else follows, has ended.
+        """
         flight = Flight(label, nbytes, lane.work_s(nbytes), lane.latency_s)
-        if urgent and lane.queue:
+        if after is not None and after.ended_s is None:
+            after.follower = lane, flight
+        elif urgent and lane.queue:
             lane.queue.insert(1, flight)
         else:
             lane.queue.append(flight)
@@ -218,7 +232,7 @@ class World:
 
     def _expedite(self, lane: SimLane, flight: Flight) -> None:
         queue = lane.queue
-        if queue[0] is not flight:
+        if flight in queue and queue[0] is not flight:
             queue.remove(flight)
             queue.insert(1, flight)
 
@@ -257,6 +271,9 @@ class World:
     def _end(self, flight: Flight, lane: SimLane) -> None:
         lane.queue.popleft()
         flight.ended_s = self.now_s + flight.lag_s
+        if flight.follower is not None:
+            following, follower = flight.follower
+            following.queue.append(follower)
         if self.is_recorded:
             assert flight.began_s is not None
             self.journal.moved(

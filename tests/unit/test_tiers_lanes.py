@@ -341,3 +341,54 @@ def test_a_queue_that_is_not_there_is_refused(lane):
     with pytest.raises(IndexError):
         lane.submit([QueuedJob(1, lambda: None)], LABEL, 1)
     lane.settle()
+
+
+def test_a_transfer_after_another_begins_when_that_has_ended(make_lane):
+    writes, reads, done = make_lane(), make_lane(workers=2), []
+    gate = Gate(writes)
+    written = writes.submit([partial(done.append, "written")], LABEL, 1)
+    read = reads.submit([partial(done.append, "read")], LABEL, 1, after=written)
+    bare = reads.submit([], LABEL, 0, after=written)
+    free = reads.submit([partial(done.append, "free")], LABEL, 1)
+    free.wait()
+    assert not read.done()
+    assert not bare.done()  # nothing of its own has to move, but its memory is still in use
+    gate.open()
+    read.wait()
+    bare.wait()
+    assert done == ["free", "written", "read"]
+
+
+def test_a_transfer_after_one_that_has_ended_begins_at_once(make_lane):
+    lane, done = make_lane(), []
+    first = lane.submit([], LABEL, 0)
+    lane.submit([partial(done.append, "next")], LABEL, 1, after=first).wait()
+    assert done == ["next"]
+
+
+def test_a_transfer_after_one_that_failed_begins_all_the_same(make_lane):
+    writes, reads, done = make_lane(), make_lane(), []
+    gate = Gate(writes)
+    failed = writes.submit([partial(fail, OSError("full"))], LABEL, 1)
+    read = reads.submit([partial(done.append, "read")], LABEL, 1, after=failed)
+    gate.open()
+    read.wait()
+    with pytest.raises(OSError, match="full"):
+        failed.wait()
+    assert done == ["read"]
+
+
+def test_a_lane_is_not_idle_while_a_transfer_of_it_waits_for_another(make_lane):
+    writes, reads, done = make_lane(), make_lane(queues=2), []
+    gate = Gate(writes)
+    written = writes.submit([], LABEL, 0, after=gate.transfer)
+    reads.submit([QueuedJob(1, partial(done.append, "read"))], LABEL, 1, after=written)
+    threads = [threading.Thread(target=end) for end in (reads.settle, reads.close)]
+    for thread in threads:
+        thread.start()
+    assert not done
+    gate.open()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    assert done == ["read"]
