@@ -27,7 +27,7 @@ from offload.allocator.errors import StepInterruptedError
 from offload.swap.consumed import consumed_gradient
 from offload.swap.optim_kinds import Kind
 from offload.swap.optimizer import StreamedOptimizer
-from offload.swap.pipeline import Target
+from offload.swap.step_targets import Target
 
 
 class BackwardStep:

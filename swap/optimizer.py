@@ -20,8 +20,9 @@ from offload.swap.master_keeper import MasterKeeper
 from offload.swap.masters import MASTER_LOW
 from offload.swap.memory_step import MemoryStep
 from offload.swap.optim_kinds import Kind, kind_of, state_specs, step_on
-from offload.swap.pipeline import Target, TilePipeline, Version
+from offload.swap.pipeline import TilePipeline
 from offload.swap.states import SMALL_NUMEL, StateKeeper, is_large
+from offload.swap.step_targets import Target, Version
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.journal import Journal
 

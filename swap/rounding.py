@@ -44,7 +44,8 @@ def round_to_bf16(
         key: names the random bits, 0 to 2**64 - 1.
         start: the place of the first element in its tensor.
     """
-    bits = values.view(torch.int32).numpy().view(np.uint32)
+    numbers = values.numpy()
+    bits = numbers.view(np.uint32)
     upper = rounded.view(torch.int16).numpy().view(np.uint16)
     scratch = np.empty(min(BLOCK_NUMEL, values.numel()), dtype=np.uint32)
     for begin, end in blocks_of(start, start + values.numel()):
@@ -52,8 +53,8 @@ def round_to_bf16(
         found = scratch[: end - begin]
         np.add(bits[part], random_bits(key, begin, end), out=found)
         np.right_shift(found, np.uint32(16), out=found)
-        if torch.isnan(values[part].sum()):  # there is a NaN, or both infinities are there
-            found[np.isnan(values[part].numpy())] = _NAN_BITS  # a carry could make it a number
+        if np.isnan(np.maximum.reduce(numbers[part])):
+            found[np.isnan(numbers[part])] = _NAN_BITS  # a carry could make it a number
         np.copyto(upper[part], found, casting="unsafe")
 
 

@@ -11,15 +11,21 @@ with everything on a file, the optimizer behind backward and in it, there also w
 bfloat16 and in 8 bits and with bfloat16 weights and float32 masters, and with everything in memory;
 DeepSpeed's ZeRO-3 with the optimizer on NVMe, where it is installed. What a way costs is its step
 beyond the forward and backward of plain PyTorch; bytes are the kernel's count for the process.
+Beside each stands what no schedule could go below: the seconds in which the disk alone moves these
+bytes, mixed as they are, and in which all processors do the work that the process gave them.
+Threads that wait busily for one another count as work: OMP_WAIT_POLICY=passive in the environment
+leaves the work itself.
 """
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +45,7 @@ AMPLE = 3.0  # the same share where everything is to stay in memory
 MOST_IN_MEMORY = 1.05  # of plain PyTorch's step
 _JOB = Path(__file__).with_name("optimizer_job.py")
 _MIB = 1 << 20
+_LIMIT_NBYTES = 1 << 30  # moved to find the disk's rate for one way
 
 
 class Weights(nn.Module):
@@ -135,10 +142,11 @@ def _timed_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     return step_s
 
 
-def beside(result: Result, size: str, folder: Path) -> None:
-    """Whole steps of one model, every way."""
+def beside(result: Result, size: str, folder: Path, ways: Sequence[str]) -> None:
+    """Whole steps of one model, plain and each of ``ways``."""
     runs: dict[str, dict[str, Any]] = {}
-    for way in WAYS:
+    limit = DiskLimit(folder, _LIMIT_NBYTES)
+    for way in [way for way in WAYS if way == "plain" or way in ways]:
         share = AMPLE if way == IN_MEMORY else BUDGETS[size]
         most = share * runs["plain"]["peak_nbytes"] if runs else 0
         figures, why = _run(size, way, f"host={int(most) // _MIB}MiB", folder)
@@ -149,9 +157,20 @@ def beside(result: Result, size: str, folder: Path) -> None:
         runs[way] = figures
         compute_s = runs["plain"]["step_s"] - runs["plain"]["visible_s"]
         figures["cost_s"] = figures["step_s"] - compute_s
+        figures["disk_s"] = _disk_s(limit, figures["read_nbytes"], figures["written_nbytes"])
+        figures["processors_s"] = figures.pop("processor_s") / len(os.sched_getaffinity(0))
         result.add(model=size, way=way, **figures)
+    limit.close()
     if size != "tiny":
         _check(result, size, runs)
+
+
+def _disk_s(limit: DiskLimit, read: int, written: int) -> float:
+    """Seconds in which the disk alone moves so many bytes, reads and writes mixed as they are."""
+    if not read + written:
+        return 0.0
+    rates = [limit.mixed_bytes_per_s(read / (read + written), _LIMIT_NBYTES) for _ in range(3)]
+    return (read + written) / statistics.median(rates)
 
 
 def _run(size: str, way: str, budget: str, folder: Path) -> tuple[dict[str, Any] | None, str]:
@@ -172,6 +191,7 @@ def _run(size: str, way: str, budget: str, folder: Path) -> tuple[dict[str, Any]
     return {
         "step_s": median("steps_s"),
         "visible_s": median("visible_s"),
+        "processor_s": median("processor_s"),
         "read_nbytes": int(median("read_nbytes")),
         "written_nbytes": int(median("written_nbytes")),
         "peak_nbytes": job["peak_nbytes"],
@@ -238,18 +258,19 @@ def _check(result: Result, size: str, runs: dict[str, dict[str, Any]]) -> None:
 def main() -> int:
     """Run and print."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--sizes", nargs="*", choices=BUDGETS, help="models of the second part")
+    parser.add_argument("--sizes", nargs="*", choices=BUDGETS, help="models of the whole steps")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS, help="beside plain")
+    parser.add_argument("--steps-only", action="store_true", help="leave out the step alone")
     options = parser.parse_args()
     options.nvme.mkdir(parents=True, exist_ok=True)
     result = Result("The optimizer step: the disk's limit, plain PyTorch, DeepSpeed")
-    with tempfile.TemporaryDirectory(dir=options.nvme) as folder:
-        alone(result, Path(folder), quick=options.quick)
-    with tempfile.TemporaryDirectory(dir=options.nvme) as folder:
-        in_memory(result, Path(folder), quick=options.quick)
+    for part in () if options.steps_only else (alone, in_memory):
+        with tempfile.TemporaryDirectory(dir=options.nvme) as folder:
+            part(result, Path(folder), quick=options.quick)
     default = ["tiny"] if options.quick else ["70M", "350M"]
     for size in default if options.sizes is None else options.sizes:
         with tempfile.TemporaryDirectory(dir=options.nvme) as folder:
-            beside(result, size, Path(folder))
+            beside(result, size, Path(folder), options.ways)
     return finish(result, options.json)
 
 

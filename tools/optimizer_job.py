@@ -1,7 +1,8 @@
 """The job that ``bench_optimizer`` compares: some training steps of a decoder, one way of many.
 
-Prints one JSON object: times of whole steps and of the optimizer's visible part, bytes that the
-process moved to and from drives by the kernel's count, and its peak resident set.
+Prints one JSON object: times of whole steps and of the optimizer's visible part, seconds of all
+processors, bytes that the process moved to and from drives by the kernel's count, and its peak
+resident set.
 """
 
 import argparse
@@ -148,12 +149,14 @@ def main() -> None:
             "master_weights": "fp32" if way == MASTERS else "none",
         }
         step = offload_steps(shape, nvme, options.budget, config)
-    losses, steps_s, visible_s, reads, writes = [], [], [], [], []
+    losses, steps_s, visible_s, processor_s, reads, writes = [], [], [], [], [], []
     for number in range(options.steps):
         seeded = torch.Generator().manual_seed(number)
         tokens = torch.randint(VOCABULARY, (1, SEQUENCE + 1), generator=seeded)
         before, began_s = moved_nbytes(), time.perf_counter()
+        began_processor_s = time.process_time()
         loss, seconds = step(tokens)
+        processor_s.append(time.process_time() - began_processor_s)
         steps_s.append(time.perf_counter() - began_s)
         after = moved_nbytes()
         losses.append(loss)
@@ -161,7 +164,7 @@ def main() -> None:
         reads.append(after[0] - before[0])
         writes.append(after[1] - before[1])
     figures: dict[str, Any] = {"losses": losses, "steps_s": steps_s, "visible_s": visible_s}
-    figures |= {"read_nbytes": reads, "written_nbytes": writes}
+    figures |= {"read_nbytes": reads, "written_nbytes": writes, "processor_s": processor_s}
     with torch.device("meta"):
         figures["parameters"] = sum(one.numel() for one in Decoder(shape).parameters())
     print(json.dumps({**figures, "peak_nbytes": peak_resident_nbytes()}))

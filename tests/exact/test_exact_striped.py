@@ -103,6 +103,24 @@ def test_training_is_bit_exact_over_paths(
     assert_spread(paths, weights)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "8bit"])
+def test_states_in_less_bits_are_the_same_over_paths(
+    stripe: Callable[..., list[Path]], starve: Any, tmp_path: Path, precision: str
+) -> None:
+    """Pieces of a state are on each path."""
+    torch.manual_seed(3)
+    models = [Net(), Net()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [adamw(model) for model in models]
+    places: list[Any] = [tmp_path / "one", stripe(3e9, 1e9)]
+    for model, optimizer, nvme in zip(models, optimizers, places, strict=True):
+        torch.manual_seed(4)
+        with starve(model, optimizer, nvme=nvme, config={"state_precision": precision}) as engine:
+            loop(model, optimizer, engine)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_resumed_run_continues_bit_for_bit(stripe: Callable[..., list[Path]]) -> None:
     torch.manual_seed(3)
     plain = Net()
