@@ -22,6 +22,7 @@ from offload.swap.tile_share import TileShare, best_share, parse_share
 if TYPE_CHECKING:
     from offload.computing import Computing
 
+_WHOLE = (("host", "no tile"), ("device", "all tiles"))  # setting and words, for 0 and 1
 _SHARE = "optimizer_share"  # in the state of a commit; without it the host steps
 
 
@@ -124,7 +125,7 @@ def _measured(streamed: StreamedOptimizer, device: DeviceStep, runtime: Runtime)
     if rates is None:
         return Fraction(0)
     share = best_share(rates)
-    setting = {0: "host", 1: "device"}.get(share, round(float(share), 4))
+    setting = _WHOLE[int(share)][0] if share.denominator == 1 else round(float(share), 4)
     runtime.journal.notice(
         "optimizer_device",
         f"the device steps {_told(share)}: an element takes {rates.host_s * 1e9:.2f} ns on the "
@@ -135,4 +136,4 @@ def _measured(streamed: StreamedOptimizer, device: DeviceStep, runtime: Runtime)
 
 
 def _told(share: Fraction) -> str:
-    return {0: "no tile", 1: "all tiles"}.get(share, f"{share} of the tiles")
+    return _WHOLE[int(share)][1] if share.denominator == 1 else f"{share} of the tiles"
