@@ -32,6 +32,7 @@ from offload.runtime import Runtime
 from offload.saving import make_homes, open_cache
 from offload.sharing import open_device_step
 from offload.steplog import Stats, StepLog
+from offload.swap.buckets import Form
 from offload.swap.census import take_census
 from offload.swap.device_plan import DevicePlan
 from offload.swap.gradient_stream import GradientStream
@@ -112,6 +113,7 @@ class Engine(Attachment):
             if self.computing is not None
             else open_cache(homes, runtime, plan, model, self.weights)
         )
+        self._replanner.activations = self.activations if self.computing is None else None
         self.tokenwise = (
             self.computing.tokenwise
             if self.computing is not None
@@ -175,6 +177,8 @@ class Engine(Attachment):
     def _set_limits(self, plan: Plan) -> None:
         self.weights.window_nbytes = plan.window_nbytes
         self.gradients.limit_nbytes = plan.gradients_nbytes
+        if self.computing is None:
+            self.activations.limit_nbytes = plan.activations_nbytes
         self.gradient_stream.staging.limit_nbytes = plan.staging_nbytes
         if self._optimizing is not None:
             self._optimizing.set_limits(plan)
@@ -195,10 +199,11 @@ class Engine(Attachment):
 
     # What the hooks call.
 
-    def _before_pass(self) -> None:
+    def _before_pass(self, form: Form) -> None:
         if self._optimizing is not None:
             self._optimizing.before_pass()
         self.gradients.poll()
+        self._replanner.begin_pass(form)
 
     def _before_step(self) -> None:
         """Gradients are complete."""
@@ -233,6 +238,7 @@ class Engine(Attachment):
                 "activation": self.activations.kept_nbytes,
                 "state": self._optimizing.keeper.held_nbytes() if self._optimizing else 0,
             },
+            bucket=self._replanner.bucket_name,
         )
         self._replanner.finish_step()
         if self.computing is not None:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
 from offload.computing import Computing
 from offload.swap.activations import ActivationCache
+from offload.swap.buckets import Form, form_of
 from offload.swap.census import Census
 from offload.swap.selective import SavedTensors, put_on, take_off
 from offload.swap.uncompiled import uncompiled
@@ -51,7 +52,7 @@ class ModelHooks:
         weights: in memory, or on the device, where the model computes.
         saved: takes what autograd saves, on top of ``activations``; by default that itself.
         computing: the device, if it computes on one.
-        on_pass: called as a pass begins.
+        on_pass: called as a pass begins, with the form of its inputs.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ModelHooks:
         census: Census,
         weights: Window[Any],
         activations: ActivationCache,
-        on_pass: Callable[[], None],
+        on_pass: Callable[[Form], None],
         saved: SavedTensors | None = None,
         computing: Computing | None = None,
     ) -> None:
@@ -72,7 +73,7 @@ class ModelHooks:
         self._here = _Here()
         self._in_turns = False
         self._handles: list[RemovableHandle] = []
-        self._running: dict[nn.Module, Callable[[], None]] = {}
+        self._running: dict[nn.Module, Callable[[tuple[Any, ...]], object]] = {}
         users = {info.name: info.weights for info in census.modules}
         for name, module in model.named_modules():
             if name in users or module is model or module._parameters:
@@ -82,8 +83,8 @@ class ModelHooks:
         computing = self._computing
 
         @uncompiled
-        def before(_module: nn.Module, _args: Any) -> None:
-            self._enter(name)
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._enter(name, (args, kwargs))
             if weights:
                 self._weights.use(weights)
 
@@ -94,7 +95,7 @@ class ModelHooks:
         def before_on_device(module: nn.Module, args: Any, kwargs: Any) -> Any:
             assert computing is not None
             with computing.aside():
-                before(module, args)
+                before(module, args, kwargs)
                 return computing.enter(module, args, kwargs, outermost=self._here.depth == 1)
 
         def after_on_device(module: nn.Module, args: Any, output: Any) -> None:
@@ -106,13 +107,10 @@ class ModelHooks:
 
         first: Any = before if computing is None else before_on_device
         last: Any = after if computing is None else after_on_device
-        arguments: tuple[Any, ...] = ((),) if computing is None else ((), {})
-        self._running[module] = lambda: first(module, *arguments)
+        self._running[module] = lambda args: first(module, args, {})
         self._handles += [
             # Other hooks of the same module may use its weights: be the first before them.
-            module.register_forward_pre_hook(
-                first, prepend=True, with_kwargs=computing is not None
-            ),
+            module.register_forward_pre_hook(first, prepend=True, with_kwargs=True),
             module.register_forward_hook(last, always_call=True),
         ]
 
@@ -127,42 +125,46 @@ class ModelHooks:
                     )
                 )
 
-    def _enter(self, name: str) -> None:
+    def _enter(self, name: str, inputs: object) -> None:
         here = self._here
         here.depth += 1
         if here.depth > 1 or in_backward():
             return
+        trains = torch.is_grad_enabled()
+        form = form_of(inputs, trains=trains)
         if not self._in_turns:
-            self._on_pass()
+            self._weights.trace.begin((name, trains))
+            self._on_pass(form)
             if self._computing is not None:
                 self._computing.begin_pass()
-            self._weights.trace.begin((name, torch.is_grad_enabled()))
         # torch.func forbids such hooks inside its transforms: what it saves then stays in memory.
-        if torch.is_grad_enabled() and _hooks_allowed():
+        if trains and _hooks_allowed():
             if not self._in_turns:
-                self._activations.begin_pass(name)
+                self._activations.begin_pass((name, form.rounded()))
             put_on(self._activations, self._saved)
             here.pushed = True
 
     @contextmanager
-    def in_turns(self, kind: Hashable, uses: Sequence[str]) -> Iterator[None]:
+    def in_turns(self, kind: Hashable, uses: Sequence[str], inputs: object) -> Iterator[None]:
         """All passes inside, on whichever thread, are one of ``kind``.
 
         Args:
             uses: of weights, in the order in which they are expected the first time.
+            inputs: of all of them.
         """
-        self._on_pass()
+        form = form_of(inputs, trains=True)
         self._weights.trace.begin(kind, uses)
-        self._activations.begin_pass(kind)
+        self._on_pass(form)
+        self._activations.begin_pass((kind, form.rounded()))
         self._in_turns = True
         try:
             yield
         finally:
             self._in_turns = False
 
-    def join_pass(self, module: nn.Module) -> None:
+    def join_pass(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """``module`` is already running: its pass begins now, its pre-hooks are made up for."""
-        self._running[module]()
+        self._running[module](args)
 
     def _leave(self, output: Any) -> None:
         here = self._here

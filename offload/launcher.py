@@ -38,6 +38,7 @@ from offload.attaching import attach_in
 from offload.building import Building
 from offload.config import OffloadConfig, make_config
 from offload.runtime import Runtime
+from offload.swap.buckets import form_of
 from offload.swap.uncompiled import plain_module
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class _Session:
         ]
         return self
 
-    def _on_forward(self, module: nn.Module, _args: Any) -> None:
+    def _on_forward(self, module: nn.Module, args: Any) -> None:
         if self.engine is not None or self._attaching or not torch.is_grad_enabled():
             return
         optimizer = self._optimizer_of(module)
@@ -94,7 +95,7 @@ class _Session:
         finally:
             self._attaching = False
         # This forward has begun before the engine's own hooks stood: the pass begins here.
-        self.engine._hooks.join_pass(module)
+        self.engine._hooks.join_pass(module, args)
         # Global hooks are not given keywords, but the next one may be: torch looks it up here.
         module._forward_pre_hooks_with_kwargs[self._hooks[1].id] = True
 
@@ -104,6 +105,7 @@ class _Session:
             return None  # not the first one
         del module._forward_pre_hooks_with_kwargs[self._hooks[1].id]
         assert self.engine is not None
+        self.engine._replanner.tell_form(form_of((args, kwargs), trains=True))
         computing = self.engine.computing
         return computing and computing.enter(module, args, kwargs, outermost=True)
 

@@ -53,6 +53,7 @@ class StepLog:
         optimizer_stall_s: float,
         commit_s: float,
         resident_nbytes: Mapping[str, int],
+        bucket: str = "",
     ) -> None:
         """The step has ended; the next one begins."""
         totals, before = self._journal.totals, self._before
@@ -70,6 +71,7 @@ class StepLog:
             written_nbytes=totals.written_nbytes - before.written_nbytes,
             peak_nbytes=hostmem.peak_resident_nbytes(),
             resident_nbytes=resident_nbytes,
+            bucket=bucket,
         )
         self._steps.append(finished)
         self._journal.record(finished)

@@ -179,7 +179,7 @@ class Vertical:
         alone = draws.is_alone
         kind, uses = ("in turns", count, alone), expected_uses(segments, count, alone=alone)
         with ExitStack() as undo:
-            undo.enter_context(self._hooks.in_turns(kind, uses))
+            undo.enter_context(self._hooks.in_turns(kind, uses, batches))
             parts = Parts(relay, self._names())
             undo.callback(parts.stop)
             largest = max(self._nbytes(names) for names in segments)

@@ -157,6 +157,11 @@ class ActivationCache:
         with self._lock:
             return self.spiller.kept_nbytes
 
+    def take_peak(self) -> int:
+        """The most bytes of saved tensors that were in memory since the last call."""
+        with self._lock:
+            return self.spiller.take_peak()
+
     def begin_pass(self, kind: Hashable) -> None:
         """A forward begins; passes of one ``kind`` are expected to repeat."""
         with self._lock:

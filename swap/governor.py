@@ -51,6 +51,11 @@ class Governor:
         kernel = hostmem.peak_resident_nbytes()
         return max(self.seen_nbytes, kernel if kernel > self._known_nbytes else 0)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the kernel has measured the peak: it is above all before ``restart_peak``."""
+        return hostmem.peak_resident_nbytes() > self._known_nbytes
+
     def _watch(self) -> None:
         # File pages that shedding can't give back: the libraries' own code.
         fixed_nbytes = 0

@@ -94,6 +94,17 @@ class GradientSwapper:
         """Leave the gradients of ``parameters`` in memory, and of these alone, from now on."""
         self._kept = frozenset(parameters)
 
+    def release(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let gradients leave that were kept until now.
+
+        Raises:
+            TierIOError: a write failed.
+        """
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is not None and parameter in self._names and _movable(gradient, parameter):
+                self._send(parameter, gradient)
+
     def watches(self, parameter: nn.Parameter) -> bool:
         """Whether ``watch`` has put a hook on ``parameter``."""
         return parameter in self._names

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from offload.swap.saved import Unit
 
 _REMEMBERED = 4  # passes before a backward that are told apart
+_LIKENESS = 4  # sizes of one bucket differ by less than a quarter (``buckets`` [Note: buckets])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +31,13 @@ class Expectation:
     order: tuple[int, ...]
     times_s: tuple[float, ...]
     ranks: dict[int, int]
+
+    def is_like(self, position: int, nbytes: int) -> bool:
+        """Whether there was a unit of about ``nbytes``: batches of one bucket differ a little."""
+        if position >= len(self.sizes):
+            return False
+        expected = self.sizes[position]
+        return _LIKENESS * abs(expected - nbytes) <= max(expected, nbytes)
 
     def needed_first(self, nbytes: int) -> frozenset[int]:
         """The positions that are used first, as many as fit ``nbytes``."""
@@ -56,8 +64,8 @@ class _Pass:
 
     def add(self, unit: Unit) -> None:
         position = len(self.units)
-        if self.expected and self.expected.sizes[position : position + 1] != (unit.nbytes,):
-            self.expected = None  # another shape than last time
+        if self.expected and not self.expected.is_like(position, unit.nbytes):
+            self.expected = None  # another shape than last time, and another bucket
             self.staying = frozenset()
         unit.origin, unit.position = self, position
         unit.stays = position in self.staying

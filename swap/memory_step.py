@@ -122,10 +122,24 @@ class MemoryStep:
             sizes = [value.nbytes for value in shown if _is_plain(value)]
         return gradient + sum(map(page_ceil, sizes))
 
-    def keep(self, names: Iterable[str]) -> None:
+    def held_nbytes(self) -> int:
+        """Bytes of the kept gradients and states that are in memory."""
+        states = sum(
+            state.stored.nbytes
+            for parameter in self._kept
+            for state in self._keeper.shown(parameter) or ()
+            if state.held
+        )
+        gradients = (parameter.grad for parameter in self._kept)
+        return states + sum(gradient.nbytes for gradient in gradients if gradient is not None)
+
+    def keep(self, names: Iterable[str], *, pending: bool = False) -> None:
         """Keep gradients and states of the weights ``names``, and of these alone.
 
         States come into memory at their next step; those of others are stored and leave now.
+
+        Args:
+            pending: gradients wait for their step: those of others leave, too.
 
         Raises:
             TierIOError: a write failed.
@@ -133,10 +147,13 @@ class MemoryStep:
         wanted = frozenset(self._weights.weights[name].parameters[0] for name in names)
         if wanted == self._kept:
             return
-        for parameter in self._kept - wanted:
+        given_up = self._kept - wanted
+        for parameter in given_up:
             self._give_back(parameter)
         self._kept = wanted
         self._gradients.keep(wanted)
+        if pending:
+            self._gradients.release(given_up)
 
     def _give_back(self, parameter: nn.Parameter) -> None:
         self._keeper.absorb(parameter)

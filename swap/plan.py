@@ -20,6 +20,7 @@ OVERHEAD_NBYTES = 24 << 20
 VARIATION_NBYTES = 4 << 20
 # Kept free when spare bytes are handed out: steps differ a little.
 MARGIN_NBYTES = 12 << 20
+_LEAST_ACTIVATIONS_NBYTES = 4 << 20  # with less, each saved tensor waits for the one before it
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 _CHUNK_NUMELS = (2 << 20, 1 << 20, 1 << 18)
 _STAGED_PER_TILE = 4  # parameter, gradient and two states: the Adam family
@@ -70,6 +71,11 @@ class Plan:
         window = self.window_nbytes - self.working_nbytes // 2
         staging = self.staging_nbytes - self.tile_nbytes if self.step_in_backward else 0
         return window + self.gradients_nbytes + staging
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of weights, gradients and states that stay in memory."""
+        return self.resident_nbytes + self.resident_states_nbytes
 
     def to_json(self) -> str:
         """The plan as versioned JSON."""
@@ -202,7 +208,8 @@ def shrink(
     """The plan with so many bytes fewer, in the reverse of the order of ``grow``.
 
     Gradients and states go before weights, the largest first, and these before what lets moves
-    overlap. ``states_nbytes`` as for ``grow``.
+    overlap. Saved activations leave memory at last, down to what moves at once. ``states_nbytes``
+    as for ``grow``.
     """
     weights_nbytes = {weight.name: weight.nbytes for weight in census.weights}
     resident = _smallest_first(plan.resident, weights_nbytes)
@@ -213,14 +220,24 @@ def shrink(
     while resident and states_given_up + given_up < excess_nbytes:
         given_up += weights_nbytes[resident.pop()]
     if (missing := excess_nbytes - states_given_up - given_up) > 0:
-        left = max(plan.ahead_nbytes - missing, 0)
-        plan = _move_ahead(_move_nothing_ahead(plan), census, left)
+        left = plan.ahead_nbytes - missing
+        plan = _move_ahead(_move_nothing_ahead(plan), census, max(left, 0))
+        least = min(plan.activations_nbytes, _LEAST_ACTIVATIONS_NBYTES)
+        activations = max(plan.activations_nbytes + min(left, 0), least)
+        plan = dataclasses.replace(plan, activations_nbytes=activations)
     return dataclasses.replace(
         plan,
         resident=tuple(resident),
         resident_nbytes=plan.resident_nbytes - given_up,
         resident_states=tuple(states),
         resident_states_nbytes=plan.resident_states_nbytes - states_given_up,
+    )
+
+
+def streaming(plan: Plan) -> Plan:
+    """The plan with nothing resident."""
+    return dataclasses.replace(
+        plan, resident=(), resident_nbytes=0, resident_states=(), resident_states_nbytes=0
     )
 
 

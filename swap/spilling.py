@@ -87,6 +87,11 @@ class Spiller:
         self._bury()
         return self._kept_nbytes
 
+    def take_peak(self) -> int:
+        """The most bytes of units that were in memory since the last call."""
+        peak, self.peak_nbytes = self.peak_nbytes, self.kept_nbytes
+        return peak
+
     @property
     def ahead_nbytes(self) -> int:
         """Bytes of units in memory in backward: fetched ahead, or waiting for a second use."""

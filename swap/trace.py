@@ -44,13 +44,19 @@ class Trace:
         self._expected = []
         self._position = 0
 
-    def use(self, key: str) -> None:
-        """``key`` is used now; the prediction moves on to just after its next expected use."""
+    def use(self, key: str) -> bool:
+        """``key`` is used now; the prediction moves on to just after its next expected use.
+
+        Returns:
+            Whether the last pass of this kind used it here, too, if there was one.
+        """
         if self._now and self._now[-1] == key:
-            return
+            return True
         self._now.append(key)
+        expected = next(self.upcoming(), key)
         with contextlib.suppress(ValueError):  # unexpected: the prediction stays where it is
             self._position = self._expected.index(key, self._position) + 1
+        return key == expected or self._kind not in self._learned
 
     def upcoming(self) -> Iterator[str]:
         """The keys expected next, nearest first; a key may come more than once."""

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+import torch
+
 from offload.swap.residency import Residency
 from offload.swap.trace import Trace
 from offload.tiers.journal import Journal
@@ -67,6 +69,7 @@ class Window(ABC, Generic[_Item]):
         self._room = room
         self._streaming: dict[str, _Item] = {}  # here or on their way, not resident
         self._in_use: list[tuple[str, ...]] = []
+        self._told_another_way = False
 
     @abstractmethod
     def _fetch(self, weight: _Item, *, urgent: bool = False) -> bool:
@@ -126,7 +129,8 @@ class Window(ABC, Generic[_Item]):
         """
         self._in_use = [*self._in_use[-1:], tuple(names)]
         for name in names:
-            self.trace.use(name)
+            if not self.trace.use(name):
+                self._note_another_way(name)
             weight = self.weights[name]
             if weight.residency is Residency.ABSENT and not weight.held:
                 self._make_room(weight, force=True)
@@ -135,6 +139,19 @@ class Window(ABC, Generic[_Item]):
         for name in names:
             self._await(self.weights[name], "late")
         self._prefetch()
+
+    def _note_another_way(self, name: str) -> None:
+        """Tell once that forwards differ; what is used after what is learned anew each time."""
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self._told_another_way or in_backward:
+            return
+        self._told_another_way = True
+        self.journal.notice(
+            "control flow",
+            f"{name} is used where the last forward used another {self._role} or none: the model "
+            "does not take the same way each time. The order is learned anew from each pass; what "
+            "is used against it is fetched late",
+        )
 
     def touch(self, name: str) -> None:
         """Note that backward has just finished with ``name``; moves nothing.

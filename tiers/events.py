@@ -91,6 +91,7 @@ class StepFinished:
     written_nbytes: int
     peak_nbytes: int  # kernel's peak resident set so far
     resident_nbytes: Mapping[str, int] = field(default_factory=dict)  # by role
+    bucket: str = ""  # of the step's largest batch: the shape of its largest tensor, rounded up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,6 +82,18 @@ class StallRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BucketRow:
+    """The steps with batches of like size; seconds and bytes are medians over them."""
+
+    bucket: str
+    steps: int
+    step_s: float
+    stall_s: float
+    read_nbytes: int
+    kept_nbytes: int  # weights and states in memory at their ends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorRow:
     """One of the tensors that moved most."""
 
@@ -101,6 +113,7 @@ class Report:
     lanes: tuple[LaneRow, ...]
     stalls: tuple[StallRow, ...]
     tensors: tuple[TensorRow, ...]
+    buckets: tuple[BucketRow, ...]
     notices: tuple[str, ...]
     truncated: bool
 
@@ -115,6 +128,7 @@ def summarise(run: RunEvents) -> Report:
         lanes=_lanes(events),
         stalls=_stalls(events),
         tensors=_tensors(events),
+        buckets=_buckets(events),
         notices=tuple(f"{e.subject}: {e.message}" for e in _of(events, Notice)),
         truncated=run.truncated,
     )
@@ -214,3 +228,27 @@ def _tensors(events: list[Event]) -> tuple[TensorRow, ...]:
         for (key, role), sizes in moved.items()
     )
     return tuple(sorted(rows, key=lambda row: (-row.nbytes, row.key))[:_TOP])
+
+
+def _buckets(events: list[Event]) -> tuple[BucketRow, ...]:
+    """In the order of first appearance; none where the batches' sizes are not known."""
+    found: dict[str, list[StepFinished]] = defaultdict(list)
+    for step in _of(events, StepFinished):
+        if step.bucket:
+            found[step.bucket].append(step)
+    return tuple(_bucket_row(bucket, steps) for bucket, steps in found.items())
+
+
+def _bucket_row(bucket: str, steps: list[StepFinished]) -> BucketRow:
+    kept = [
+        step.resident_nbytes.get("weight", 0) + step.resident_nbytes.get("state", 0)
+        for step in steps
+    ]
+    return BucketRow(
+        bucket=bucket,
+        steps=len(steps),
+        step_s=statistics.median(step.step_s for step in steps),
+        stall_s=statistics.median(step.stall_s for step in steps),
+        read_nbytes=int(statistics.median(step.read_nbytes for step in steps)),
+        kept_nbytes=int(statistics.median(kept)),
+    )

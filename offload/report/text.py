@@ -23,6 +23,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or Console(width=WIDTH, highlight=False)
     _print_headline(report.headline, console)
     _print_drive(report.drive, console)
+    if len(report.buckets) > 1:
+        console.print(_bucket_table(report))
     if report.lanes:
         console.print(_lane_table(report))
     if report.stalls:
@@ -84,6 +86,20 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", width=WIDTH, title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < 2 else "right", no_wrap=index > 0)
+    return table
+
+
+def _bucket_table(report: Report) -> Table:
+    table = _table("Batches up to", "inputs", "steps", "step", "waited", "read", "kept")
+    for row in report.buckets:
+        table.add_row(
+            row.bucket,
+            str(row.steps),
+            format_seconds(row.step_s),
+            format_seconds(row.stall_s),
+            format_nbytes(row.read_nbytes),
+            format_nbytes(row.kept_nbytes),
+        )
     return table
 
 

@@ -1,5 +1,6 @@
 """The report's figures from events made by hand, and its text at 80 columns."""
 
+import dataclasses
 import json
 from io import StringIO
 from pathlib import Path
@@ -97,6 +98,30 @@ def test_text_fits_80_columns_and_json_is_versioned(run: Path) -> None:
     document = json.loads(to_json(report))
     assert document["format"] == 1
     assert document["headline"]["steps"] == 3
+    assert report.buckets == ()
+    assert "Batches up to" not in out.getvalue()
+
+
+def test_steps_are_told_apart_by_the_sizes_of_their_batches(run: Path) -> None:
+    lines = [
+        event_to_json(
+            dataclasses.replace(step(number, step_s), bucket=bucket, resident_nbytes=kept)
+        )
+        for number, step_s, bucket, kept in (
+            (1, 3.0, "2x512", {"weight": 1 << 20, "activation": 7}),
+            (2, 1.0, "2x64", {"weight": 4 << 20, "state": 2 << 20}),
+            (3, 5.0, "2x512", {"weight": 3 << 20}),
+        )
+    ]
+    (run / "rank0.jsonl").write_text("\n".join([event_to_json(started(0)), *lines, ""]))
+    report = summarise(read_run(run))
+    long, short = report.buckets
+    assert (long.bucket, long.steps, long.step_s, long.read_nbytes) == ("2x512", 2, 4.0, 2 << 20)
+    assert (long.kept_nbytes, short.kept_nbytes) == (2 << 20, 6 << 20)
+    out = StringIO()
+    print_report(report, Console(file=out, width=80, highlight=False))
+    assert "Batches up to" in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= 80
 
 
 def test_a_record_cut_off_by_a_kill_is_read_as_far_as_it_goes(run: Path) -> None:

@@ -59,9 +59,16 @@ def test_what_was_never_used_does_not_stay():
 def test_another_shape_is_not_expected_to_repeat():
     lookahead = Lookahead()
     run(lookahead, [10, 10, 10], [(0, 1), (2, 2), (1, 3)])
-    units = run(lookahead, [10, 11, 10], [])
+    units = run(lookahead, [10, 14, 10], [])
     assert [each.stays for each in units] == [True, False, False]
     assert upcoming(lookahead, units, 2) == [(1, 0), (0, 0)]
+
+
+def test_a_shape_of_the_same_bucket_is_expected_to_repeat():
+    lookahead = Lookahead()
+    run(lookahead, [100, 100, 100], [(0, 1), (2, 2), (1, 3)])
+    units = run(lookahead, [112, 126, 100], [])
+    assert upcoming(lookahead, units, 0) == [(2, 1), (1, 2)]
 
 
 def test_kinds_are_learned_apart():

@@ -84,6 +84,19 @@ def test_a_gradient_that_has_left_comes_back_to_be_kept(swapper, parameter):
     assert torch.equal(parameter.grad, values(3))
 
 
+def test_a_kept_gradient_leaves_when_it_is_kept_no_more(swapper, parameter):
+    swapper.keep([parameter])
+    backward(parameter, values(1))
+    assert swapper.home_of(parameter) is None
+    swapper.keep([])
+    swapper.release([parameter])
+    swapper.drain()
+    assert swapper.home_of(parameter) is not None
+    backward(parameter, values(2))
+    swapper.drain()
+    assert torch.equal(parameter.grad, values(1) + values(2))
+
+
 def test_a_gradient_on_its_way_when_it_is_to_be_kept(swapper, parameter, gate):
     backward(parameter, values(1))
     assert gate.begun.wait(PATIENCE_S)
