@@ -54,14 +54,6 @@ class DeviceTransfer(Transfer):
         self._journal = journal
         self._seen = event is None
 
-    @property
-    def duration_s(self) -> float | None:
-        """Seconds on its stream, what came before left out; None before it has ended well."""
-        if self.event is None or self.started_s is None:
-            return None
-        started_s, ended_s = self.event.span()
-        return ended_s - started_s
-
     def done(self) -> bool:
         if self.event is not None and not self._seen and self.event.done():
             self._end(self.event)
@@ -84,9 +76,9 @@ class DeviceTransfer(Transfer):
             self.owner = None
             self.error = event.error
         if self.error is None:
-            self.started_s, ended_s = event.span()
+            self.started_s, self.ended_s = started_s, ended_s = event.span()
             self._journal.moved(
-                self.label, self.nbytes, ended_s - self.started_s, self._lane, ended_s=ended_s
+                self.label, self.nbytes, ended_s - started_s, self._lane, ended_s=ended_s
             )
 
 

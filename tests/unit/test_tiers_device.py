@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from offload.allocator.errors import CapacityError, StaleBlockError, TierIOError, UnsupportedError
+from offload.swap.links import LinkRate
 from offload.tiers.cpudevice import CpuAccelerator
 from offload.tiers.device import DeviceTier
 from offload.tiers.events import ListRecorder
@@ -72,6 +73,22 @@ def test_a_copy_tells_what_it_took_on_its_own_stream(device, tier, buffer):
     assert first.done()
     took_s = EXACT.latency_s + PAGE / EXACT.bytes_per_s  # queueing behind the first left out
     assert (first.duration_s, second.duration_s) == pytest.approx((took_s, took_s))
+
+
+def test_a_copy_tells_when_it_began_and_ended(device, tier, buffer):
+    recorder = ListRecorder()
+    tier.journal.recorder = recorder
+    copy, rate = tier.fetch(tier.allocate(PAGE), buffer), LinkRate()
+    rate.measured(copy)
+    assert (copy.started_s, copy.ended_s) == (None, None)
+    assert rate.seconds(PAGE) == float("inf")
+    copy.wait()
+    assert (copy.started_s, copy.ended_s) == copy.event.span()
+    assert copy.ended_s > copy.started_s
+    (move,) = recorder.events
+    assert (move.t_s, move.duration_s) == (copy.ended_s, copy.duration_s)
+    rate.measured(copy)  # so that what comes back from pinned memory is fetched just in time
+    assert rate.seconds(PAGE) == pytest.approx(copy.duration_s)
 
 
 def test_a_copy_waits_for_kernels_up_to_the_last_on_its_block(device, tier, buffer):
