@@ -137,13 +137,13 @@ class DeviceWeights(Window[DeviceCopy]):
 
     def begin_pass(self) -> None:
         """A pass begins: give up the copies whose weights have changed since they were fetched."""
-        for copy in list(self._streaming.values()):
+        for copy in list(self._streaming):
             if copy.versions != versions_of(copy.weight) or self._may_have_changed(copy.weight):
                 self.evict(copy)
 
     def before_step(self) -> None:
         """The optimizer is going to write to weights."""
-        for copy in list(self._streaming.values()):
+        for copy in list(self._streaming):
             if _is_trained(copy.weight):
                 self.evict(copy)
 
@@ -160,7 +160,7 @@ class DeviceWeights(Window[DeviceCopy]):
 
     def end_pass(self) -> None:
         """A pass has ended: what its kernels wrote to copies is the weights' own from now on."""
-        for copy in self._streaming.values():
+        for copy in self._streaming:
             if copy.in_memory and copy.count_written():
                 self._write_back(copy)
 
@@ -203,7 +203,7 @@ class DeviceWeights(Window[DeviceCopy]):
         weight.transfer = self._lane.submit(jobs, label, weight.nbytes, urgent=urgent)
         self.names[memory.tensor.untyped_storage()._cdata] = weight.name
         if not weight.resident:
-            self._streaming[weight.name] = weight
+            self._streaming.join(weight.name, weight)
         self._become(weight, Residency.FETCHING)
         return True
 
@@ -223,7 +223,7 @@ class DeviceWeights(Window[DeviceCopy]):
             TierIOError: what kernels wrote to one could not be brought home.
         """
         in_use = {name for names in self._in_use[-1:] for name in names}
-        for copy in list(self._streaming.values()):
+        for copy in list(self._streaming):
             if copy.name not in in_use:
                 self.evict(copy)
 
@@ -251,7 +251,7 @@ class DeviceWeights(Window[DeviceCopy]):
         if weight.count_written():
             self._write_back(weight)
         self._forget(weight)
-        self._streaming.pop(weight.name, None)
+        self._streaming.leave(weight.name)
         self._become(weight, Residency.ABSENT)
 
     def _lost(self, weight: DeviceCopy) -> None:

@@ -2,49 +2,74 @@
 
 A training step repeats. The uses of a pass (one forward, with its backward if there is one) are
 recorded; the next pass of the same kind is predicted to repeat them. A wrong prediction costs
-time, never correctness.
+time, never correctness. A run and its simulation share all of it.
+
+[Note: places of next uses] Distances are counted from the present use, which moves. The *place* of
+a key's next use in the expected pass stays until it is used, so places are kept for all keys, and
+only those of keys that a use passes by are looked up anew.
 """
 
-import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
-class Trace:
+class Trace(Generic[_Key]):
     """Predicts uses of keys within passes.
 
     Args:
         order: the keys in the order of their first forward use, as far as it can be guessed
             (the model's own order); the first training pass is predicted as this order and back.
+
+    Attributes:
+        moved: called with a key whose next use is another from now on.
+        restarted: called when all places are new.
     """
 
-    def __init__(self, order: Sequence[str]) -> None:
+    def __init__(self, order: Sequence[_Key]) -> None:
+        self.moved: Callable[[_Key], None] = lambda _key: None
+        self.restarted: Callable[[], None] = lambda: None
         self._default = [*order, *reversed(order)]
-        self._learned: dict[Hashable, list[str]] = {}
+        self._learned: dict[Hashable, list[_Key]] = {}
         self._kind: Hashable = None
-        self._now: list[str] = []
-        self._expected = self._default
-        self._position = 0
+        self._now: list[_Key] = []
+        self._expect(self._default)
 
-    def begin(self, kind: Hashable, uses: Sequence[str] | None = None) -> None:
+    def begin(self, kind: Hashable, uses: Sequence[_Key] | None = None) -> None:
         """A pass of ``kind`` begins (training or evaluation, say); the last one is learned.
 
         Args:
             uses: what the first pass of this kind is predicted as.
         """
-        self.end()
+        self._learn()
         self._kind = kind
-        self._expected = self._learned.get(kind, self._default if uses is None else list(uses))
-        self._position = 0
+        self._expect(self._learned.get(kind, self._default if uses is None else list(uses)))
 
     def end(self) -> None:
         """The pass is over: nothing more is predicted until the next one begins."""
+        self._learn()
+        self._expect([])
+
+    def _learn(self) -> None:
         if self._now:
             self._learned[self._kind] = self._now
         self._now = []
-        self._expected = []
-        self._position = 0
 
-    def use(self, key: str) -> bool:
+    def _expect(self, expected: list[_Key]) -> None:
+        self._expected = expected
+        self._position = 0
+        self._settled = 0  # uses before it need no fetch
+        self._never = never = len(expected) + 1
+        self._places: dict[_Key, int] = {}
+        self._following = [never] * len(expected)  # the next use of the same key, behind each place
+        for place in range(len(expected) - 1, -1, -1):
+            key = expected[place]
+            self._following[place] = self._places.get(key, never)
+            self._places[key] = place
+        self.restarted()
+
+    def use(self, key: _Key) -> bool:
         """``key`` is used now; the prediction moves on to just after its next expected use.
 
         Returns:
@@ -53,19 +78,45 @@ class Trace:
         if self._now and self._now[-1] == key:
             return True
         self._now.append(key)
-        expected = next(self.upcoming(), key)
-        with contextlib.suppress(ValueError):  # unexpected: the prediction stays where it is
-            self._position = self._expected.index(key, self._position) + 1
-        return key == expected or self._kind not in self._learned
+        place, began = self.place(key), self._position
+        as_before = place == began or began >= len(self._expected)
+        if place < self._never:  # else it is unexpected: the prediction stays where it is
+            for passed in range(began, place + 1):
+                other = self._expected[passed]
+                self._places[other] = self._following[passed]
+                self.moved(other)
+            self._position = place + 1
+        return as_before or self._kind not in self._learned
 
-    def upcoming(self) -> Iterator[str]:
+    def upcoming(self) -> Iterator[_Key]:
         """The keys expected next, nearest first; a key may come more than once."""
         for position in range(self._position, len(self._expected)):
             yield self._expected[position]
 
-    def distance(self, key: str) -> int:
+    def place(self, key: _Key) -> int:
+        """Where ``key`` is expected next; behind the end of the pass when it is not."""
+        return self._places.get(key, self._never)
+
+    def distance(self, key: _Key) -> int:
         """Uses until ``key`` is expected; one past the end of the pass when it is not."""
-        try:
-            return self._expected.index(key, self._position) - self._position
-        except ValueError:
-            return len(self._expected) + 1 - self._position
+        return self.place(key) - self._position
+
+    # What needs no fetch is not looked at again.
+
+    def unsettled(self) -> Iterator[tuple[int, _Key]]:
+        """Places and keys expected next, behind what is settled."""
+        for place in range(max(self._position, self._settled), len(self._expected)):
+            yield place, self._expected[place]
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that is expected is settled."""
+        return self._settled >= len(self._expected)
+
+    def settle(self, place: int) -> None:
+        """What is used before ``place`` needs no fetch."""
+        self._settled = place
+
+    def unsettle(self, key: _Key) -> None:
+        """``key`` has gone: it needs a fetch before its next use."""
+        self._settled = min(self._settled, self.place(key))

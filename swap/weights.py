@@ -90,9 +90,9 @@ class WeightSwapper(Window[Weight]):
         for weight in self.weights.values():
             weight.resident = weight.name in wanted
             if weight.resident:
-                self._streaming.pop(weight.name, None)
+                self._streaming.leave(weight.name)
             elif weight.residency is not Residency.ABSENT:
-                self._streaming[weight.name] = weight
+                self._streaming.join(weight.name, weight)
 
     def uncache(self, names: Iterable[str]) -> None:
         """Drop what the page cache has of the weights ``names``, in which rows are looked up.
@@ -137,6 +137,8 @@ class WeightSwapper(Window[Weight]):
     def let_go(self, weight: Weight) -> None:
         """``weight`` may be fetched and evicted again."""
         weight.held = False
+        if weight.residency is Residency.ABSENT:
+            self.trace.unsettle(weight.name)
 
     def give_up(self, nbytes: int) -> None:
         """Evict so many bytes of streaming weights, those used last first, as far as they reach.
@@ -164,7 +166,7 @@ class WeightSwapper(Window[Weight]):
         weight.landing_nbytes = weight.nbytes - (kept_nbytes - self.pool.nbytes)
         weight.transfer = self._lane.submit(jobs, label, weight.nbytes, urgent=urgent)
         if not weight.resident:
-            self._streaming[weight.name] = weight
+            self._streaming.join(weight.name, weight)
         self._become(weight, Residency.FETCHING)
         # What the fetch left of its victims' pages may wait only within the window.
         self.pool.trim(min(self.window_nbytes - self.streaming_nbytes, self._room()))
@@ -178,7 +180,7 @@ class WeightSwapper(Window[Weight]):
         self.absorb(weight)
         assert weight.stored.current is not None
         weight.mapped.file_as(weight.stored.current, None if weight.resident else self.pool)
-        self._streaming.pop(weight.name, None)
+        self._streaming.leave(weight.name)
         self._become(weight, Residency.ABSENT)
 
     def evict_streaming(self) -> None:

@@ -8,12 +8,13 @@ memory, ``device_weights`` one over the memory of a device.
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from offload.swap.residency import Residency
+from offload.swap.streaming import Streaming
 from offload.swap.trace import Trace
 from offload.tiers.journal import Journal
 from offload.tiers.lanes import Lane, Transfer
@@ -63,11 +64,13 @@ class Window(ABC, Generic[_Item]):
         self.journal = journal
         self.window_nbytes = window_nbytes
         self.weights: dict[str, _Item] = {}
-        self.trace = Trace(())
+        self.trace: Trace[str] = Trace(())
         self._lane = lane
         self._role = role
         self._room = room
-        self._streaming: dict[str, _Item] = {}  # here or on their way, not resident
+        # Here or on their way, and not resident.
+        self._streaming: Streaming[str, _Item] = Streaming(self.trace)
+        self._fetching: dict[str, _Item] = {}  # all that are on their way
         self._in_use: list[tuple[str, ...]] = []
         self._told_another_way = False
 
@@ -101,15 +104,15 @@ class Window(ABC, Generic[_Item]):
     @property
     def streaming_nbytes(self) -> int:
         """Bytes of streaming weights that are here or on their way."""
-        return sum(weight.nbytes for weight in self._streaming.values())
+        return self._streaming.nbytes
 
     @property
     def landing_nbytes(self) -> int:
         """Bytes that fetches in flight may still take from the room."""
         return sum(
             weight.landing_nbytes
-            for weight in self._streaming.values()
-            if weight.residency is Residency.FETCHING
+            for weight in self._fetching.values()
+            if weight.name in self._streaming
         )
 
     def resident_nbytes(self) -> int:
@@ -119,6 +122,7 @@ class Window(ABC, Generic[_Item]):
     def learn_order(self, order: Sequence[str]) -> None:
         """The order of first use, as the model's structure suggests it."""
         self.trace = Trace(order)
+        self._streaming.follow(self.trace)
 
     def use(self, names: Sequence[str]) -> None:
         """Have ``names`` here now, and the next ones on their way.
@@ -181,24 +185,32 @@ class Window(ABC, Generic[_Item]):
         self._arrived(weight)
         if transfer.error is not None:
             self._lost(weight)
-            self._streaming.pop(weight.name, None)
+            self._streaming.leave(weight.name)
             self._become(weight, Residency.ABSENT)
         transfer.wait()
         self._become(weight, Residency.READY)
 
     def _prefetch(self) -> None:
         """Fetch what is used next, as far as the window reaches."""
-        nearer = {name for names in self._in_use for name in names}
-        for name in self.trace.upcoming():
-            if name in nearer:
-                continue
+        if self.trace.is_settled:
+            return
+        in_use, settled = self._names_in_use(), sys.maxsize
+        for place, name in self.trace.unsettled():
             weight = self.weights[name]
-            absent = weight.residency is Residency.ABSENT and not weight.held
-            if absent and not (self._make_room(weight, nearer=nearer) and self._fetch(weight)):
-                return
-            nearer.add(name)
+            if weight.residency is not Residency.ABSENT or weight.held:
+                continue
+            if name in in_use:  # it went although it is: fetched when it is needed
+                settled = min(settled, place)
+            elif not (self._make_room(weight) and self._fetch(weight)):
+                settled = min(settled, place)
+                break
+        self.trace.settle(settled)
 
-    def _make_room(self, weight: _Item, *, force: bool = False, nearer: Iterable[str] = ()) -> bool:
+    def _names_in_use(self) -> set[str]:
+        """What this use and the one before need."""
+        return {name for names in self._in_use for name in names}
+
+    def _make_room(self, weight: _Item, *, force: bool = False) -> bool:
         """Evict the weights used farthest ahead until ``weight`` fits; False if it can't.
 
         Belady's rule: what is used last goes first, never what is used before ``weight``.
@@ -209,37 +221,39 @@ class Window(ABC, Generic[_Item]):
         coming = weight.nbytes + self.landing_nbytes - self._spare_nbytes()
         beyond_budget = coming - self._room()
         excess = max(beyond_window, beyond_budget)
-        victims = self._farthest(excess, -1 if force else self.trace.distance(weight.name), nearer)
+        victims = self._farthest(excess, -1 if force else self.trace.place(weight.name))
         if excess > sum(victim.nbytes for victim in victims) and not force:
             return False
         for victim in victims:
             self.evict(victim)
         return True
 
-    def _farthest(self, nbytes: int, limit: int, nearer: Iterable[str] = ()) -> list[_Item]:
-        """The streaming weights used farthest ahead, beyond ``limit`` uses: so many bytes."""
-        if nbytes <= 0:
-            return []
-        protected = {name for names in self._in_use for name in names}.union(nearer)
-        distances = {
-            other: self.trace.distance(other.name)
-            for other in self._streaming.values()
-            if other.name not in protected and self._can_leave(other)
-        }
+    def _farthest(self, nbytes: int, limit: int) -> list[_Item]:
+        """The streaming weights used last, behind the place ``limit``: so many bytes."""
         found: list[_Item] = []
-        for other in sorted(distances, key=lambda other: -distances[other]):
-            if nbytes <= 0 or distances[other] <= limit:
-                break
-            found.append(other)
-            nbytes -= other.nbytes
+        if nbytes <= 0:
+            return found
+        in_use = self._names_in_use()
+        for other in self._streaming.farthest(limit):
+            if other.name not in in_use and self._can_leave(other):
+                found.append(other)
+                nbytes -= other.nbytes
+                if nbytes <= 0:
+                    break
         return found
 
     def evict_streaming(self) -> None:
         """Give up all weights that are not resident."""
         self._in_use = []
-        for weight in list(self._streaming.values()):
+        for weight in list(self._streaming):
             self.evict(weight)
 
     def _become(self, weight: _Item, residency: Residency) -> None:
         old, weight.residency = weight.residency, residency
+        if residency is Residency.FETCHING:
+            self._fetching[weight.name] = weight
+        elif old is Residency.FETCHING:
+            del self._fetching[weight.name]
+        if residency is Residency.ABSENT:
+            self.trace.unsettle(weight.name)
         self.journal.residency(weight.name, self._role, old.value, residency.value, weight.nbytes)

@@ -75,15 +75,15 @@ class _Sight:
 
     def repeats(self, earlier: "_Sight") -> bool:
         """Whether what follows is what followed ``earlier``."""
-        if (self.tile, self.numbers) != (earlier.tile, earlier.numbers):
+        if self.numbers != earlier.numbers or self.tile is not earlier.tile:
             return False
         if len(self.ahead_s) != len(earlier.ahead_s) or self.waiting >= earlier.waiting:
             return False
         rounding_s = _TOLERANCE * (self.reading.now_s - earlier.reading.now_s)
-        return all(
-            abs(here - there) <= rounding_s
-            for here, there in zip(self.ahead_s, earlier.ahead_s, strict=True)
-        )
+        for here, there in zip(self.ahead_s, earlier.ahead_s, strict=True):
+            if abs(here - there) > rounding_s:
+                return False
+        return True
 
 
 class SimStaging:
@@ -151,6 +151,7 @@ class SimPipeline:
         self._reading: deque[_InFlight] = deque()
         self._writing: deque[_InFlight] = deque()
         self._seen: deque[_Sight] = deque(maxlen=_LONGEST_PERIOD)
+        self._labels: dict[str, tuple[Label, Label]] = {}  # in and out
 
     def add(
         self,
@@ -190,9 +191,16 @@ class SimPipeline:
         first.count -= 1
         if not first.count:
             self._waiting.popleft()
-        label = Label(tile.name, "state", "file", "host")
+        label, _ = self._labels_of(tile)
         flight = world.submit(world.reads, label, tile.read_nbytes, after=after)
         self._reading.append(_InFlight(tile, first.written, first.stepped, buffer, flight))
+
+    def _labels_of(self, tile: SimTile) -> tuple[Label, Label]:
+        found = self._labels.get(tile.name)
+        if found is None:
+            back = Label(tile.name, "state", "file", "host")
+            found = self._labels[tile.name] = back, Label(tile.name, "state", "host", "file")
+        return found
 
     def advance(self) -> None:
         """Read, step and write what can be without waiting for a lane."""
@@ -227,7 +235,7 @@ class SimPipeline:
             world.memory.add("transients", -tile.temporary_nbytes)
         world.compute(tile.seconds)
         first.stepped()
-        label = Label(tile.name, "state", "host", "file")
+        _, label = self._labels_of(tile)
         first.flight = world.submit(world.writes, label, tile.written_nbytes)
         self._writing.append(first)
         if self._waiting and self._waiting[0].tile.staging_nbytes <= first.buffer_nbytes:
@@ -244,8 +252,8 @@ class SimPipeline:
     def _skip_what_repeats(self) -> None:
         """See [Note: what repeats]."""
         first, world = self._waiting[0], self._world
-        tiles = [*self._reading, *self._writing]
-        if world.is_recorded or any(each.tile is not first.tile for each in tiles):
+        tiles = (*self._reading, *self._writing)
+        if world.is_recorded or any([each.tile is not first.tile for each in tiles]):
             self._seen.clear()
             return
         flights = [each.flight for each in tiles]

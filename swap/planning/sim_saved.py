@@ -296,15 +296,17 @@ class SimSaved:
         if present.turn is None:
             self._fetch_backwards(present)
             return
-        next_use_s = self._next_use_s(present.turn)
         turn = self._absent_turns.after(present.turn)
         while turn is not None:
-            unit, due_s = self._unit_at(turn), self._due_s(present.turn, turn)
-            coming_nbytes = self._fetching_turns.nbytes_between(present.turn, turn)
-            lead_s = 2 * self._world.reads.work_s(coming_nbytes + unit.nbytes)
-            has_room = self.kept_nbytes + unit.nbytes <= self._limit_nbytes
-            if due_s > lead_s + next_use_s or not has_room:
+            unit = self._unit_at(turn)
+            if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
                 return
+            if self._expected:
+                coming_nbytes = self._fetching_turns.nbytes_between(present.turn, turn)
+                lead_s = 2 * self._world.reads.work_s(coming_nbytes + unit.nbytes)
+                due_s = self._due_s(present.turn, turn)
+                if due_s > lead_s + self._next_use_s(present.turn):
+                    return
             self._fetch(unit)
             turn = self._absent_turns.after(turn)
 
@@ -312,12 +314,12 @@ class SimSaved:
         return self._units[self._expected[turn][0] if self._expected else -turn]
 
     def _due_s(self, present: int, turn: int) -> float:
-        """Seconds from one turn to another; 0 where it isn't known."""
-        return self._expected[turn][1] - self._expected[present][1] if self._expected else 0.0
+        """Seconds from one turn to another."""
+        return self._expected[turn][1] - self._expected[present][1]
 
     def _next_use_s(self, present: int) -> float:
-        """Seconds until something is used again; 0 where it isn't known."""
-        for turn in range(present + 1, len(self._expected)) if self._expected else ():
+        """Seconds until something is used again; 0 where nothing is expected."""
+        for turn in range(present + 1, len(self._expected)):
             if self._expected[turn][0] < len(self._units):
                 return self._due_s(present, turn)
         return 0.0

@@ -147,9 +147,7 @@ class Simulation:
                 fits, as a run does.
         """
         world = self.world
-        totals = dataclasses.replace(world.journal.totals)
-        began_s = world.now_s
-        drive_s = world.drive_busy_s
+        before = world.reading()
         world.memory.restart_peak()
         self._pass()
         if not self._steps:
@@ -162,18 +160,19 @@ class Simulation:
             self._step.commit()
         world.drain()
         self._steps += 1
-        after, step_s = world.journal.totals, world.now_s - began_s
-        stall_s = stalled_s - totals.stall_s - inside_stall_s
+        after = world.reading()
+        step_s = after.now_s - before.now_s
+        stall_s = stalled_s - before.stall_s - inside_stall_s
         finished = StepFinished(
             t_s=world.now_s,
             step=self._steps,
             step_s=step_s,
-            compute_s=passed_s - began_s - stall_s - inside_s,
+            compute_s=passed_s - before.now_s - stall_s - inside_s,
             stall_s=stall_s,
             optimizer_s=stepped_s - passed_s + inside_s,
             commit_s=world.now_s - stepped_s,
-            read_nbytes=after.read_nbytes - totals.read_nbytes,
-            written_nbytes=after.written_nbytes - totals.written_nbytes,
+            read_nbytes=after.read_nbytes - before.read_nbytes,
+            written_nbytes=after.written_nbytes - before.written_nbytes,
             peak_nbytes=world.memory.peak_nbytes,
             resident_nbytes={
                 "weight": world.memory.now["weights"],
@@ -188,7 +187,7 @@ class Simulation:
             busy_s={
                 "compute": finished.compute_s,
                 "optimizer": optimizer_s,
-                "drive": world.drive_busy_s - drive_s,
+                "drive": after.drive_busy_s - before.drive_busy_s,
             },
             peak_roles=dict(world.memory.peak_roles),
             plan=self.plan,
@@ -199,9 +198,9 @@ class Simulation:
 
     def _handlers(self) -> tuple[Callable[[int], None], ...]:
         """What each kind of moment does, in the order of ``What``."""
-        saved, weights, uses = self._saved, self._weights, self._uses
+        saved = self._saved
         by_kind = {
-            What.USE: lambda which: weights.use(uses[which]),
+            What.USE: self._use,
             What.LOOKUP: self._look_up,
             What.FREE: saved.let_go,
             What.SAVE: saved.save,
@@ -222,6 +221,9 @@ class Simulation:
             if nbytes or highs:
                 memory.pass_through("transients", highs, nbytes)
             handlers[what](which)
+
+    def _use(self, which: int) -> None:
+        self._weights.use(self._uses[which])
 
     def _begin_pass(self, _which: int) -> None:
         self._gradients.poll()

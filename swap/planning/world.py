@@ -6,7 +6,13 @@ lane. Lanes are passive, so that between two of its actions everything follows b
 [Note: a shared drive] Each lane serves its transfers in order. While both have work they share the
 drive: each goes on at its own rate times ``together``, which the machine's measurement of reads and
 writes at once gives (1: nothing is shared, 1/2: the drive does one thing at a time).
+
+[Note: lanes that lag] While no transfer ends, the lanes need no attention: when the next one will
+end follows from what stands at their heads. So time passes by one comparison, and the work that was
+done until then is taken off when a transfer ends, or something else looks at it.
 """
+
+import math
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -76,7 +82,8 @@ class Memory:
 
     def room(self) -> int:
         """Bytes left below the limit; negative above it."""
-        return self.limit_nbytes - self._resident(self.nbytes)
+        free = self.limit_nbytes - self.nbytes
+        return max(free - self.now["pages"], 0) if free > 0 else free
 
     def restart_peak(self) -> None:
         """Begin a new measurement of the peak."""
@@ -153,7 +160,11 @@ class World:
     ) -> None:
         self.now_s = 0.0
         self._lost_s_per_byte = lost_s_per_byte
-        self.drive_busy_s = 0.0
+        self._drive_busy_s = 0.0
+        self._seen_s = 0.0  # until then the lanes' work has been taken off
+        self._due_s = math.inf  # when the next transfer ends
+        self._first_s = 0.0  # what the drive has to do until then, for the first of each lane
+        self._speed = 1.0
         self.reads, self.writes = reads, writes
         self.memory = memory
         self.is_recorded = recorder is not None
@@ -166,9 +177,8 @@ class World:
     def compute(self, seconds: float) -> None:
         """Let time pass: ``seconds``, and what moves take from them."""
         until_s = self.now_s + seconds
-        reads, writes = self.reads.queue, self.writes.queue
-        while (reads or writes) and self.now_s < until_s:
-            until_s += self._serve_one(until_s) * self._lost_s_per_byte
+        while self._due_s <= until_s:
+            until_s += self._end_next() * self._lost_s_per_byte
         self.now_s = until_s
 
     def submit(
@@ -184,13 +194,17 @@ class World:
 
         One ``after`` another is queued when that one, which nothing else follows, has ended.
         """
-        flight = Flight(label, nbytes, lane.work_s(nbytes), lane.latency_s)
+        flight, queue = Flight(label, nbytes, lane.work_s(nbytes), lane.latency_s), lane.queue
         if after is not None and after.ended_s is None:
             after.follower = lane, flight
-        elif urgent and lane.queue:
-            lane.queue.insert(1, flight)
+        elif not queue:
+            self._catch_up()
+            self._queue_first(lane, flight)
+            self._look_ahead()
+        elif urgent:
+            queue.insert(1, flight)
         else:
-            lane.queue.append(flight)
+            queue.append(flight)
         return flight
 
     def done(self, flight: Flight) -> bool:
@@ -201,15 +215,16 @@ class World:
         """Stall until ``flight`` has ended."""
         if flight.ended_s is not None and flight.ended_s <= self.now_s:
             return
-        if flight.ended_s is None:
-            self._expedite(lane, flight)
+        if flight in lane.queue and lane.queue[0] is not flight:
+            lane.queue.remove(flight)
+            lane.queue.insert(1, flight)
         began_s = self.now_s
         while flight.ended_s is None:
-            self._serve_one()
+            self._end_next()
         # The drive is done with it, the link may not be.
-        while self.now_s < flight.ended_s and (self.reads.queue or self.writes.queue):
-            self._serve_one(flight.ended_s)
-        self.now_s = max(self.now_s, flight.ended_s)
+        while self._due_s <= flight.ended_s:
+            self._end_next()
+        self.now_s = flight.ended_s
         stalled_s = self.now_s - began_s
         self._totals.stall_s += stalled_s
         if self.is_recorded:
@@ -227,53 +242,79 @@ class World:
 
     def drain(self) -> None:
         """Let everything end; counts as a stall of nobody."""
-        while self.reads.queue or self.writes.queue:
-            self._serve_one()
+        while self._due_s < math.inf:
+            self._end_next()
 
-    def _expedite(self, lane: SimLane, flight: Flight) -> None:
-        queue = lane.queue
-        if flight in queue and queue[0] is not flight:
-            queue.remove(flight)
-            queue.insert(1, flight)
+    @property
+    def drive_busy_s(self) -> float:
+        """Seconds in which the drive has worked."""
+        self._catch_up()
+        return self._drive_busy_s
 
-    # How time passes.
+    # How time passes; see [Note: lanes that lag].
 
-    def _serve_one(self, until_s: float = float("inf")) -> int:
-        """Serve both lanes until the next transfer ends, or until then; bytes of what ended."""
+    def _look_ahead(self) -> None:
+        """Tell when the next transfer ends."""
         reads, writes = self.reads.queue, self.writes.queue
-        speed = self._together if reads and writes else 1.0
-        served_s = (until_s - self.now_s) * speed  # of each lane's first
-        read, write = reads[0] if reads else None, writes[0] if writes else None
-        if read is not None and read.work_s < served_s:
-            served_s = read.work_s
-        if write is not None and write.work_s < served_s:
-            served_s = write.work_s
-        began_s, span_s = self.now_s, served_s / speed
-        self.now_s += span_s
-        self.drive_busy_s += span_s
+        self._speed = 1.0
+        if not reads and not writes:
+            self._due_s = math.inf
+            return
+        if not writes:
+            self._first_s = reads[0].work_s
+        elif not reads:
+            self._first_s = writes[0].work_s
+        else:
+            self._first_s = min(reads[0].work_s, writes[0].work_s)
+            self._speed = self._together
+        self._due_s = self._seen_s + self._first_s / self._speed
+
+    def _catch_up(self) -> None:
+        """Take the work off that was done by now."""
+        if self._due_s < math.inf:
+            span_s = self.now_s - self._seen_s
+            served_s = span_s * self._speed
+            self._drive_busy_s += span_s
+            self._first_s -= served_s
+            for lane in (self.reads, self.writes):
+                if lane.queue:
+                    lane.queue[0].work_s -= served_s
+        self._seen_s = self.now_s
+
+    def _end_next(self) -> int:
+        """Go to where the next transfer ends, or both lanes' do; bytes of what ended."""
+        reads, writes, first_s = self.reads.queue, self.writes.queue, self._first_s
+        now_s = self.now_s = self._due_s
+        self._drive_busy_s += now_s - self._seen_s
+        self._seen_s = now_s
         ended_nbytes = 0
+        read, write = reads[0] if reads else None, writes[0] if writes else None
         if read is not None:
-            if read.began_s is None:
-                read.began_s = began_s
-            read.work_s -= served_s
+            read.work_s -= first_s
             if read.work_s <= _NO_WORK_S:
-                self._end(read, self.reads)
-                ended_nbytes += read.nbytes
+                ended_nbytes += self._end(self.reads)
         if write is not None:
-            if write.began_s is None:
-                write.began_s = began_s
-            write.work_s -= served_s
+            write.work_s -= first_s
             if write.work_s <= _NO_WORK_S:
-                self._end(write, self.writes)
-                ended_nbytes += write.nbytes
+                ended_nbytes += self._end(self.writes)
+        self._look_ahead()
         return ended_nbytes
 
-    def _end(self, flight: Flight, lane: SimLane) -> None:
-        lane.queue.popleft()
+    def _queue_first(self, lane: SimLane, flight: Flight) -> None:
+        flight.began_s = self.now_s
+        lane.queue.append(flight)
+
+    def _end(self, lane: SimLane) -> int:
+        flight = lane.queue.popleft()
         flight.ended_s = self.now_s + flight.lag_s
+        if lane.queue:
+            lane.queue[0].began_s = self.now_s
         if flight.follower is not None:
             following, follower = flight.follower
-            following.queue.append(follower)
+            if following.queue:
+                following.queue.append(follower)
+            else:
+                self._queue_first(following, follower)
         if self.is_recorded:
             assert flight.began_s is not None
             self.journal.moved(
@@ -287,6 +328,7 @@ class World:
             self._totals.read_nbytes += flight.nbytes
         else:
             self._totals.written_nbytes += flight.nbytes
+        return flight.nbytes
 
     # What repeats.
 
@@ -299,6 +341,7 @@ class World:
 
     def ahead_s(self, flights: Iterable[Flight]) -> tuple[float, ...]:
         """What the future depends on: work in the queues, and when ``flights`` end, from now on."""
+        self._catch_up()
         ends = (
             -1.0 if flight.ended_s is None else max(flight.ended_s - self.now_s, 0.0)
             for flight in flights
@@ -308,16 +351,19 @@ class World:
 
     def repeat(self, since: Reading, times: int, flights: Iterable[Flight]) -> None:
         """What happened ``since`` then happens so many times more; ``flights`` are on their way."""
+        self._catch_up()
         totals = self._totals
         later_s = (self.now_s - since.now_s) * times
         for flight in flights:
             if flight.ended_s is not None:
                 flight.ended_s += later_s
-        self.drive_busy_s += (self.drive_busy_s - since.drive_busy_s) * times
+        self._drive_busy_s += (self._drive_busy_s - since.drive_busy_s) * times
         totals.stall_s += (totals.stall_s - since.stall_s) * times
         totals.read_nbytes += (totals.read_nbytes - since.read_nbytes) * times
         totals.written_nbytes += (totals.written_nbytes - since.written_nbytes) * times
         self.now_s += later_s
+        self._seen_s += later_s
+        self._due_s += later_s
 
 
 def read_lane(seconds: Callable[[int], float], latency_s: float) -> SimLane:

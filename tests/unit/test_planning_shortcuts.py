@@ -13,10 +13,8 @@ from offload.swap.planning.cost import Costs
 from offload.swap.planning.predict import predict
 from offload.swap.planning.program import What
 from offload.swap.planning.sim_pipeline import SimPipeline, SimTile
-from offload.swap.planning.sim_weights import SimTrace
 from offload.swap.planning.whatif import changed, parse_changes
 from offload.swap.planning.world import Memory, World, read_lane, write_lane
-from offload.swap.trace import Trace
 from offload.tiers.events import ListRecorder
 
 RATES = st.floats(1e5, 1e8)
@@ -101,27 +99,6 @@ def test_a_recorded_run_is_the_run_that_is_not_recorded(change: str) -> None:
         for key in times:
             assert second[key] == pytest.approx(first[key], rel=1e-6, abs=1e-9)
         assert here.peak_roles == there.peak_roles
-
-
-@given(
-    order=st.lists(st.integers(0, 5), unique=True),
-    passes=st.lists(st.lists(st.integers(0, 7), max_size=20), max_size=4),
-)
-def test_uses_are_expected_as_the_runtime_expects_them(
-    order: list[int], passes: list[list[int]]
-) -> None:
-    real, trace = Trace([str(key) for key in order]), SimTrace(order, 8)
-    for uses in passes:
-        real.begin("forward")
-        trace.begin()
-        for key in uses:
-            real.use(str(key))
-            trace.use(key)
-            assert [str(each) for _, each in trace.upcoming()] == list(real.upcoming())
-            distances = [place - trace._position for place in trace.places]
-            assert distances == [real.distance(str(each)) for each in range(8)]
-        real.end()
-        trace.end()
 
 
 def test_what_nobody_decides_upon_is_added_up() -> None:
