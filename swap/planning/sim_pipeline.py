@@ -3,9 +3,11 @@
 [Note: what repeats] Thousands of equal tiles may follow each other, and after some of them the
 lanes stand towards each other as they did before: from there on everything repeats. Where nothing
 is recorded, what repeats is counted rather than simulated. Bytes are the same; times are but for
-rounding.
+rounding. *Runs* of equal tiles repeat, too: those of one layer are those of the next. Lanes whose
+rates have no common measure may never stand as before: looks that find nothing become rare.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,10 @@ from offload.tiers.journal import Label
 
 _LEAST_COUNT = 16  # equal tiles that are worth a look for what repeats
 _LONGEST_PERIOD = 8  # tiles
+_LONGEST_ROUND = 64  # runs
+_PATIENCE = 4 * _LONGEST_PERIOD  # looks at tiles of a run, before a rest that doubles
 _TOLERANCE = 1e-9
+_ROUNDINGS = 16  # of the clock: late in a long run they are more than the tolerance
 
 
 class SimTile(NamedTuple):
@@ -53,6 +58,12 @@ class _Waiting:
     written: Callable[[], None]
     stepped: Callable[[], None]
 
+    def alike(self) -> tuple[object, ...]:
+        """Equal for runs of which only the names differ; never where somebody is told of tiles."""
+        if self.written is _nothing_follows and self.stepped is _nothing_follows:
+            return (*self.tile[1:], self.count)
+        return (self,)
+
 
 @dataclass(slots=True, eq=False)
 class _InFlight:
@@ -65,21 +76,26 @@ class _InFlight:
 
 @dataclass(frozen=True, slots=True)
 class _Sight:
-    """How tiles and lanes stood, and what had been until then."""
+    """How tiles and lanes stood, and what had been until then.
 
-    tile: SimTile
+    Attributes:
+        state: all that is no time.
+        waiting: tiles of the first run, or runs.
+    """
+
+    state: tuple[object, ...]
     waiting: int
-    numbers: tuple[int, ...]
     ahead_s: tuple[float, ...]
     reading: Reading
 
     def repeats(self, earlier: "_Sight") -> bool:
-        """Whether what follows is what followed ``earlier``."""
-        if self.numbers != earlier.numbers or self.tile is not earlier.tile:
+        """Whether what follows is what followed ``earlier``, if the same tiles do."""
+        if self.state != earlier.state:
             return False
         if len(self.ahead_s) != len(earlier.ahead_s) or self.waiting >= earlier.waiting:
             return False
-        rounding_s = _TOLERANCE * (self.reading.now_s - earlier.reading.now_s)
+        now_s = self.reading.now_s
+        rounding_s = _TOLERANCE * (now_s - earlier.reading.now_s) + _ROUNDINGS * math.ulp(now_s)
         for here, there in zip(self.ahead_s, earlier.ahead_s, strict=True):
             if abs(here - there) > rounding_s:
                 return False
@@ -151,6 +167,8 @@ class SimPipeline:
         self._reading: deque[_InFlight] = deque()
         self._writing: deque[_InFlight] = deque()
         self._seen: deque[_Sight] = deque(maxlen=_LONGEST_PERIOD)
+        self._runs: list[tuple[object, ...]] = []  # all that ``finish`` found waiting
+        self._rounds: deque[_Sight] = deque(maxlen=_LONGEST_ROUND)
         self._labels: dict[str, tuple[Label, Label]] = {}  # in and out
 
     def add(
@@ -220,10 +238,24 @@ class SimPipeline:
     def finish(self) -> None:
         """Go on until every tile has been written; no staging is kept."""
         self._seen.clear()
+        self._rounds.clear()
+        self._runs = [each.alike() for each in self._waiting]
+        is_recorded = self._world.is_recorded  # then everything is simulated
+        left, rest, looks = len(self._waiting), _PATIENCE, 0
         while self.is_busy:
             self.advance_one()
-            if self._waiting and self._waiting[0].count >= _LEAST_COUNT:
-                self._skip_what_repeats()
+            if is_recorded or not self._waiting:
+                continue
+            if len(self._waiting) < left:
+                self._skip_runs_that_repeat()
+                left, rest, looks = len(self._waiting), _PATIENCE, 0
+            looks += 1
+            if looks > _PATIENCE:  # no look at so many tiles
+                rest *= 2
+                looks = -rest
+                self._seen.clear()
+            if looks >= 0 and self._waiting[0].count >= _LEAST_COUNT:
+                self._skip_tiles_that_repeat()
         self.staging.close()
 
     def _step_first(self) -> None:
@@ -249,22 +281,21 @@ class SimPipeline:
             self.staging.give_back(first.buffer_nbytes)
         first.written()
 
-    def _skip_what_repeats(self) -> None:
+    def _skip_tiles_that_repeat(self) -> None:
         """See [Note: what repeats]."""
-        first, world = self._waiting[0], self._world
-        tiles = (*self._reading, *self._writing)
-        if world.is_recorded or any([each.tile is not first.tile for each in tiles]):
+        first, tiles = self._waiting[0], (*self._reading, *self._writing)
+        if any(each.tile is not first.tile for each in tiles):
             self._seen.clear()
             return
         flights = [each.flight for each in tiles]
         promised = sum(not each.buffer_nbytes for each in self._writing)
-        numbers = len(self._reading), len(self._writing), promised, *self.staging.free
-        now = _Sight(first.tile, first.count, numbers, world.ahead_s(flights), world.reading())
+        numbers = len(self._reading), len(self._writing), promised
+        now = self._sight((first.tile, *numbers, *self.staging.free), first.count, flights)
         for earlier in reversed(self._seen):
             if now.repeats(earlier):
                 period = earlier.waiting - now.waiting
                 times = (first.count - 1) // period
-                world.repeat(earlier.reading, times, flights)
+                self._world.repeat(earlier.reading, times, flights)
                 first.count -= times * period
                 for _ in range(times * period):
                     first.stepped()
@@ -272,3 +303,34 @@ class SimPipeline:
                 self._seen.clear()
                 return
         self._seen.append(now)
+
+    def _skip_runs_that_repeat(self) -> None:
+        """The same for whole runs, as one of them has come to an end."""
+        first, tiles = self._waiting[0], (*self._reading, *self._writing)
+        flights = [each.flight for each in tiles]
+        known = [(*each.tile[1:], each.buffer_nbytes) for each in tiles]
+        state = first.count, len(self._reading), *known, *self.staging.free
+        now = self._sight(state, len(self._waiting), flights)
+        for earlier in reversed(self._rounds):
+            period = earlier.waiting - now.waiting
+            times = self._rounds_to_come(period)
+            if times and now.repeats(earlier):
+                self._world.repeat(earlier.reading, times, flights)
+                for _ in range(times * period):
+                    self._waiting.popleft()
+                self._waiting[0] = first  # the one there is like it
+                self._rounds.clear()
+                self._seen.clear()
+                return
+        self._rounds.append(now)
+
+    def _rounds_to_come(self, period: int) -> int:
+        """How often the last ``period`` runs come again; what is read ahead then is the same."""
+        runs = self._runs
+        start = end = len(runs) - len(self._waiting)
+        while end < len(runs) and runs[end] == runs[end - period]:
+            end += 1
+        return max(end - 1 - start, 0) // period
+
+    def _sight(self, state: tuple[object, ...], waiting: int, flights: list[Flight]) -> _Sight:
+        return _Sight(state, waiting, self._world.ahead_s(flights), self._world.reading())

@@ -13,7 +13,6 @@ done until then is taken off when a transfer ends, or something else looks at it
 """
 
 import math
-
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

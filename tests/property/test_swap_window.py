@@ -195,38 +195,39 @@ PASSES = st.lists(
 )
 
 
+def fail(window, name):
+    transfer = window.weights[name].transfer
+    if transfer is not None:
+        transfer.fail()
+
+
+def hold(window, name):
+    window.weights[name].held = True
+    window.wait_for(window.weights[name])
+
+
+ACTS = {
+    "use": lambda window, names: window.use(names),
+    "touch": lambda window, name: window.touch(name),
+    "begin": lambda window, kind: window.trace.begin(kind),
+    "end": lambda window, _: window.trace.end(),
+    "arrive": lambda window, name: window.wait_for(window.weights[name]),
+    "fail": fail,
+    "hold": hold,
+    "let go": lambda window, name: window.let_go(window.weights[name]),
+    "keep": lambda window, names: window.keep(names),
+    "give up": lambda window, nbytes: window.give_up(nbytes),
+    "evict streaming": lambda window, _: window.evict_streaming(),
+    "window": lambda window, nbytes: setattr(window, "window_nbytes", nbytes),
+    "room": lambda window, nbytes: setattr(window.place, "room", nbytes),
+    "full": lambda window, is_full: setattr(window.place, "full", is_full),
+}
+
+
 def act(window, action, value):
     """What the runtime does; an error that it raises."""
-    place = window.place
     try:
-        if action in {"touch", "use"}:
-            getattr(window, action)(value)
-        elif action == "begin":
-            window.trace.begin(value)
-        elif action == "end":
-            window.trace.end()
-        elif action == "arrive":
-            window.wait_for(window.weights[value])
-        elif action == "fail":
-            if window.weights[value].transfer is not None:
-                window.weights[value].transfer.fail()
-        elif action == "hold":
-            window.weights[value].held = True
-            window.wait_for(window.weights[value])
-        elif action == "let go":
-            window.let_go(window.weights[value])
-        elif action == "keep":
-            window.keep(value)
-        elif action == "give up":
-            window.give_up(value)
-        elif action == "evict streaming":
-            window.evict_streaming()
-        elif action == "window":
-            window.window_nbytes = value
-        elif action == "room":
-            place.room = value
-        else:
-            place.full = value
+        ACTS[action](window, value)
     except TierIOError as error:
         return str(error)
     return None

@@ -58,10 +58,16 @@ TILES = st.lists(
 )
 
 
-@given(tiles=TILES, rates=st.tuples(RATES, RATES), together=st.floats(0.5, 1))
+@given(
+    tiles=TILES,
+    layers=st.integers(1, 12),
+    rates=st.tuples(RATES, RATES),
+    together=st.floats(0.5, 1),
+)
 def test_tiles_that_repeat_are_counted_as_they_would_be_simulated(
-    tiles: list[tuple[SimTile, int]], rates: tuple[float, float], together: float
+    tiles: list[tuple[SimTile, int]], layers: int, rates: tuple[float, float], together: float
 ) -> None:
+    tiles = [(tile, 1 + count // layers) for tile, count in tiles] * layers
     one = streamed(tiles, rates, together, ListRecorder())
     other = streamed(tiles, rates, together, None)
     totals, counted = one.journal.totals, other.journal.totals
@@ -82,6 +88,20 @@ def test_thousands_of_equal_tiles_take_few_looks(monkeypatch: pytest.MonkeyPatch
     world = streamed([(tile, 5000), (tile._replace(name="b"), 5000)], (1e7, 1e7), 0.5, None)
     assert world.journal.totals.read_nbytes == 10_000 * 80_000
     assert len(steps) < 200
+
+
+def test_many_equal_layers_take_few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+    plain = SimPipeline.advance_one
+    monkeypatch.setattr(SimPipeline, "advance_one", lambda self: steps.append(plain(self)))
+    tile = SimTile("a", 1000, 80_000, 90_112, 80_000, 1e-3, 0)
+    layer = [(tile, 40), (tile._replace(name="b", read_nbytes=120_000), 30)]
+    layers = [
+        (one._replace(name=f"{one.name} {at}"), count) for at in range(200) for one, count in layer
+    ]
+    world = streamed(layers, (1e7, 1e7), 0.5, None)
+    assert world.journal.totals.read_nbytes == 200 * (40 * 80_000 + 30 * 120_000)
+    assert len(steps) < 400
 
 
 @pytest.mark.parametrize("change", ["nvme=20GB/s", "nvme=300MB/s", "compute=0.1x"])
