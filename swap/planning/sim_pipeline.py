@@ -288,9 +288,9 @@ class SimPipeline:
             self._seen.clear()
             return
         flights = [each.flight for each in tiles]
-        promised = sum(not each.buffer_nbytes for each in self._writing)
-        numbers = len(self._reading), len(self._writing), promised
-        now = self._sight((first.tile, *numbers, *self.staging.free), first.count, flights)
+        buffers = [each.buffer_nbytes for each in tiles]  # earlier runs may have left larger ones
+        state = first.tile, len(self._reading), *buffers, *self.staging.free
+        now = self._sight(state, first.count, flights)
         for earlier in reversed(self._seen):
             if now.repeats(earlier):
                 period = earlier.waiting - now.waiting
