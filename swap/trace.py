@@ -25,11 +25,13 @@ class Trace(Generic[_Key]):
     Attributes:
         moved: called with a key whose next use is another from now on.
         restarted: called when all places are new.
+        passes: that have begun.
     """
 
     def __init__(self, order: Sequence[_Key]) -> None:
         self.moved: Callable[[_Key], None] = lambda _key: None
         self.restarted: Callable[[], None] = lambda: None
+        self.passes = 0
         self._default = [*order, *reversed(order)]
         self._learned: dict[Hashable, list[_Key]] = {}
         self._kind: Hashable = None
@@ -43,6 +45,7 @@ class Trace(Generic[_Key]):
             uses: what the first pass of this kind is predicted as.
         """
         self._learn()
+        self.passes += 1
         self._kind = kind
         self._expect(self._learned.get(kind, self._default if uses is None else list(uses)))
 

@@ -72,7 +72,7 @@ class Window(ABC, Generic[_Item]):
         self._streaming: Streaming[str, _Item] = Streaming(self.trace)
         self._fetching: dict[str, _Item] = {}  # all that are on their way
         self._in_use: list[tuple[str, ...]] = []
-        self._told_another_way = False
+        self._another_way: int | None = 0  # the pass that first took one; None once told
 
     @abstractmethod
     def _fetch(self, weight: _Item, *, urgent: bool = False) -> bool:
@@ -145,11 +145,18 @@ class Window(ABC, Generic[_Item]):
         self._prefetch()
 
     def _note_another_way(self, name: str) -> None:
-        """Tell once that forwards differ; what is used after what is learned anew each time."""
+        """Tell once that forwards differ; what is used after what is learned anew each time.
+
+        Not of the first pass that differs: what the first forward of all used may be more than
+        the model's own, such as what is rebuilt on trial.
+        """
         in_backward = torch._C._current_graph_task_id() != -1
-        if self._told_another_way or in_backward:
+        if self._another_way is None or in_backward:
             return
-        self._told_another_way = True
+        self._another_way = self._another_way or self.trace.passes
+        if self._another_way == self.trace.passes:
+            return
+        self._another_way = None
         self.journal.notice(
             "control flow",
             f"{name} is used where the last forward used another {self._role} or none: the model "
