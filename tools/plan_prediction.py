@@ -62,6 +62,11 @@ class Case:
     paths: int = 1  # directories of the store, all on the one drive
 
     @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * self.sequence
+
+    @property
     def precision(self) -> Precision:
         """Of what the optimizer keeps."""
         return Precision(states=self.states, masters=self.masters)
@@ -120,16 +125,19 @@ def main() -> int:
     """Run and print."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw it; needs matplotlib")
+    parser.add_argument("--least-tokens", type=int, default=0, help="only steps of so many")
     options = parser.parse_args()
     result = Result("Predictions of the planner against real runs")
-    measure(result, quick=options.quick, nvme=options.nvme)
+    least = options.least_tokens
+    measure(result, quick=options.quick, nvme=options.nvme, least_tokens=least)
     if options.plot is not None:
         draw(result.rows, options.plot)
     return finish(result, options.json)
 
 
-def measure(result: Result, *, quick: bool, nvme: Path) -> None:
-    """Predict and train every configuration, with stores in ``nvme``."""
+def measure(result: Result, *, quick: bool, nvme: Path, least_tokens: int = 0) -> None:
+    """Predict and train every configuration of so many tokens, with stores in ``nvme``."""
+    cases = [case for case in (QUICK if quick else FULL) if case.tokens >= least_tokens]
     nvme.mkdir(parents=True, exist_ok=True)
     links = bench_links([nvme], effort=Effort()).machine
     drive, baseline = file_tier_name(nvme), measure_baseline()
@@ -139,7 +147,7 @@ def measure(result: Result, *, quick: bool, nvme: Path) -> None:
         return add_rehearsal(add_compute(links, seconds=5.0), nvme, drive)
 
     after = measured()
-    for case in QUICK if quick else FULL:
+    for case in cases:
         before, trial = after, Trial(case, baseline, drive)
         row = trial.run(before, nvme, steps=4 if quick else 7)
         after = measured()
@@ -157,7 +165,7 @@ def measure(result: Result, *, quick: bool, nvme: Path) -> None:
     ):
         result.at_most(f"{name}: median error", statistics.median(found or [1.0]), median)
         result.at_most(f"{name}: worst error", max(found or [1.0]), worst)
-    result.check("configurations that ran", len(errors["peak"]), 3 if quick else 24)
+    result.check("configurations that ran", len(errors["peak"]), min(len(cases), 24))
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -256,7 +264,7 @@ def program_of(case: Case) -> Program:
         return trace_step(
             model,
             lambda model: loss_of(model, tokens),
-            tokens=case.batch * case.sequence,
+            tokens=case.tokens,
             optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
             precision=case.precision,
         )
