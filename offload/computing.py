@@ -28,7 +28,7 @@ from offload.swap.activations import ActivationCache
 from offload.swap.census import Census, take_census
 from offload.swap.device_gradients import DeviceGradients
 from offload.swap.device_plan import DevicePlan, grow, make_device_plan
-from offload.swap.device_step import TILES, DeviceStep, VisitSize, beside_backward
+from offload.swap.device_step import DeviceStep
 from offload.swap.device_weights import DeviceWeights
 from offload.swap.ferry import CHUNK_NBYTES, Ferry
 from offload.swap.gradients import GradientSwapper
@@ -37,6 +37,7 @@ from offload.swap.plan import Plan
 from offload.swap.stand_ins import SavedWeights, StandIns
 from offload.swap.staying import move_freely, stay
 from offload.swap.tokenwise.copies import CopiedWeights
+from offload.swap.visits import TILES, VisitSize, beside_backward
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.accelerator import Accelerator
 from offload.tiers.cuda import CudaAccelerator

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from offload.allocator.errors import ConfigError, UnsupportedError
 from offload.config import OffloadConfig
 from offload.runtime import Runtime
-from offload.swap.device_step import DeviceStep, VisitSize, beside_backward, visit_size
+from offload.swap.device_step import DeviceStep
 from offload.swap.optim_kinds import Kind, kind_of
 from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.step_rates import measure_rates
 from offload.swap.tile_share import TileShare, best_share, parse_share
+from offload.swap.visits import VisitSize, beside_backward, visit_size
 
 if TYPE_CHECKING:
     from offload.computing import Computing

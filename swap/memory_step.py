@@ -21,11 +21,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from offload.allocator.errors import StepInterruptedError
-from offload.swap.device_step import DeviceStep, HostPart
+from offload.swap.device_step import DeviceStep
 from offload.swap.gradients import MIN_NBYTES, GradientSwapper
 from offload.swap.optim_kinds import Kind, StateSpec, state_specs, step_on
 from offload.swap.states import State, StateKeeper
 from offload.swap.tiles import Piece, cut
+from offload.swap.visits import HostPart
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.hostmem import page_ceil
 from offload.tiers.journal import Label

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from offload.allocator.errors import UnsupportedError
 from offload.swap.consumed import ConsumedGradient
-from offload.swap.device_step import DeviceStep, HostPart, State
+from offload.swap.device_step import DeviceStep
 from offload.swap.gradients import GradientSwapper
 from offload.swap.master_keeper import MasterKeeper
 from offload.swap.masters import MASTER_LOW
@@ -23,6 +23,7 @@ from offload.swap.optim_kinds import Kind, kind_of, state_specs, step_on
 from offload.swap.pipeline import TilePipeline
 from offload.swap.states import SMALL_NUMEL, StateKeeper, is_large
 from offload.swap.step_targets import Target, Version
+from offload.swap.visits import HostPart, State
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.journal import Journal
 

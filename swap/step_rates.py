@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from offload.swap.device_step import TILES, DeviceStep, HostPart, State
+from offload.swap.device_step import DeviceStep
 from offload.swap.masters import MASTER_LOW
 from offload.swap.optim_kinds import step_on
 from offload.swap.state_precision import Precision
 from offload.swap.states import SMALL_NUMEL
 from offload.swap.tile_share import StepRates
+from offload.swap.visits import TILES, HostPart, State
 
 _ROUNDS = 3
 

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from offload.swap.device_step import HostPart
 from offload.swap.masters import MASTER_LOW, StagedGradient, StagedMaster
 from offload.swap.staged_states import StagedPacked, StagedRounded
 from offload.swap.step_targets import Target, Version
 from offload.swap.tiles import Piece
+from offload.swap.visits import HostPart
 from offload.tiers.memory import HostBuffer
 
 

@@ -13,12 +13,13 @@ from torch import nn
 
 from offload.allocator.errors import CapacityError
 from offload.swap import device_step, ferry
-from offload.swap.device_step import DeviceStep, HostPart, State, VisitSize, visit_size
+from offload.swap.device_step import DeviceStep
 from offload.swap.ferry import Ferry
 from offload.swap.optim_kinds import step_on
 from offload.swap.state_precision import EXACT
 from offload.swap.step_rates import measure_rates
 from offload.swap.tile_share import TileShare
+from offload.swap.visits import HostPart, State, VisitSize, visit_size
 from offload.tiers import hostmem
 from offload.tiers.accelerator import Accelerator, DeviceMemory
 from offload.tiers.cpudevice import CpuAccelerator, DoneEvent
