@@ -82,6 +82,7 @@ def test_a_machine_that_was_measured_is_used_at_once(
         main(["plan", *map(str, words), "--measure"])
 
 
+@pytest.mark.slow
 def test_a_recorded_run_corrects_the_plan(
     script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     made_up: Callable[[Path, float], Machine],

@@ -108,6 +108,7 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int, *words: object) -> st
     return output.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured")
 def test_a_script_is_tuned_end_to_end(
     script: Path, nvme: Path, settings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -255,6 +255,7 @@ print(json.dumps({"peak_nbytes": peak, "baseline_nbytes": baseline, "norms": nor
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept(tmp_path: Path) -> None:
     """Gradients of 192 MiB, in what 112 MiB leave of them."""
     script = tmp_path / "train.py"

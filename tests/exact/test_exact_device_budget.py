@@ -192,6 +192,7 @@ torch.save(model.state_dict(), sys.argv[5])
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     def run(name: str, kill: int) -> int:
         return subprocess.run(

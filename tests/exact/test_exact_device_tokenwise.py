@@ -111,7 +111,9 @@ def test_rows_are_rebuilt(alpha: float | str, dropout: float, tmp_path: Path) ->
         assert rebuilt_nbytes(engine) > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
 def test_rows_are_rebuilt_under_autocast(dtype: torch.dtype, tmp_path: Path) -> None:
     cast_loop = partial(loop, dtype=dtype)
     engine = train_both(Decoder, adamw, cast_loop, CpuAccelerator(), tmp_path, **settings(0.5))
@@ -203,6 +205,7 @@ def train(device: Accelerator) -> list[torch.Tensor]:
     return [*results, *(value.clone() for value in model.state_dict().values())]
 
 
+@pytest.mark.slow
 def test_no_order_of_the_device_changes_a_bit() -> None:
     assert_no_race(train, seeds=range(4))
 

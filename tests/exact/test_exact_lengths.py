@@ -142,8 +142,9 @@ def baseline_mib(tmp_path_factory: pytest.TempPathFactory) -> int:
     return int(ample["baseline_nbytes"]) // MIB
 
 
-@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("where", ["behind", pytest.param("in backward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("where", ["behind", "in backward"])
 def test_lengths_at_random_keep_bits_and_budget(
     baseline_mib: int, where: str, accumulate: int, tmp_path: Path
 ) -> None:

@@ -94,7 +94,8 @@ def run(budget_mib: int, place: Path, *options: str, text: str = SCRIPT) -> dict
     return result
 
 
-@pytest.mark.parametrize("kernels", [pytest.param("foreach", marks=pytest.mark.slow), "one by one"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["foreach", "one by one"])
 def test_more_budget_keeps_more_and_none_is_exceeded(kernels: str, tmp_path: Path) -> None:
     ample = run(4096, tmp_path / "ample", "never", kernels)
     assert (ample["weights"], ample["states"]) == (2 * LAYERS, 2 * LAYERS)
@@ -113,6 +114,7 @@ def test_more_budget_keeps_more_and_none_is_exceeded(kernels: str, tmp_path: Pat
     assert kept[-1] == (2 * LAYERS, 2 * LAYERS)
 
 
+@pytest.mark.slow
 def test_a_step_in_backward_waits_where_writes_are_slow(tmp_path: Path) -> None:
     """Gradients, their held weights and tiles wait in memory, and the largest gradient is last."""
     ample = run(4096, tmp_path / "ample", "behind", text=BACKWARD_SCRIPT)

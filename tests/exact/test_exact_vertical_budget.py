@@ -94,7 +94,8 @@ def run(budget_mib: int, place: Path, *options: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("step", ["behind", pytest.param("in backward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["behind", "in backward"])
 def test_a_tight_budget_holds(step: str, tmp_path: Path) -> None:
     ample = run(4096, tmp_path / "ample", "horizontal", "behind", "4")
     budget_mib = ample["baseline_nbytes"] // MIB + (150 if step == "behind" else 200)

@@ -94,7 +94,7 @@ def killed_and_resumed(place: Path, steps: int, paths: int, step: str, kills: in
     [
         (4, 40, 1, "behind backward"),
         (3, 30, 1, "streaming"),
-        (3, 30, 1, "in backward"),
+        pytest.param(3, 30, 1, "in backward", marks=pytest.mark.slow),
         pytest.param(3, 20, 1, "in backward, masters", marks=pytest.mark.slow),
         pytest.param(3, 20, 1, "in backward, bf16", marks=pytest.mark.slow),
         pytest.param(3, 20, 2, "in backward, 8bit", marks=pytest.mark.slow),

@@ -114,6 +114,7 @@ def quick(runs: Path) -> tuple[dict[str, float], str]:
     return json.loads((runs / "quickstart" / "result.json").read_text()), out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("several_threads")
 def test_quick_run_twice_is_idempotent(tmp_path: Path) -> None:
     first, out = quick(tmp_path)

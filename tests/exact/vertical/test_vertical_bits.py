@@ -33,6 +33,7 @@ def test_any_number_of_micro_batches(count: int, compare: Any) -> None:
     compare(Net, adamw, loop(count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {**IN_BACKWARD, "accumulation_steps": 4}])
 def test_many_steps(config: dict[str, Any], compare: Any) -> None:
     same = compare(lambda: Net(dropout=0.1), adamw, loop(4, MANY_STEPS), config=config)
