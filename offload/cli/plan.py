@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload.allocator.errors import BudgetError, ConfigError
 from offload.allocator.units import LEAST_MEMORY_NBYTES, parse_nbytes
-from offload.config import make_config
+from offload.config import OffloadConfig, make_config
 
 if TYPE_CHECKING:
     from offload.planner.on_device import PlacementAnswer
@@ -236,9 +236,8 @@ def _write_settings(arguments: argparse.Namespace, placed: "PlacementAnswer") ->
     Raises:
         ConfigError: nothing that attach does fits, or the file can't be written.
     """
-    from offload.config import OffloadConfig
     from offload.planner.on_device import settings_of
-    from offload.tuning.settings_file import commented, to_yaml, write_settings
+    from offload.tuning.settings_file import HEADER, commented, to_yaml, write_settings
 
     if placed.setting is None:
         raise ConfigError(
@@ -255,7 +254,7 @@ def _write_settings(arguments: argparse.Namespace, placed: "PlacementAnswer") ->
     chosen = {name: value for name, value in given.items() if value != defaults[name]}
     config = OffloadConfig(**settings_of(placed), **chosen)
     notes = [
-        f"# Written by offload plan, {datetime.now(UTC):%Y-%m-%d}:",
+        f"{HEADER} plan, {datetime.now(UTC):%Y-%m-%d}:",
         f"#   {_command(arguments)}",
         *commented(placed.title),
         *commented(placed.machine_name),
