@@ -315,9 +315,10 @@ class SimPipeline:
         state = first.count, len(self._reading), *known, *self.staging.free
         now = self._sight(state, len(self._waiting), flights)
         for earlier in reversed(self._rounds):
+            if not now.repeats(earlier):
+                continue
             period = earlier.waiting - now.waiting
-            times = self._rounds_to_come(period)
-            if times and now.repeats(earlier):
+            if times := self._rounds_to_come(period):
                 self._world.repeat(earlier.reading, times, flights)
                 for _ in range(times * period):
                     self._waiting.popleft()

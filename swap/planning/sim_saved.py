@@ -138,16 +138,15 @@ class SimSaved:
         """Only autograd holds it still."""
         memory, nbytes = self._world.memory, self._storages[storage]
         self._held_by_others.discard(storage)
-        memory.add("transients", -nbytes)
         if self._is_kept(storage):
-            memory.add("saved", nbytes)
+            memory.turn("transients", "saved", nbytes)
+        else:
+            memory.add("transients", -nbytes)
 
     def _is_kept(self, storage: int) -> bool:
         """Whether saving holds it in memory."""
-        if storage in self._batched:
-            return True
         unit = self._unit_of.get(storage)
-        return unit is not None and unit.in_memory
+        return unit.in_memory if unit is not None else storage in self._batched
 
     def _come(self, storage: int) -> None:
         if storage not in self._held_by_others:

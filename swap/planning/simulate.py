@@ -95,7 +95,6 @@ class Simulation:
         program, costs = compiled.program, compiled.costs
         self.plan = plan
         self._program = program
-        self._moments = compiled.moments
         self._commits = commits
         self._costs = costs
         self._sizes = {weight.name: weight.nbytes for weight in program.census.weights}
@@ -147,7 +146,12 @@ class Simulation:
         self._kept_nbytes = self._states_nbytes()
         self._looked_up: dict[str, int] = {}
         self._steps = 0
-        self._passes = sum(moment.what is What.FORWARD for moment in self._moments)
+        handlers = self._handlers()
+        self._moments = [
+            (seconds, highs, nbytes, handlers[what], which)
+            for seconds, highs, nbytes, what, which in compiled.moments
+        ]
+        self._passes = sum(moment.what is What.FORWARD for moment in compiled.moments)
         self._last: _Simulated | None = None
 
     def keep_streaming(self) -> "Simulation":
@@ -263,13 +267,13 @@ class Simulation:
 
     def _pass(self) -> None:
         """Forward and backward."""
-        handlers, world, memory = self._handlers(), self.world, self.world.memory
-        for seconds, highs, nbytes, what, which in self._moments:
+        compute, pass_through = self.world.compute, self.world.memory.pass_through
+        for seconds, highs, nbytes, act, which in self._moments:
             if seconds:
-                world.compute(seconds)
+                compute(seconds)
             if nbytes or highs:
-                memory.pass_through("transients", highs, nbytes)
-            handlers[what](which)
+                pass_through("transients", highs, nbytes)
+            act(which)
 
     def _use(self, which: int) -> None:
         self._weights.use(self._uses[which])

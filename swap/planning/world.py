@@ -57,6 +57,11 @@ class Memory:
                 self.peak_nbytes = resident
                 self.peak_roles = dict(self.now)
 
+    def turn(self, role: Role, into: Role, nbytes: int) -> None:
+        """``nbytes`` have another role from now on; neither is that of pages."""
+        self.now[role] -= nbytes
+        self.now[into] += nbytes
+
     def pass_through(self, role: Role, highs: Sequence[int], nbytes: int) -> None:
         """``role`` comes and goes: it is ``nbytes`` more in the end.
 
