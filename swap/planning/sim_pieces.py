@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from offload.swap.eightbit import packed_nbytes
 from offload.swap.planning.program import StateForm, Stepping
@@ -77,14 +78,16 @@ def stepped_weights(
     Args:
         nbytes: of each weight; ``numels``: its elements.
     """
+
+    @cache  # layers are alike
+    def stepped(
+        nbytes: int, numel: int, forms: tuple[StateForm, ...], sizes: tuple[int, ...]
+    ) -> SteppedWeight:
+        elements = (size // numel for size in sizes)
+        return SteppedWeight(nbytes // numel, tuple(zip(forms, elements, strict=True)))
+
     return {
-        name: SteppedWeight(
-            nbytes[name] // numels[name],
-            tuple(
-                (form, size // numels[name])
-                for form, size in zip(stepping.forms_of(name), sizes, strict=True)
-            ),
-        )
+        name: stepped(nbytes[name], numels[name], stepping.forms_of(name), sizes)
         for name, sizes in stepping.states_nbytes.items()
         if numels[name]
     }
