@@ -304,10 +304,10 @@ def _at_once(working_nbytes: int, chunk_numel: int, step_in_backward: bool) -> i
 def _smallest_budget(
     fixed_nbytes: int, working_nbytes: int, chunk_numel: int, step_in_backward: bool
 ) -> int:
-    """Bytes that fit with the tiles that ``choose_chunk_numel`` picks for that very budget."""
+    """Bytes that fit with the tiles that ``choose_chunk_numel`` picks for the budget to name."""
     needed = fixed_nbytes + _at_once(working_nbytes, chunk_numel, step_in_backward)
     while True:
-        chosen = choose_chunk_numel(_mib_ceil(needed) << 20)
+        chosen = choose_chunk_numel(_mib_ceil(needed + VARIATION_NBYTES) << 20)
         fitting = fixed_nbytes + _at_once(working_nbytes, chosen, step_in_backward)
         if fitting <= needed:
             return needed

@@ -72,6 +72,9 @@ def test_shares_fit_the_budget(census, budget, baseline, chunk):
 @example(  # where one MiB more would choose larger tiles
     census=Census(weights=(), modules=()), budget=0, baseline=740 * MIB - 1
 )
+@example(  # where what is named for two starts' difference would choose them
+    census=Census(weights=(), modules=()), budget=0, baseline=468 * MIB
+)
 def test_the_smallest_budget_that_an_error_names_fits(census, budget, baseline):
     """As the runtime asks: the chunk is chosen for the budget, then the plan is made."""
     try:
