@@ -252,6 +252,18 @@ def test_where_there_is_room_a_block_that_is_used_in_turns_stays(census, in_back
 
 
 @given(
+    census=censuses(), budget=BUDGETS, baseline=BASELINES, in_backward=IN_BACKWARD, lacking=SIZES
+)
+def test_the_first_spare_bytes_hold_a_block_that_is_used_in_turns(
+    census, budget, baseline, in_backward, lacking
+):
+    first = made(census, budget, baseline, in_backward)
+    first = dataclasses.replace(first, in_turns_nbytes=first.window_nbytes + lacking)
+    plan = grow(first, census, peak_nbytes=budget - MARGIN_NBYTES - lacking)
+    assert plan.window_nbytes == first.in_turns_nbytes
+
+
+@given(
     census=censuses(),
     budget=BUDGETS,
     baseline=BASELINES,
