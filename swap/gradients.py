@@ -13,8 +13,9 @@ every gradient has one from the moment it leaves. Hooks of modules are not looke
 
 [Note: parts that come together] Where several backward passes run in turns, a gradient gets its
 parts one soon after the other. It stays in memory until the last has been added, and leaves once.
-That is no promise: where memory is short the oldest leave before, and later parts are added
-through the mapping, as behind any backward that has ended.
+That is no promise: where memory is short, and tiles of the step in backward can't make room, the
+oldest leave before. Later parts are added through the mapping, as behind any backward that has
+ended.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -42,6 +43,9 @@ class Stepper(Protocol):
 
     def take(self, parameter: nn.Parameter, *, fresh: bool) -> bool:
         """A gradient has been accumulated, the first part of it if ``fresh``; True: used up."""
+
+    def make_room(self, nbytes: int) -> None:
+        """Have so many bytes left, as far as what it holds can go."""
 
     def end_backward(self) -> None:
         """Backward gives control to the user's code."""
@@ -264,18 +268,25 @@ class GradientSwapper:
         if self.home_of(parameter) is not None or not self._expects_more(parameter):
             return False
         self._incomplete[parameter] = gradient
+        if self.stepper is not None and self._waiting_nbytes() <= self._most_nbytes:
+            self.stepper.make_room(self._wanted_nbytes())  # they go on anyway
         while self._incomplete and self._is_short():
             self._release_oldest()
         return True
 
     def _is_short(self) -> bool:
-        """Whether incomplete gradients must leave: beyond the limit they take spare bytes only."""
-        waiting = sum(gradient.nbytes for gradient in self._incomplete.values())
-        if waiting > self._most_nbytes:
+        """Whether incomplete gradients must leave."""
+        if self._waiting_nbytes() > self._most_nbytes:
             return True
-        if waiting + self._leaving.nbytes <= self.limit_nbytes:
-            return self.governor.room() < 0
-        return self.governor.room() < self._reserve_nbytes
+        return self.governor.room() < self._wanted_nbytes()
+
+    def _waiting_nbytes(self) -> int:
+        return sum(gradient.nbytes for gradient in self._incomplete.values())
+
+    def _wanted_nbytes(self) -> int:
+        """Room to leave: beyond their limit incomplete gradients take spare bytes only."""
+        is_within = self._waiting_nbytes() + self._leaving.nbytes <= self.limit_nbytes
+        return 0 if is_within else self._reserve_nbytes
 
     def _release_oldest(self) -> None:
         parameter = next(iter(self._incomplete))
