@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload.allocator.errors import BudgetError, ConfigError
 from offload.allocator.units import LEAST_MEMORY_NBYTES, format_nbytes, parse_nbytes
-from offload.config import make_config
+from offload.config import OffloadConfig, make_config
 
 if TYPE_CHECKING:
     from offload.planner.on_device import PlacementAnswer, Placing
@@ -66,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["none", "fp32"],
         default="none",
         help="fp32: bfloat16 weights are stepped in float32",
+    )
+    parser.add_argument(
+        "--nvme-write-budget",
+        metavar="SIZE",
+        help="bytes that a step may write to the drive, everything included",
     )
     parser.add_argument(
         "--machine",
@@ -182,13 +187,14 @@ class _Asking:
         self.baseline = _baseline_of(
             baseline_nbytes or (recorded.attach_nbytes if recorded else None), source
         )
-        host = machine.tier("host")
+        host, config = machine.tier("host"), _config_of(arguments)
         self.settings = Settings(
             budget_nbytes=budget or int(min(host.free_nbytes, host.capacity_nbytes) * 0.8),
             drive=drive,
             commits=arguments.commit != "never",
             step_in_backward=arguments.step_in_backward,
             align_nbytes=HUGE_PAGE if len(arguments.nvme) > 1 else PAGE,
+            write_budget_nbytes=config.nvme_write_budget,
         )
 
     def answer(self) -> Any:
@@ -282,7 +288,11 @@ class _Asking:
     def _check_exact(self) -> None:
         given = [
             f"--{name.replace('_', '-')} {getattr(self.arguments, name)}"
-            for name, default in (("state_precision", "exact"), ("master_weights", "none"))
+            for name, default in (
+                ("state_precision", "exact"),
+                ("master_weights", "none"),
+                ("nvme_write_budget", None),
+            )
             if getattr(self.arguments, name) != default
         ]
         if given:
@@ -373,6 +383,11 @@ class _Asking:
         if self.settings.budget_nbytes > host:
             notes.append(f"the machine has {format_nbytes(host)}, less than the budget")
         return tuple(notes)
+
+
+def _config_of(arguments: argparse.Namespace) -> OffloadConfig:
+    """What of a run's settings is asked for, refused as a run refuses it."""
+    return make_config(OffloadConfig(), nvme_write_budget=arguments.nvme_write_budget)
 
 
 def _budget_of(text: str | None) -> int | None:

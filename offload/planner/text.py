@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from offload.allocator.units import format_nbytes, format_rate, format_seconds
-from offload.swap.planning.predict import Prediction
+from offload.swap.planning.predict import Prediction, Settings
 from offload.swap.planning.program import Program
+from offload.swap.planning.sim_writes import must_write_nbytes
 from offload.tiers.machine import Machine
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def print_answer(answer: Answer, *, explain: bool, console: Console | None = Non
     console.print(f"bound by     {found.bound_by} (busy: {busy})")
     console.print(
         f"moved        {format_nbytes(step.read_nbytes)} read, "
-        f"{format_nbytes(step.written_nbytes)} written per step"
+        f"{format_nbytes(step.written_nbytes)} written per step{_written_at_most(settings)}"
     )
     if answer.solved is not None:
         console.print(f"solved       {answer.solved}", markup=False)
@@ -95,6 +96,11 @@ def print_answer(answer: Answer, *, explain: bool, console: Console | None = Non
 
         console.print()
         print_placement(answer.placement, explain=explain, console=console)
+
+
+def _written_at_most(settings: Settings) -> str:
+    most = settings.write_budget_nbytes
+    return "" if most is None else f" (at most {format_nbytes(most)})"
 
 
 def _table(answer: Answer) -> Table:
@@ -187,6 +193,12 @@ def explanation(answer: Answer) -> Iterator[str]:
         )
     else:
         yield f"activations: all {format_nbytes(program.saved_nbytes)} stay within their share"
+    if found.settings.write_budget_nbytes is not None:
+        most, other = found.settings.write_budget_nbytes, must_write_nbytes(program)
+        yield (
+            f"writes: of {format_nbytes(most)} that a step may write, weights, gradients and "
+            f"states take {format_nbytes(other)} at most; what else would leave memory stays there"
+        )
     yield (
         f"compute: {program.flops / 1e9:,.0f} GFLOP in matrix products a step, at measured rates"
     )
@@ -203,6 +215,7 @@ def to_json(answer: Answer) -> str:
         "parameters": answer.program.parameters,
         "flops": answer.program.flops,
         "budget_nbytes": found.settings.budget_nbytes,
+        "write_budget_nbytes": found.settings.write_budget_nbytes,
         "peak_nbytes": found.peak_nbytes,
         "building_nbytes": found.building_nbytes,
         "step_s": found.step_s,

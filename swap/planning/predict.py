@@ -14,6 +14,7 @@ from offload.swap.plan import Plan, choose_chunk_numel, make_plan, soft_limit_nb
 from offload.swap.planning.compiled import Compiled, compile_program
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Program
+from offload.swap.planning.sim_writes import check_writes
 from offload.swap.planning.simulate import SimulatedStep, Simulation
 from offload.swap.planning.world import Role
 from offload.tiers.events import Recorder
@@ -48,6 +49,7 @@ class Settings:
         commits: whether anything is made durable, which takes two slots of the drive.
         step_in_backward: weights are stepped as soon as their gradients are complete.
         align_nbytes: of the drive's large extents: those of a striped store are whole huge pages.
+        write_budget_nbytes: that a step may write to the drive.
     """
 
     budget_nbytes: int
@@ -56,6 +58,7 @@ class Settings:
     min_swap_nbytes: int = 64 << 10
     step_in_backward: bool = False
     align_nbytes: int = PAGE
+    write_budget_nbytes: int | None = None
 
     def extent_nbytes(self, nbytes: int) -> int:
         """What ``nbytes`` take of the drive."""
@@ -139,7 +142,8 @@ def predict(
         recorder: takes the events of the simulated run.
 
     Raises:
-        BudgetError: it does not fit memory, or the drive; names what would.
+        BudgetError: it does not fit memory, the drive, or what may be written to it; names what
+            would.
         ConfigError: a rate or a link is needed that the machine does not tell.
     """
     compiled = compile_program(program, Costs(machine, settings.drive))
@@ -154,6 +158,7 @@ def _predict(
     recorder: Recorder | None = None,
 ) -> Prediction:
     program = compiled.program
+    check_writes(program, settings.write_budget_nbytes)
     chunk_numel = choose_chunk_numel(settings.budget_nbytes)
     plan = make_plan(
         program.census,
@@ -169,6 +174,7 @@ def _predict(
         resident_nbytes=baseline.running_nbytes,
         commits=settings.commits,
         min_swap_nbytes=settings.min_swap_nbytes,
+        write_budget_nbytes=settings.write_budget_nbytes,
         recorder=recorder,
     )
     steps = tuple(simulation.step() for _ in range(_STEPS))
@@ -226,7 +232,7 @@ def least_budget(
     Found by bisection: a budget that fits by chance below one that does not is not looked for.
 
     Raises:
-        BudgetError: the drive is too small for any budget.
+        BudgetError: the drive is too small for any budget, or too little may be written to it.
         ConfigError: as ``predict``.
     """
 
@@ -238,6 +244,7 @@ def least_budget(
             return error
 
     _check_drive(machine, settings, drive_use(program, settings, 0))
+    check_writes(program, settings.write_budget_nbytes)
     compiled = compile_program(program, Costs(machine, settings.drive))
     low = 0
     high = max(1, baseline.attach_nbytes // _MIB)

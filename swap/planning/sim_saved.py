@@ -13,7 +13,10 @@ from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from dataclasses import dataclass
 
+from offload.allocator.errors import CapacityError
+from offload.allocator.units import format_nbytes
 from offload.swap.activations import BATCH_ALIGN, BATCH_NBYTES
+from offload.swap.planning.sim_writes import SimDrive
 from offload.swap.planning.world import Flight, World
 from offload.tiers.journal import Label
 
@@ -77,12 +80,20 @@ class SimSaved:
     Args:
         storages: bytes of each storage of the program.
         limit_nbytes: of units that stay in memory; as many more may be leaving.
+        drive: says whether it takes what leaves; by default it takes all.
     """
 
     def __init__(
-        self, world: World, storages: tuple[int, ...], *, limit_nbytes: int, min_nbytes: int
+        self,
+        world: World,
+        storages: tuple[int, ...],
+        *,
+        limit_nbytes: int,
+        min_nbytes: int,
+        drive: SimDrive | None = None,
     ) -> None:
         self._world = world
+        self._drive = drive
         self._storages = storages
         self._limit_nbytes = limit_nbytes
         self._min_nbytes = min_nbytes
@@ -193,11 +204,15 @@ class SimSaved:
     def _spill(self, sparing: _Unit | None) -> None:
         self._send_excess_away(sparing)
         while self._writing and self.kept_nbytes > 2 * self._limit_nbytes:
-            first = self._writing[0]
-            assert first.writing is not None
-            self._world.wait(self._world.writes, first.writing, "full")
-            self._finish_write()
+            self._await_first()
             self._send_excess_away(sparing)
+
+    def _await_first(self) -> None:
+        """Wait for the unit that has been leaving longest."""
+        writing = self._writing[0].writing
+        assert writing is not None
+        self._world.wait(self._world.writes, writing, "full")
+        self._finish_write()
 
     def _send_excess_away(self, sparing: _Unit | None) -> None:
         excess = self.kept_nbytes - self._writing_nbytes - self._limit_nbytes
@@ -211,8 +226,35 @@ class SimSaved:
                     passed_over.append(unit)
                 elif unit.in_memory and unit.writing is None:
                     excess -= unit.nbytes
-                    self._send_away(unit)
+                    if not self._try_to_send_away(unit, refusable=sparing is None):
+                        passed_over.append(unit)
+                        break
             queue.extendleft(reversed(passed_over))
+
+    def _try_to_send_away(self, unit: _Unit, *, refusable: bool) -> bool:
+        """Whether the drive takes the bytes of ``unit``; if not, they stay."""
+        refusal = None if self._drive is None or unit.on_file else self._drive.refusal(unit.nbytes)
+        if refusal is None:
+            self._send_away(unit)
+        elif refusable:
+            self._check_room(refusal)
+        return refusal is None
+
+    def _check_room(self, refusal: CapacityError) -> None:
+        """The drive takes no more.
+
+        Raises:
+            CapacityError: memory has no room either.
+        """
+        memory = self._world.memory
+        while memory.room() < 0 and self._writing:
+            self._await_first()
+        missing = -memory.room()
+        if missing > 0:
+            raise CapacityError(
+                f"saved activations of {format_nbytes(self.kept_nbytes)} are "
+                f"{format_nbytes(missing)} too many for memory, and can't leave it: {refusal}"
+            )
 
     def _send_away(self, unit: _Unit) -> None:
         if unit.on_file:

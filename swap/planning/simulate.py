@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from offload.allocator.errors import BudgetError
+from offload.allocator.errors import BudgetError, CapacityError
 from offload.allocator.units import format_nbytes
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.plan import (
@@ -28,6 +28,7 @@ from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_step import SimStep
 from offload.swap.planning.sim_weights import SimWeights
+from offload.swap.planning.sim_writes import SimDrive
 from offload.swap.planning.world import Memory, Role, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
 from offload.tiers.hostmem import page_ceil
@@ -61,6 +62,7 @@ class Simulation:
         resident_nbytes: of the runtime itself, beside the plan's baseline.
         commits: each step is made durable.
         min_swap_nbytes: smaller saved storages move in batches.
+        write_budget_nbytes: that a step may write to the drive.
         recorder: takes the events.
 
     Attributes:
@@ -76,6 +78,7 @@ class Simulation:
         resident_nbytes: int = 0,
         commits: bool = True,
         min_swap_nbytes: int = 64 << 10,
+        write_budget_nbytes: int | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         program, costs = compiled.program, compiled.costs
@@ -103,11 +106,13 @@ class Simulation:
             window_nbytes=plan.window_nbytes,
             checksum_bytes_per_s=costs.checksum_bytes_per_s,
         )
+        self._drive = SimDrive(world.journal, program, write_budget_nbytes)
         self._saved = SimSaved(
             world,
             program.storages,
             limit_nbytes=plan.activations_nbytes,
             min_nbytes=min_swap_nbytes,
+            drive=self._drive,
         )
         self._gradients = SimGradients(world, limit_nbytes=plan.gradients_nbytes)
         self._step: SimStep | None = None
@@ -144,12 +149,15 @@ class Simulation:
 
         Raises:
             BudgetError: the first one's forward and backward exceed the budget; names one that
-                fits, as a run does.
+                fits, as a run does. Or what may not be written does not fit memory.
         """
         world = self.world
         before = world.reading()
         world.memory.restart_peak()
-        self._pass()
+        try:
+            self._pass()
+        except CapacityError as refusal:
+            raise self._too_small(refusal) from refusal
         if not self._steps:
             self._check_fits()
         passed_s, stalled_s = world.now_s, world.journal.totals.stall_s
@@ -159,6 +167,7 @@ class Simulation:
         if self._step is not None and self._commits:
             self._step.commit()
         world.drain()
+        self._drive.finish_step()
         self._steps += 1
         after = world.reading()
         step_s = after.now_s - before.now_s
@@ -280,6 +289,14 @@ class Simulation:
             self._backward.end_step()
         for name in list(self._looked_up):  # a new version is mapped afresh
             self.world.memory.add("pages", -self._looked_up.pop(name))
+
+    def _too_small(self, refusal: CapacityError) -> BudgetError:
+        budget = self.plan.budget_nbytes
+        return BudgetError(
+            f"the host budget of {format_nbytes(budget)} is too small: {refusal}",
+            needed_nbytes=budget - self.world.memory.room(),
+            budget_nbytes=budget,
+        )
 
     def _check_fits(self) -> None:
         peak, budget = self.world.memory.peak_nbytes, self.plan.budget_nbytes

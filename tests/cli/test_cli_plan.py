@@ -75,6 +75,20 @@ def test_states_in_fewer_bits_take_less_of_the_drive(
     assert "rounded or have masters" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_write_budget_is_told_kept_and_refused(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [model, *LAPTOP, "--budget", "360MiB", "--seq", 512]
+    free = answer(capsys, *words)
+    most = free["step"]["written_nbytes"] - (1 << 20)
+    bounded = answer(capsys, *words, "--nvme-write-budget", most)
+    assert bounded["write_budget_nbytes"] == most
+    assert bounded["step"]["written_nbytes"] <= most
+    small = answer(capsys, *words, "--nvme-write-budget", "1MiB")
+    assert not small["fits"]
+    assert "nvme_write_budget=1.00 MiB (1048576 bytes) is too small" in small["message"]
+
+
 def test_masters_that_a_run_refuses_are_refused(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

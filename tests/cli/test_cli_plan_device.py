@@ -140,6 +140,10 @@ def test_memory_nodes_are_placed_on(
             ["--budget", "device=8GiB", "--state-precision", "bf16"],
             "--state-precision bf16: predicted where the model computes on the CPU: leave device=",
         ),
+        (
+            ["--budget", "device=8GiB", "--nvme-write-budget", "1GiB"],
+            "--nvme-write-budget 1GiB: predicted where the model computes on the CPU: leave device",
+        ),
     ],
 )
 def test_wrong_device_budgets_are_2_and_say_what_to_write(

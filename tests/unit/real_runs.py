@@ -72,7 +72,13 @@ def both(
     )
     virtual = ListRecorder()
     compiled = compile_program(program, Costs(machine(), DRIVE))
-    simulation = Simulation(compiled, plan, chunk_numel=chunk_numel, recorder=virtual)
+    simulation = Simulation(
+        compiled,
+        plan,
+        chunk_numel=chunk_numel,
+        write_budget_nbytes=config.get("nvme_write_budget"),
+        recorder=virtual,
+    )
     simulation._replan = lambda _peak_nbytes: None  # type: ignore[method-assign]
     for _ in range(_STEPS):
         simulation.step()
