@@ -68,6 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fp32: bfloat16 weights are stepped in float32",
     )
     parser.add_argument(
+        "--recompute",
+        choices=["off", "tokenwise"],
+        default="off",
+        help="tokenwise: some token rows of what blocks save are swapped, the others rebuilt",
+    )
+    parser.add_argument(
+        "--alpha", metavar="A", help="the share of rows that is swapped, 0 to 1, or auto (default)"
+    )
+    parser.add_argument(
         "--nvme-write-budget",
         metavar="SIZE",
         help="bytes that a step may write to the drive, everything included",
@@ -195,6 +204,7 @@ class _Asking:
             step_in_backward=arguments.step_in_backward,
             align_nbytes=HUGE_PAGE if len(arguments.nvme) > 1 else PAGE,
             write_budget_nbytes=config.nvme_write_budget,
+            alpha=config.alpha if config.recompute == "tokenwise" else None,
         )
 
     def answer(self) -> Any:
@@ -292,6 +302,7 @@ class _Asking:
                 ("state_precision", "exact"),
                 ("master_weights", "none"),
                 ("nvme_write_budget", None),
+                ("recompute", "off"),
             )
             if getattr(self.arguments, name) != default
         ]
@@ -387,7 +398,8 @@ class _Asking:
 
 def _config_of(arguments: argparse.Namespace) -> OffloadConfig:
     """What of a run's settings is asked for, refused as a run refuses it."""
-    return make_config(OffloadConfig(), nvme_write_budget=arguments.nvme_write_budget)
+    names = ("nvme_write_budget", "recompute", "alpha")
+    return make_config(OffloadConfig(), **{name: getattr(arguments, name) for name in names})
 
 
 def _budget_of(text: str | None) -> int | None:
@@ -426,10 +438,18 @@ def _source_of(arguments: argparse.Namespace) -> Any:
     if path is None:
         raise ConfigError("offload plan needs a model: a config.json, its directory, or a script")
     precision = Precision(states=arguments.state_precision, masters=arguments.master_weights)
+    config = _config_of(arguments)
+    rebuild_nbytes = config.min_swap_nbytes if config.recompute == "tokenwise" else None
     if path.suffix == ".py":
         from offload.planner.scripts import TrainingScript
 
-        return TrainingScript(path, arguments.args, given=arguments, precision=precision)
+        return TrainingScript(
+            path,
+            arguments.args,
+            given=arguments,
+            precision=precision,
+            rebuild_nbytes=rebuild_nbytes,
+        )
     if arguments.args:
         raise ConfigError(f"--args {' '.join(arguments.args)}: {path} is no script")
     return HuggingFaceModel(
@@ -438,6 +458,7 @@ def _source_of(arguments: argparse.Namespace) -> Any:
         method=arguments.method or "full",
         optimizer=arguments.optim or "adamw",
         precision=precision,
+        rebuild_nbytes=rebuild_nbytes,
     )
 
 

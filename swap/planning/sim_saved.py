@@ -9,69 +9,19 @@ What is absent is kept in the order of turns, so that the next one to be fetched
 and what is on its way before it is a sum.
 """
 
-from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from offload.allocator.errors import CapacityError
 from offload.allocator.units import format_nbytes
 from offload.swap.activations import BATCH_ALIGN, BATCH_NBYTES
+from offload.swap.lookahead import LIKENESS
+from offload.swap.planning.sim_units import Turns, Unit
 from offload.swap.planning.sim_writes import SimDrive
-from offload.swap.planning.world import Flight, World
+from offload.swap.planning.world import World
 from offload.tiers.journal import Label
 
 _ROLE = "activation"
-
-
-@dataclass(slots=True, eq=False)
-class _Unit:
-    """What moves as one: ``members`` are its storages that autograd still needs.
-
-    Attributes:
-        turn: see [Note: turns]; None where no use of it is expected.
-    """
-
-    position: int
-    nbytes: int
-    members: set[int]
-    turn: int | None
-    stays: bool
-    in_memory: bool = True
-    on_file: bool = False
-    writing: Flight | None = None
-    fetching: Flight | None = None
-    used: bool = False
-
-
-class _Turns:
-    """Units in the order of their turns, and their bytes."""
-
-    def __init__(self) -> None:
-        self._turns: list[int] = []
-        self._nbytes: dict[int, int] = {}
-        self._total_nbytes = 0
-
-    def add(self, unit: _Unit) -> None:
-        if unit.turn is not None:
-            insort(self._turns, unit.turn)
-            self._nbytes[unit.turn] = unit.nbytes
-            self._total_nbytes += unit.nbytes
-
-    def discard(self, unit: _Unit) -> None:
-        if unit.turn is not None and unit.turn in self._nbytes:
-            self._total_nbytes -= self._nbytes.pop(unit.turn)
-            del self._turns[bisect_left(self._turns, unit.turn)]
-
-    def after(self, turn: int) -> int | None:
-        """The first one behind ``turn``."""
-        at = bisect_right(self._turns, turn)
-        return self._turns[at] if at < len(self._turns) else None
-
-    def nbytes_between(self, after: int, before: int) -> int:
-        first, last = bisect_right(self._turns, after), bisect_left(self._turns, before)
-        if first == 0 and last == len(self._turns):
-            return self._total_nbytes
-        return sum(self._nbytes[turn] for turn in self._turns[first:last])
 
 
 class SimSaved:
@@ -98,11 +48,11 @@ class SimSaved:
         self._limit_nbytes = limit_nbytes
         self._min_nbytes = min_nbytes
         self._held_by_others: set[int] = set()
-        self._unit_of: dict[int, _Unit] = {}
-        self._units: list[_Unit] = []
-        self._order: deque[_Unit] = deque()
-        self._staying: deque[_Unit] = deque()
-        self._writing: deque[_Unit] = deque()
+        self._unit_of: dict[int, Unit] = {}
+        self._units: list[Unit] = []
+        self._order: deque[Unit] = deque()
+        self._staying: deque[Unit] = deque()
+        self._writing: deque[Unit] = deque()
         self._writing_nbytes = 0
         self._batch: list[int] = []
         self._batch_nbytes = 0
@@ -111,12 +61,13 @@ class SimSaved:
         self.spilled_nbytes = 0  # the most that units took of the drive at once
         self._on_file_nbytes = 0
         self._absent = 0  # units whose bytes are in the file only
-        self._absent_turns = _Turns()
-        self._fetching_turns = _Turns()
+        self._absent_turns = Turns()
+        self._fetching_turns = Turns()
         self._labels: list[tuple[Label, Label]] = []  # out and in, by position
         # Of the last pass: units in the order of their first use, and when that was.
         self._uses: list[tuple[int, float]] = []
         self._expected: list[tuple[int, float]] = []
+        self._expected_nbytes: list[int] = []  # of its units, by position
         self._ranks: dict[int, int] = {}
         self._stay_positions: set[int] = set()
 
@@ -124,6 +75,7 @@ class SimSaved:
         """A forward begins; the last pass is expected to repeat."""
         if self._uses:
             self._expected = self._uses
+            self._expected_nbytes = [unit.nbytes for unit in self._units]
             self._ranks = {position: rank for rank, (position, _) in enumerate(self._expected)}
             room, self._stay_positions = self._limit_nbytes, set()
             for position, _ in self._expected:
@@ -134,7 +86,7 @@ class SimSaved:
         self._uses, self._units = [], []
         self._order.clear()
         self._staying.clear()
-        self._absent_turns, self._fetching_turns = _Turns(), _Turns()
+        self._absent_turns, self._fetching_turns = Turns(), Turns()
 
     # Storages.
 
@@ -191,8 +143,11 @@ class SimSaved:
 
     def _add(self, members: list[int], nbytes: int) -> None:
         position = len(self._units)
+        if self._expected and not self._is_expected(position, nbytes):
+            self._expect_nothing()
         turn = self._ranks.get(position) if self._expected else -position
-        unit = _Unit(position, nbytes, set(members), turn, position in self._stay_positions)
+        stays, is_batch = position in self._stay_positions, len(members) > 1
+        unit = Unit(position, nbytes, set(members), turn, stays, is_batch)
         self._units.append(unit)
         for storage in members:
             self._unit_of[storage] = unit
@@ -201,7 +156,42 @@ class SimSaved:
         if self.kept_nbytes > self._limit_nbytes:
             self._spill(None)
 
-    def _spill(self, sparing: _Unit | None) -> None:
+    def _is_expected(self, position: int, nbytes: int) -> bool:
+        """Whether the last pass had a unit of about ``nbytes`` there."""
+        if position >= len(self._expected_nbytes):
+            return False
+        expected = self._expected_nbytes[position]
+        return LIKENESS * abs(expected - nbytes) <= max(expected, nbytes)
+
+    def _expect_nothing(self) -> None:
+        """This pass is another one than the last: what is saved last is used first, then."""
+        self._expected, self._stay_positions = [], set()
+        self._absent_turns, self._fetching_turns = Turns(), Turns()
+        for unit in self._units:
+            unit.turn = -unit.position
+            if unit.members and not unit.in_memory:
+                self._absent_turns.add(unit)
+            elif unit.members and unit.fetching is not None:
+                self._fetching_turns.add(unit)
+
+    # Token-wise recompute.
+
+    def borrow(self, nbytes: int) -> None:
+        """What is rebuilt takes so many bytes more of the limit, or fewer."""
+        self._limit_nbytes -= nbytes
+
+    def prefetch(self, storages: Iterable[int]) -> None:
+        """Fetch these, in this order, as far as the limit has room."""
+        for storage in storages:
+            unit = self._unit_of.get(storage)
+            if unit is not None and not unit.in_memory:
+                if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
+                    return
+                self._fetch(unit)
+
+    # Out.
+
+    def _spill(self, sparing: Unit | None) -> None:
         self._send_excess_away(sparing)
         while self._writing and self.kept_nbytes > 2 * self._limit_nbytes:
             self._await_first()
@@ -214,10 +204,11 @@ class SimSaved:
         self._world.wait(self._world.writes, writing, "full")
         self._finish_write()
 
-    def _send_excess_away(self, sparing: _Unit | None) -> None:
-        excess = self.kept_nbytes - self._writing_nbytes - self._limit_nbytes
+    def _send_excess_away(self, sparing: Unit | None) -> None:
+        staying = self._limit_nbytes if sparing is None else max(self._limit_nbytes, 0)
+        excess = self.kept_nbytes - self._writing_nbytes - staying
         for queue in (self._order, self._staying):
-            passed_over: list[_Unit] = []
+            passed_over: list[Unit] = []
             while excess > 0 and queue:
                 unit = queue.popleft()
                 if not unit.members:
@@ -231,7 +222,7 @@ class SimSaved:
                         break
             queue.extendleft(reversed(passed_over))
 
-    def _try_to_send_away(self, unit: _Unit, *, refusable: bool) -> bool:
+    def _try_to_send_away(self, unit: Unit, *, refusable: bool) -> bool:
         """Whether the drive takes the bytes of ``unit``; if not, they stay."""
         refusal = None if self._drive is None or unit.on_file else self._drive.refusal(unit.nbytes)
         if refusal is None:
@@ -256,7 +247,7 @@ class SimSaved:
                 f"{format_nbytes(missing)} too many for memory, and can't leave it: {refusal}"
             )
 
-    def _send_away(self, unit: _Unit) -> None:
+    def _send_away(self, unit: Unit) -> None:
         if unit.on_file:
             self._drop(unit)
             return
@@ -267,7 +258,7 @@ class SimSaved:
         self._writing.append(unit)
         self._writing_nbytes += unit.nbytes
 
-    def _labels_of(self, unit: _Unit) -> tuple[Label, Label]:
+    def _labels_of(self, unit: Unit) -> tuple[Label, Label]:
         for position in range(len(self._labels), unit.position + 1):
             name = f"saved {position}"
             out = Label(name, _ROLE, "host", "file")
@@ -291,7 +282,7 @@ class SimSaved:
         if unit.members:
             self._drop(unit)
 
-    def _drop(self, unit: _Unit) -> None:
+    def _drop(self, unit: Unit) -> None:
         unit.in_memory = False
         self._absent += 1
         self._absent_turns.add(unit)
@@ -322,19 +313,20 @@ class SimSaved:
         if self._absent:
             self._fetch_ahead(unit)
 
-    def _fetch(self, unit: _Unit) -> None:
-        _, back = self._labels_of(unit)
-        unit.fetching = self._world.submit(self._world.reads, back, unit.nbytes)
+    def _fetch(self, unit: Unit) -> None:
         unit.in_memory = True
         self._absent -= 1
         self._absent_turns.discard(unit)
-        self._fetching_turns.add(unit)
+        if unit.is_batch or not unit.members <= self._held_by_others:
+            _, back = self._labels_of(unit)
+            unit.fetching = self._world.submit(self._world.reads, back, unit.nbytes)
+            self._fetching_turns.add(unit)
         self.kept_nbytes += unit.nbytes
         for member in unit.members:
             self._come(member)
         (self._staying if unit.stays else self._order).append(unit)
 
-    def _fetch_ahead(self, present: _Unit) -> None:
+    def _fetch_ahead(self, present: Unit) -> None:
         if present.turn is None:
             self._fetch_backwards(present)
             return
@@ -352,7 +344,7 @@ class SimSaved:
             self._fetch(unit)
             turn = self._absent_turns.after(turn)
 
-    def _unit_at(self, turn: int) -> _Unit:
+    def _unit_at(self, turn: int) -> Unit:
         return self._units[self._expected[turn][0] if self._expected else -turn]
 
     def _due_s(self, present: int, turn: int) -> float:
@@ -366,7 +358,7 @@ class SimSaved:
                 return self._due_s(present, turn)
         return 0.0
 
-    def _fetch_backwards(self, present: _Unit) -> None:
+    def _fetch_backwards(self, present: Unit) -> None:
         """Nobody knew that ``present`` would be used: expect the ones that were saved before it."""
         for unit in reversed(self._units[: present.position]):
             if not unit.in_memory and unit.members:
@@ -378,6 +370,7 @@ class SimSaved:
         """Autograd needs it no more."""
         if storage in self._batched:
             self._batched.discard(storage)
+            self._batch.remove(storage)  # the next pass may save one with its number
             self._go(storage)
             return
         unit = self._unit_of.pop(storage)

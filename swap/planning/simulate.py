@@ -67,6 +67,8 @@ class Simulation:
 
     Attributes:
         plan: as it is now.
+        moments: of the steps from now on, in the tables of the program; whoever changes them makes
+            steps that differ.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Simulation:
         program, costs = compiled.program, compiled.costs
         self.plan = plan
         self._program = program
-        self._moments = compiled.moments
+        self.moments = compiled.moments
         self._commits = commits
         self._costs = costs
         self._sizes = {weight.name: weight.nbytes for weight in program.census.weights}
@@ -215,6 +217,8 @@ class Simulation:
             What.SAVE: saved.save,
             What.UNSAVE: saved.unsave,
             What.FORGET: saved.forget,
+            What.BORROW: saved.borrow,
+            What.PREFETCH: self._prefetch,
             What.GRADIENT: self._take_gradient,
             What.FORWARD: self._begin_pass,
             What.STEP: self._end_backward,
@@ -224,12 +228,15 @@ class Simulation:
     def _pass(self) -> None:
         """Forward and backward."""
         handlers, world, memory = self._handlers(), self.world, self.world.memory
-        for seconds, highs, nbytes, what, which in self._moments:
+        for seconds, highs, nbytes, what, which in self.moments:
             if seconds:
                 world.compute(seconds)
             if nbytes or highs:
                 memory.pass_through("transients", highs, nbytes)
             handlers[what](which)
+
+    def _prefetch(self, which: int) -> None:
+        self._saved.prefetch(self._program.prefetches[which])
 
     def _use(self, which: int) -> None:
         self._weights.use(self._uses[which])
