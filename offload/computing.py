@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from offload.allocator.errors import ConfigError
@@ -25,9 +24,11 @@ from offload.recomputing import rebuild_rows
 from offload.runtime import Runtime
 from offload.saving import SwapHomes, device_of, in_flight_by_default, pinners_of
 from offload.swap.activations import ActivationCache
+from offload.swap.buckets import Form
 from offload.swap.census import Census, take_census
+from offload.swap.device_buckets import DeviceBuckets
 from offload.swap.device_gradients import DeviceGradients
-from offload.swap.device_plan import DevicePlan, grow, make_device_plan
+from offload.swap.device_plan import DevicePlan, make_device_plan
 from offload.swap.device_step import DeviceStep
 from offload.swap.device_weights import DeviceWeights
 from offload.swap.ferry import CHUNK_NBYTES, Ferry
@@ -47,7 +48,6 @@ _LEAVING = 2  # gradients on their way at once
 _AT_ONCE = 2  # copies that a thread waits for: the one that computes, and backward's
 _WORKSPACES_NBYTES = 64 << 20  # of the libraries that compute on CUDA
 _DEFAULT_SHARE = 0.9  # of the device's memory, where no budget is given
-_GROWING_STEPS = 4
 _UNLIMITED = 1 << 62
 
 
@@ -75,28 +75,6 @@ def accelerator_for(
         f"device={device!r}, but parameters of the model are on {present.name}: leave device out "
         "to compute there, or call model.cpu() first"
     )
-
-
-def check_optimizer(optimizer: Optimizer | None) -> None:
-    """Raise if the optimizer can't step parameters in host memory.
-
-    Raises:
-        ConfigError: naming the setting that keeps it on the device.
-    """
-    for index, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
-        if group.get("capturable"):
-            raise ConfigError(
-                f"parameter group {index} of {type(optimizer).__name__} has capturable=True, which "
-                "steps on the device; with Offload it steps in host memory: leave capturable out"
-            )
-
-
-def move_states(optimizer: Optimizer | None) -> None:
-    """Bring the optimizer's states to host memory, where their parameters will be."""
-    for state in optimizer.state.values() if optimizer is not None else ():
-        for name, value in state.items():
-            if isinstance(value, torch.Tensor):
-                state[name] = value.to("cpu")
 
 
 def ferry_nbytes(config: OffloadConfig) -> int:
@@ -193,7 +171,7 @@ class Computing:
         self.device = accelerator.torch_device
         self.census: Census = take_census(model, whole_tables=True)
         self._model = model
-        self._steps = 0
+        self._buckets = DeviceBuckets(plan, self.census)
         self._closing = ExitStack()  # undoes what follows, the last of it first
         runtime.guests.append(self.remove)
         config, journal = runtime.config, runtime.journal
@@ -260,10 +238,11 @@ class Computing:
         """Around what is done between the model's operations."""
         return self.stand_ins.aside()
 
-    def begin_pass(self) -> None:
-        """The outermost module is called."""
+    def begin_pass(self, form: Form) -> None:
+        """The outermost module is called with a batch of ``form``: its bucket's plan holds now."""
         self.gradients.drain()
         self.weights.begin_pass()
+        self._use(self._buckets.plan_for(form))
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, outermost: bool
@@ -310,19 +289,22 @@ class Computing:
 
     def finish_step(self) -> None:
         """A step has ended: its peak tells what more weights the device has room for."""
-        self._steps += 1
-        if self._steps <= _GROWING_STEPS and self.plan.budget_nbytes < _UNLIMITED:
-            peak = self.accelerator.peak_nbytes()
-            self.plan = grow(self.plan, self.census, peak_nbytes=peak)
-            self.weights.window_nbytes = self.plan.window_nbytes
-            limit_nbytes = self.plan.activations_nbytes - self._in_flight_nbytes
-            borrowed_nbytes = self.tokenwise.held_nbytes if self.tokenwise is not None else 0
-            self.activations.limit_nbytes = limit_nbytes - borrowed_nbytes
+        if self.plan.budget_nbytes < _UNLIMITED:
+            self._use(self._buckets.tell(self.accelerator.peak_nbytes()))
         if self.arena is not None and not self._arena_told:
             verdict = self.arena.stats().verdict()
             if verdict is not None:
                 self._arena_told = True
                 self._journal.notice("device arena", verdict)
+
+    def _use(self, plan: DevicePlan | None) -> None:
+        if plan is None or plan == self.plan:
+            return
+        self.plan = plan
+        self.weights.resize(plan.window_nbytes)
+        limit_nbytes = plan.activations_nbytes - self._in_flight_nbytes
+        borrowed_nbytes = self.tokenwise.held_nbytes if self.tokenwise is not None else 0
+        self.activations.limit_nbytes = limit_nbytes - borrowed_nbytes
 
     def _is_near(self, value: Any) -> bool:
         """Whether ``value`` needs not be moved."""

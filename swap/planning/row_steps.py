@@ -132,17 +132,17 @@ class RowSteps:
         """
         steps: list[SimulatedStep] = []
         for moments in self._learning_moments:
-            simulation.moments = moments
+            simulation.follow(moments)
             steps.append(simulation.step())
         trials = Trials(self._choices)
         while trials.settled is None:
             trial = trials.present()
-            simulation.moments = self._moments[trial]
+            simulation.follow(self._moments[trial])
             steps.append(simulation.step())
             finished = steps[-1].finished
             for _ in range(ROUNDS):
                 trials.took(trial, finished.compute_s + finished.stall_s)
-        simulation.moments = self._moments[trials.settled]
+        simulation.follow(self._moments[trials.settled])
         steps += [simulation.step() for _ in range(_SETTLED_STEPS)]
         return tuple(steps), tuple(self._found(trials.settled))
 

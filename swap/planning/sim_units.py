@@ -1,9 +1,13 @@
-"""What moves as one of the saved storages of a simulated run, and such units by their turns."""
+"""What moves as one of the saved storages of a simulated run, and when it has to come."""
 
-from bisect import bisect_left, bisect_right, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from offload.swap.planning.world import Flight
+
+# Between fetching a unit now and later: the arguments of ``is_early``, and what it told.
+FetchChoice: TypeAlias = tuple[int, int, int, float, bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -20,43 +24,24 @@ class Unit:
     members: set[int]
     turn: int | None
     stays: bool
-    is_batch: bool = False
     in_memory: bool = True
     on_file: bool = False
     writing: Flight | None = None
     fetching: Flight | None = None
     used: bool = False
+    is_batch: bool = False
 
 
-class Turns:
-    """Units in the order of their turns, and their bytes."""
+def is_early(
+    uses: Sequence[tuple[int, float]], present: int, following: int, turn: int, lead_s: float
+) -> bool:
+    """Whether the next use is soon enough to fetch a unit.
 
-    def __init__(self) -> None:
-        self._turns: list[int] = []
-        self._nbytes: dict[int, int] = {}
-        self._total_nbytes = 0
-
-    def add(self, unit: Unit) -> None:
-        """One more; without a turn it is not kept."""
-        if unit.turn is not None:
-            insort(self._turns, unit.turn)
-            self._nbytes[unit.turn] = unit.nbytes
-            self._total_nbytes += unit.nbytes
-
-    def discard(self, unit: Unit) -> None:
-        """One less, if it is kept."""
-        if unit.turn is not None and unit.turn in self._nbytes:
-            self._total_nbytes -= self._nbytes.pop(unit.turn)
-            del self._turns[bisect_left(self._turns, unit.turn)]
-
-    def after(self, turn: int) -> int | None:
-        """The first one behind ``turn``."""
-        at = bisect_right(self._turns, turn)
-        return self._turns[at] if at < len(self._turns) else None
-
-    def nbytes_between(self, after: int, before: int) -> int:
-        """Bytes of the units whose turns are between these two."""
-        first, last = bisect_right(self._turns, after), bisect_left(self._turns, before)
-        if first == 0 and last == len(self._turns):
-            return self._total_nbytes
-        return sum(self._nbytes[turn] for turn in self._turns[first:last])
+    Args:
+        uses: that are expected, by turn.
+        present: the turn of what is used now; ``following``: of what is used next, or the same.
+        turn: of the unit.
+        lead_s: before its use it has to be fetched.
+    """
+    now_s = uses[present][1]
+    return uses[turn][1] - now_s > lead_s + (uses[following][1] - now_s)

@@ -47,6 +47,11 @@ class SimDrive:
             else WriteBudget(journal, limit_nbytes, must_write_nbytes(program))
         )
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there is a write budget."""
+        return self._budget is not None
+
     def refusal(self, nbytes: int) -> CapacityError | None:
         """Why it takes no ``nbytes`` more in this step; None if they are taken."""
         if self._budget is None:
