@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from offload.swap.saved import Unit
 
 _REMEMBERED = 4  # passes before a backward that are told apart
-_LIKENESS = 4  # sizes of one bucket differ by less than a quarter (``buckets`` [Note: buckets])
+LIKENESS = 4  # sizes of one bucket differ by less than a quarter (``buckets`` [Note: buckets])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Expectation:
         if position >= len(self.sizes):
             return False
         expected = self.sizes[position]
-        return _LIKENESS * abs(expected - nbytes) <= max(expected, nbytes)
+        return LIKENESS * abs(expected - nbytes) <= max(expected, nbytes)
 
     def needed_first(self, nbytes: int) -> frozenset[int]:
         """The positions that are used first, as many as fit ``nbytes``."""

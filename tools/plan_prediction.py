@@ -24,11 +24,13 @@ import torch
 from benchlib import Result, arguments, finish
 from fit_job import Decoder, Shape, loss_of
 from offload.allocator.errors import OffloadError
+from offload.config import OffloadConfig
 from offload.doctor.examine import bench_links
 from offload.planner.baseline import measure_baseline
 from offload.planner.rehearsal import add_rehearsal
 from offload.swap.planning.predict import Baseline, Prediction, Settings, least_budget, predict
 from offload.swap.planning.program import Program
+from offload.swap.planning.row_steps import Alpha
 from offload.swap.planning.striping import striped
 from offload.swap.planning.tracing import fake_mode, trace_step
 from offload.swap.state_precision import MasterWeights, Precision, StatePrecision
@@ -41,6 +43,7 @@ from plan_job import making
 
 _JOB = Path(__file__).with_name("plan_job.py")
 _MIB = 1 << 20
+_REBUILD_NBYTES = OffloadConfig().min_swap_nbytes
 _WARM = 2  # steps: the first learns, the second has grown
 
 
@@ -60,6 +63,7 @@ class Case:
     masters: MasterWeights = "none"
     in_backward: bool = False
     paths: int = 1  # directories of the store, all on the one drive
+    alpha: Alpha | None = None  # of token-wise recompute
 
     @property
     def tokens(self) -> int:
@@ -74,16 +78,20 @@ class Case:
     @property
     def config(self) -> dict[str, Any]:
         """The settings of its run."""
+        rows = {} if self.alpha is None else {"recompute": "tokenwise", "alpha": self.alpha}
         return {
             "step_in_backward": self.in_backward,
             "state_precision": self.states,
             "master_weights": self.masters,
+            **rows,
         }
 
     @property
     def settings(self) -> str:
         """What it has beside the defaults, for people."""
-        names = {"dtype": "float32", "states": "exact", "masters": "none", "paths": 1}
+        names: dict[str, object] = {
+            "dtype": "float32", "states": "exact", "masters": "none", "paths": 1, "alpha": None
+        }  # fmt: skip
         given = [
             f"{n}={getattr(self, n)}" for n, usual in names.items() if getattr(self, n) != usual
         ]
@@ -92,6 +100,7 @@ class Case:
 
 _M10, _M20, _M70 = (2, 128, 4), (4, 256, 4), (12, 512, 8)
 _STATES: tuple[StatePrecision, ...] = ("exact", "bf16", "8bit")
+_ALPHAS: tuple[Alpha, ...] = (0.0, 0.5, "auto")
 _MASTERS: tuple[MasterWeights, ...] = ("none", "fp32")
 _M134, _M350 = (12, 768, 12), (24, 1024, 16)
 QUICK = (
@@ -118,6 +127,9 @@ FULL = (
     *(Case(*_M70, sequence=128, factor=1.2, dtype="bfloat16", masters=m) for m in _MASTERS),
     Case(*_M70, 128, 1.2, dtype="bfloat16", masters="fp32", states="8bit", in_backward=True),
     *(Case(*_M70, sequence=128, factor=1.2, paths=2, in_backward=each) for each in (False, True)),
+    *(Case(*_M20, sequence=1024, factor=1.2, alpha=alpha) for alpha in _ALPHAS),
+    Case(*_M20, sequence=2048, factor=1.2, alpha=0.5),
+    Case(*_M70, sequence=1024, factor=1.2, alpha=0.25),
 )
 
 
@@ -126,18 +138,27 @@ def main() -> int:
     parser = arguments(__doc__ or "")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw it; needs matplotlib")
     parser.add_argument("--least-tokens", type=int, default=0, help="only steps of so many")
+    parser.add_argument("--rebuilt", action="store_true", help="token-wise recompute alone")
     options = parser.parse_args()
     result = Result("Predictions of the planner against real runs")
-    least = options.least_tokens
-    measure(result, quick=options.quick, nvme=options.nvme, least_tokens=least)
+    measure(
+        result,
+        quick=options.quick,
+        nvme=options.nvme,
+        least_tokens=options.least_tokens,
+        rebuilt=options.rebuilt,
+    )
     if options.plot is not None:
         draw(result.rows, options.plot)
     return finish(result, options.json)
 
 
-def measure(result: Result, *, quick: bool, nvme: Path, least_tokens: int = 0) -> None:
+def measure(
+    result: Result, *, quick: bool, nvme: Path, least_tokens: int = 0, rebuilt: bool = False
+) -> None:
     """Predict and train every configuration of so many tokens, with stores in ``nvme``."""
     cases = [case for case in (QUICK if quick else FULL) if case.tokens >= least_tokens]
+    cases = [case for case in cases if case.alpha is not None] if rebuilt else cases
     nvme.mkdir(parents=True, exist_ok=True)
     links = bench_links([nvme], effort=Effort()).machine
     drive, baseline = file_tier_name(nvme), measure_baseline()
@@ -205,6 +226,7 @@ class Trial:
             drive=drive,
             step_in_backward=self._case.in_backward,
             align_nbytes=HUGE_PAGE if self._case.paths > 1 else PAGE,
+            alpha=self._case.alpha,
         )
 
     def predict(self, machine: Machine) -> Prediction:
@@ -267,6 +289,7 @@ def program_of(case: Case) -> Program:
             tokens=case.tokens,
             optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True),
             precision=case.precision,
+            rebuild_nbytes=None if case.alpha is None else _REBUILD_NBYTES,
         )
 
 

@@ -65,6 +65,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fp32: bfloat16 weights are stepped in float32",
     )
     parser.add_argument(
+        "--recompute",
+        choices=["off", "tokenwise"],
+        default="off",
+        help="tokenwise: some token rows of what blocks save are swapped, the others rebuilt",
+    )
+    parser.add_argument(
+        "--alpha", metavar="A", help="the share of rows that is swapped, 0 to 1, or auto (default)"
+    )
+    parser.add_argument(
+        "--nvme-write-budget",
+        metavar="SIZE",
+        help="bytes that a step may write to the drive, everything included",
+    )
+    parser.add_argument(
         "--machine",
         metavar="FILE|NAME",
         help="of offload doctor -o, or of the library (--machine list); default: this one, as it "
@@ -192,6 +206,7 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 
 def _source_of(arguments: argparse.Namespace) -> Any:
+    from offload.planner.asking import config_of
     from offload.planner.sources import HuggingFaceModel
     from offload.swap.state_precision import Precision
 
@@ -199,10 +214,18 @@ def _source_of(arguments: argparse.Namespace) -> Any:
     if path is None:
         raise ConfigError("offload plan needs a model: a config.json, its directory, or a script")
     precision = Precision(states=arguments.state_precision, masters=arguments.master_weights)
+    config = config_of(arguments)
+    rebuild_nbytes = config.min_swap_nbytes if config.recompute == "tokenwise" else None
     if path.suffix == ".py":
         from offload.planner.scripts import TrainingScript
 
-        return TrainingScript(path, arguments.args, given=arguments, precision=precision)
+        return TrainingScript(
+            path,
+            arguments.args,
+            given=arguments,
+            precision=precision,
+            rebuild_nbytes=rebuild_nbytes,
+        )
     if arguments.args:
         raise ConfigError(f"--args {' '.join(arguments.args)}: {path} is no script")
     return HuggingFaceModel(
@@ -211,6 +234,7 @@ def _source_of(arguments: argparse.Namespace) -> Any:
         method=arguments.method or "full",
         optimizer=arguments.optim or "adamw",
         precision=precision,
+        rebuild_nbytes=rebuild_nbytes,
     )
 
 

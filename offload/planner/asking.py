@@ -7,6 +7,7 @@ from typing import Any
 
 from offload.allocator.errors import BudgetError, ConfigError
 from offload.allocator.units import format_nbytes
+from offload.config import OffloadConfig, make_config
 from offload.planner.answer import advise, refused, solve_batch, solve_length
 from offload.planner.baseline import RUNNING_NBYTES, measure_baseline
 from offload.planner.on_device import PlacementAnswer, Placing, answer_placement
@@ -58,13 +59,15 @@ class Asking:
         self.baseline = _baseline_of(
             baseline_nbytes or (recorded.attach_nbytes if recorded else None), source, say
         )
-        host = machine.tier("host")
+        host, config = machine.tier("host"), config_of(arguments)
         self.settings = Settings(
             budget_nbytes=budget or int(min(host.free_nbytes, host.capacity_nbytes) * 0.8),
             drive=drive,
             commits=arguments.commit != "never",
             step_in_backward=arguments.step_in_backward,
             align_nbytes=HUGE_PAGE if len(arguments.nvme) > 1 else PAGE,
+            write_budget_nbytes=config.nvme_write_budget,
+            alpha=config.alpha if config.recompute == "tokenwise" else None,
         )
 
     def answer(self) -> Answer:
@@ -146,9 +149,14 @@ class Asking:
             return str(error)
 
     def _check_placeable(self) -> None:
-        if self.arguments.step_in_backward:
+        unknown = [
+            f"--{name.replace('_', '-')}"
+            for name in ("step_in_backward", "nvme_write_budget", "recompute")
+            if getattr(self.arguments, name) not in {None, False, "off"}
+        ]
+        if unknown:
             raise ConfigError(
-                "--step-in-backward: no placement knows it, a prediction on the CPU does: leave "
+                f"{', '.join(unknown)}: no placement knows it, a prediction on the CPU does: leave "
                 "it, or device=, out"
             )
 
@@ -222,6 +230,16 @@ class Asking:
         if self.settings.budget_nbytes > host:
             notes.append(f"the machine has {format_nbytes(host)}, less than the budget")
         return tuple(notes)
+
+
+def config_of(arguments: argparse.Namespace) -> OffloadConfig:
+    """What of a run's settings is asked for, refused as a run refuses it.
+
+    Raises:
+        ConfigError: a setting that a run refuses.
+    """
+    names = ("nvme_write_budget", "recompute", "alpha")
+    return make_config(OffloadConfig(), **{name: getattr(arguments, name) for name in names})
 
 
 def _baseline_of(nbytes: int | None, source: Any, say: Callable[[str], None]) -> Baseline:

@@ -57,8 +57,14 @@ def _start(settings: Settings, machine: Machine) -> RunStarted:
             "memory_nbytes": host.capacity_nbytes,
             "kernel": machine.kernel,
         },
-        budget={"host": settings.budget_nbytes},
+        budget=_budgets_of(settings),
     )
+
+
+def _budgets_of(settings: Settings) -> dict[str, int]:
+    """As ``saving.budgets_of``."""
+    named = {"host": settings.budget_nbytes, "nvme_write": settings.write_budget_nbytes}
+    return {name: nbytes for name, nbytes in named.items() if nbytes is not None}
 
 
 def _end(settings: Settings, events: list[Event]) -> RunFinished:

@@ -38,7 +38,7 @@ _APART = frozenset(
     }
 )  # fmt: skip
 _DEFAULTS = OffloadConfig()
-_UNKNOWN = ("io_threads", "recompute", "nvme_write_budget", "accumulation_steps")
+_UNKNOWN = ("io_threads", "recompute", "accumulation_steps")
 
 
 def unpredicted(config: OffloadConfig) -> list[str]:
@@ -62,6 +62,7 @@ def settings_of(config: OffloadConfig, drive: str, budget_nbytes: int) -> Settin
         min_swap_nbytes=config.min_swap_nbytes,
         step_in_backward=config.step_in_backward,
         align_nbytes=HUGE_PAGE if len(config.nvme) > 1 else PAGE,
+        write_budget_nbytes=config.nvme_write_budget,
     )
 
 

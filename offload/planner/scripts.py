@@ -22,6 +22,8 @@ class TrainingScript:
     Args:
         given: the command's arguments: those that the script decides may not be given.
         precision: of what its optimizer keeps.
+        rebuild_nbytes: the smallest storage that token-wise recompute would rebuild; None: it is
+            not asked for.
 
     Attributes:
         imports: what it imported, for the baseline.
@@ -38,6 +40,7 @@ class TrainingScript:
         *,
         given: argparse.Namespace,
         precision: Precision = EXACT,
+        rebuild_nbytes: int | None = None,
     ) -> None:
         if not path.is_file():
             raise ConfigError(f"can't read the script {path}: no such file")
@@ -52,7 +55,7 @@ class TrainingScript:
                 f"--solve {given.solve} needs a config.json: {path.name} decides its batch itself"
             )
         self.name = path.name
-        self._program, self.imports = _trace(path, arguments, precision)
+        self._program, self.imports = _trace(path, arguments, precision, rebuild_nbytes)
 
     def longest(self) -> int | None:
         """Not known of a script."""
@@ -68,12 +71,13 @@ class TrainingScript:
 
 
 def _trace(
-    path: Path, arguments: Sequence[str], precision: Precision
+    path: Path, arguments: Sequence[str], precision: Precision, rebuild_nbytes: int | None
 ) -> tuple[Program, tuple[str, ...]]:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "program.json"
         command = [sys.executable, "-m", "offload.planner.trace_script", str(out)]
-        command += [precision.states, precision.masters, str(path)]
+        command += [precision.states, precision.masters]
+        command += ["off" if rebuild_nbytes is None else str(rebuild_nbytes), str(path)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         if not out.exists():
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()

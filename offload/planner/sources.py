@@ -40,6 +40,8 @@ class HuggingFaceModel:
         path: the file, or the directory that holds it.
         dtype: of weights; None: what the configuration says.
         precision: of what the optimizer keeps; None: exact.
+        rebuild_nbytes: the smallest storage that token-wise recompute would rebuild; None: it is
+            not asked for.
 
     Attributes:
         imports: what a process that trains it has imported.
@@ -56,6 +58,7 @@ class HuggingFaceModel:
         method: Method,
         optimizer: str,
         precision: "Precision | None" = None,
+        rebuild_nbytes: int | None = None,
     ) -> None:
         file = path / "config.json" if path.is_dir() else path
         content = _read(file)
@@ -86,6 +89,7 @@ class HuggingFaceModel:
         self.method = method
         self.optimizer = optimizer
         self.precision = precision
+        self.rebuild_nbytes = rebuild_nbytes
 
     def longest(self) -> int | None:
         """Tokens of the longest sequence that it has positions for, if the configuration says."""
@@ -137,6 +141,7 @@ class HuggingFaceModel:
                 tokens=batch.sequences * batch.length,
                 optimizer=make_optimizer(self.optimizer, model),
                 precision=self.precision or EXACT,
+                rebuild_nbytes=self.rebuild_nbytes,
             )
 
 

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from offload.allocator.units import format_nbytes, format_rate, format_seconds
-from offload.swap.planning.predict import Prediction
+from offload.swap.planning.predict import Prediction, Settings
 from offload.swap.planning.program import Program
+from offload.swap.planning.sim_writes import must_write_nbytes
 from offload.tiers.machine import Machine
 
 if TYPE_CHECKING:
@@ -77,8 +78,10 @@ def print_answer(answer: Answer, *, explain: bool, console: Console | None = Non
     console.print(f"bound by     {found.bound_by} (busy: {busy})")
     console.print(
         f"moved        {format_nbytes(step.read_nbytes)} read, "
-        f"{format_nbytes(step.written_nbytes)} written per step"
+        f"{format_nbytes(step.written_nbytes)} written per step{_written_at_most(settings)}"
     )
+    for line in rebuilt(found):
+        console.print(f"recompute    {line}", markup=False)
     if answer.solved is not None:
         console.print(f"solved       {answer.solved}", markup=False)
     for advice in answer.advice:
@@ -95,6 +98,21 @@ def print_answer(answer: Answer, *, explain: bool, console: Console | None = Non
 
         console.print()
         print_placement(answer.placement, explain=explain, console=console)
+
+
+def _written_at_most(settings: Settings) -> str:
+    most = settings.write_budget_nbytes
+    return "" if most is None else f" (at most {format_nbytes(most)})"
+
+
+def rebuilt(found: Prediction) -> Iterator[str]:
+    """What token-wise recompute does with each kind of blocks."""
+    if found.settings.alpha is not None and not found.rebuilt:
+        yield "no module repeats in a list, so nothing is rebuilt"
+    for kind in found.rebuilt:
+        blocks = f"{kind.blocks} blocks" if kind.blocks > 1 else "1 block"
+        told = f"{kind.cut:,} of {kind.rows:,} rows swapped, others rebuilt"
+        yield f"{blocks}: alpha {kind.alpha:.3g} ({kind.why or told})"
 
 
 def _table(answer: Answer) -> Table:
@@ -187,6 +205,21 @@ def explanation(answer: Answer) -> Iterator[str]:
         )
     else:
         yield f"activations: all {format_nbytes(program.saved_nbytes)} stay within their share"
+    for kind in found.rebuilt:
+        if kind.cut < kind.rows:
+            yield (
+                f"recompute: a block saves {format_nbytes(kind.target_nbytes)} that rows can be "
+                f"rebuilt of, {kind.alpha:.0%} of it is swapped, besides "
+                f"{format_nbytes(kind.whole_nbytes)} that can't be, or that rows are rebuilt from; "
+                "a run sees in its first step whether the bits are right, and swaps whole what "
+                "differs"
+            )
+    if found.settings.write_budget_nbytes is not None:
+        most, other = found.settings.write_budget_nbytes, must_write_nbytes(program)
+        yield (
+            f"writes: of {format_nbytes(most)} that a step may write, weights, gradients and "
+            f"states take {format_nbytes(other)} at most; what else would leave memory stays there"
+        )
     yield (
         f"compute: {program.flops / 1e9:,.0f} GFLOP in matrix products a step, at measured rates"
     )
@@ -203,6 +236,7 @@ def to_json(answer: Answer) -> str:
         "parameters": answer.program.parameters,
         "flops": answer.program.flops,
         "budget_nbytes": found.settings.budget_nbytes,
+        "write_budget_nbytes": found.settings.write_budget_nbytes,
         "peak_nbytes": found.peak_nbytes,
         "building_nbytes": found.building_nbytes,
         "step_s": found.step_s,
@@ -211,6 +245,7 @@ def to_json(answer: Answer) -> str:
         "busy_s": dict(found.last.busy_s),
         "step": dataclasses.asdict(found.last.finished),
         "rows": rows(answer),
+        "rebuilt": [{**dataclasses.asdict(kind), "alpha": kind.alpha} for kind in found.rebuilt],
         "plan": json.loads(found.plan.to_json()),
         "solved": answer.solved,
         "advice": [dataclasses.asdict(advice) for advice in answer.advice],

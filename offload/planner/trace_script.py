@@ -7,8 +7,9 @@ backward has ended, and the process with it: by ``os._exit``, so that nothing of
 does at its end happens, behind a ``finally`` neither. What Offload itself would do for the script
 is left out.
 
-Run as ``python -m offload.planner.trace_script OUT STATES MASTERS script.py args…``, with the
-settings of ``Precision``; writes OUT, a JSON file.
+Run as ``python -m offload.planner.trace_script OUT STATES MASTERS REBUILD script.py args…``, with
+the settings of ``Precision`` and the smallest storage to rebuild (or ``off``); writes OUT, a JSON
+file.
 """
 
 import contextlib
@@ -72,11 +73,18 @@ class Session:
     Args:
         finish: takes the program of the step; does not come back.
         precision: of what the optimizer keeps.
+        rebuild_nbytes: as of ``Tracer``.
     """
 
-    def __init__(self, finish: Callable[[Program], NoReturn], precision: Precision = EXACT) -> None:
+    def __init__(
+        self,
+        finish: Callable[[Program], NoReturn],
+        precision: Precision = EXACT,
+        rebuild_nbytes: int | None = None,
+    ) -> None:
         self._finish = finish
         self._precision = precision
+        self._rebuild_nbytes = rebuild_nbytes
         self._mode = fake_mode()
         self._stack = ExitStack()
         self._optimizers: list[Optimizer] = []
@@ -139,7 +147,7 @@ class Session:
                     child._buffers[name] = self._mode.from_tensor(buffer)
         self._optimizer, self._tokens = optimizer, _tokens_of(arguments)
         self._stack.enter_context(self._mode)
-        self._tracer = _Tracer(model)
+        self._tracer = _Tracer(model, rebuild_nbytes=self._rebuild_nbytes)
         self._stack.enter_context(self._tracer.running())
         self._tracer.join_forward()
 
@@ -175,7 +183,10 @@ def _tokens_of(arguments: Any) -> int:
 
 
 def trace_script(
-    script: Path, finish: Callable[[Program], NoReturn], precision: Precision = EXACT
+    script: Path,
+    finish: Callable[[Program], NoReturn],
+    precision: Precision = EXACT,
+    rebuild_nbytes: int | None = None,
 ) -> NoReturn:
     """Run ``script`` until its first backward.
 
@@ -184,7 +195,7 @@ def trace_script(
         UnsupportedError: what it computes needs values.
     """
     sys.path[0] = str(script.resolve().parent)
-    with contextlib.suppress(SystemExit), Session(finish, precision):
+    with contextlib.suppress(SystemExit), Session(finish, precision, rebuild_nbytes):
         runpy.run_path(str(script), run_name="__main__")
     raise ConfigError(
         f"{script} ended without a backward of a model whose parameters an optimizer steps"
@@ -193,7 +204,7 @@ def trace_script(
 
 def main() -> NoReturn:
     """Trace, and write what was found."""
-    out, states, masters, script, *arguments = sys.argv[1:]
+    out, states, masters, rebuild, script, *arguments = sys.argv[1:]
     settings: Any = {"states": states, "masters": masters}
     sys.argv = [script, *arguments]
     before = {name.partition(".")[0] for name in sys.modules}
@@ -206,7 +217,12 @@ def main() -> NoReturn:
     output: AbstractContextManager[Any] = contextlib.redirect_stdout(sys.stderr)
     try:
         with output:
-            trace_script(Path(script), finish, Precision(**settings))
+            trace_script(
+                Path(script),
+                finish,
+                Precision(**settings),
+                None if rebuild == "off" else int(rebuild),
+            )
     except OffloadError as error:
         _end(error)
 

@@ -32,9 +32,9 @@ class Moment(NamedTuple):
     which: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Compiled:
-    """A program on one machine.
+    """A program on one machine; equal to itself only, for comparing it takes as long as making it.
 
     Attributes:
         moments: of one step, in order; behind the last of them the optimizer steps.
@@ -73,7 +73,7 @@ def _moments(program: Program, costs: Costs) -> Iterator[Moment]:
         elif what is free and which not in saved:
             nbytes -= program.storages[which]
         else:
-            seconds += calling_s[what]
+            seconds += costs.hook_s * which if what is What.RECORD else calling_s[what]
             yield Moment(seconds, tuple(highs), nbytes, what, which)
             seconds, nbytes, high, highs = 0.0, 0, 0, []
             if what is What.SAVE:

@@ -14,6 +14,8 @@ from offload.swap.plan import Plan, choose_chunk_numel, make_plan, soft_limit_nb
 from offload.swap.planning.compiled import Compiled, compile_program
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Program
+from offload.swap.planning.row_steps import Alpha, RowsFound, row_steps
+from offload.swap.planning.sim_writes import check_writes, must_write_nbytes
 from offload.swap.planning.simulate import SimulatedStep, Simulation
 from offload.swap.planning.world import Role
 from offload.tiers.events import Recorder
@@ -48,6 +50,8 @@ class Settings:
         commits: whether anything is made durable, which takes two slots of the drive.
         step_in_backward: weights are stepped as soon as their gradients are complete.
         align_nbytes: of the drive's large extents: those of a striped store are whole huge pages.
+        write_budget_nbytes: that a step may write to the drive.
+        alpha: of token-wise recompute: the share of rows that is swapped, or ``auto``; None: off.
     """
 
     budget_nbytes: int
@@ -56,6 +60,8 @@ class Settings:
     min_swap_nbytes: int = 64 << 10
     step_in_backward: bool = False
     align_nbytes: int = PAGE
+    write_budget_nbytes: int | None = None
+    alpha: Alpha | None = None
 
     def extent_nbytes(self, nbytes: int) -> int:
         """What ``nbytes`` take of the drive."""
@@ -86,6 +92,7 @@ class Prediction:
         steps: as simulated; the last one is what every later step is like.
         building_nbytes: resident set while the model is built in its store.
         tokens: of a step.
+        rebuilt: by kind of blocks, where rows are rebuilt.
     """
 
     settings: Settings
@@ -93,6 +100,7 @@ class Prediction:
     building_nbytes: int
     drive: DriveUse
     tokens: int
+    rebuilt: tuple[RowsFound, ...] = ()
 
     @property
     def last(self) -> SimulatedStep:
@@ -139,8 +147,10 @@ def predict(
         recorder: takes the events of the simulated run.
 
     Raises:
-        BudgetError: it does not fit memory, or the drive; names what would.
+        BudgetError: it does not fit memory, the drive, or what may be written to it; names what
+            would.
         ConfigError: a rate or a link is needed that the machine does not tell.
+        UnsupportedError: rows are to be rebuilt of a step that was traced without its blocks.
     """
     compiled = compile_program(program, Costs(machine, settings.drive))
     return _predict(compiled, machine, settings, baseline, recorder)
@@ -154,6 +164,7 @@ def _predict(
     recorder: Recorder | None = None,
 ) -> Prediction:
     program = compiled.program
+    check_writes(program, settings.write_budget_nbytes)
     chunk_numel = choose_chunk_numel(settings.budget_nbytes)
     plan = make_plan(
         program.census,
@@ -162,16 +173,29 @@ def _predict(
         chunk_numel=chunk_numel,
         step_in_backward=settings.step_in_backward,
     )
+    rows = None
+    if settings.alpha is not None:
+        rows = row_steps(
+            compiled,
+            settings.alpha,
+            memory_nbytes=plan.activations_nbytes,
+            drive_nbytes=_drive_room(program, machine, settings),
+        )
     simulation = Simulation(
-        compiled,
+        compiled if rows is None else rows.compiled,
         plan,
         chunk_numel=chunk_numel,
         resident_nbytes=baseline.running_nbytes,
         commits=settings.commits,
         min_swap_nbytes=settings.min_swap_nbytes,
+        write_budget_nbytes=settings.write_budget_nbytes,
         recorder=recorder,
     )
-    steps = tuple(simulation.step() for _ in range(_STEPS))
+    rebuilt: tuple[RowsFound, ...] = ()
+    if rows is None:
+        steps = tuple(simulation.step() for _ in range(_STEPS))
+    else:
+        steps, rebuilt = rows.run(simulation)
     use = drive_use(program, settings, max(step.spilled_nbytes for step in steps))
     _check_drive(machine, settings, use)
     building = baseline.attach_nbytes + program.census.weight_nbytes
@@ -181,7 +205,15 @@ def _predict(
         building_nbytes=min(soft_limit_nbytes(settings.budget_nbytes), building),
         drive=use,
         tokens=program.tokens,
+        rebuilt=rebuilt,
     )
+
+
+def _drive_room(program: Program, machine: Machine, settings: Settings) -> int:
+    """Bytes of saved activations that the drive takes in a step."""
+    free = machine.tier(settings.drive).free_nbytes - drive_use(program, settings, 0).nbytes
+    most = settings.write_budget_nbytes
+    return max(free if most is None else min(free, most - must_write_nbytes(program)), 0)
 
 
 def drive_use(program: Program, settings: Settings, activations_nbytes: int) -> DriveUse:
@@ -226,7 +258,7 @@ def least_budget(
     Found by bisection: a budget that fits by chance below one that does not is not looked for.
 
     Raises:
-        BudgetError: the drive is too small for any budget.
+        BudgetError: the drive is too small for any budget, or too little may be written to it.
         ConfigError: as ``predict``.
     """
 
@@ -238,6 +270,7 @@ def least_budget(
             return error
 
     _check_drive(machine, settings, drive_use(program, settings, 0))
+    check_writes(program, settings.write_budget_nbytes)
     compiled = compile_program(program, Costs(machine, settings.drive))
     low = 0
     high = max(1, baseline.attach_nbytes // _MIB)

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from offload.swap.census import Census, ModuleInfo, WeightInfo
+from offload.swap.planning.row_records import RowProgram
 
 OperationKind: TypeAlias = Literal[
     "matmul",  # products of matrices, convolutions
@@ -63,6 +64,10 @@ class What(IntEnum):
     GRADIENT = 8  # weights: its gradient is complete
     FORWARD = 9  # a pass begins
     STEP = 10  # backward has ended, the optimizer steps
+    # Of token-wise recompute (``row_events``); ``which`` of all but the second is a number itself.
+    BORROW = 11  # what is rebuilt takes so many bytes more of what saved tensors may, or fewer
+    PREFETCH = 12  # prefetches: these saved storages are needed soon, in this order
+    RECORD = 13  # so many operations have been recorded
 
 
 class Event(NamedTuple):
@@ -131,6 +136,8 @@ class Program:
         row_gradients: bytes of the gradients that are made of looked-up rows alone, at most: as if
             no row was looked up twice.
         stepping: the optimizer's part; None where nothing is stepped.
+        rows: what of its saved bytes can be rebuilt, where that was asked for.
+        prefetches: storages that are needed soon.
     """
 
     census: Census
@@ -144,6 +151,8 @@ class Program:
     events: tuple[Event, ...]
     stepping: Stepping | None
     row_gradients: Mapping[str, int] = field(default_factory=dict)
+    rows: RowProgram | None = None
+    prefetches: tuple[tuple[int, ...], ...] = ()
 
     @property
     def flops(self) -> int:
@@ -208,6 +217,8 @@ class Program:
             uses=tuple(map(tuple, fields["uses"])),
             lookups=tuple(Lookup(**lookup) for lookup in fields["lookups"]),
             row_gradients=fields["row_gradients"],
+            rows=fields["rows"] and RowProgram.from_fields(fields["rows"]),
+            prefetches=tuple(map(tuple, fields["prefetches"])),
             events=tuple(
                 Event(What(what), which) for what, which in zip(numbers, numbers, strict=True)
             ),

@@ -10,52 +10,18 @@ each turn whose unit is absent, so that the next one to be fetched is found at o
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Iterable
 
+from offload.allocator.errors import CapacityError
+from offload.allocator.units import format_nbytes
 from offload.swap.activations import BATCH_ALIGN, BATCH_NBYTES
-from offload.swap.planning.world import Flight, World
+from offload.swap.lookahead import LIKENESS
+from offload.swap.planning.sim_units import FetchChoice, Unit, is_early
+from offload.swap.planning.sim_writes import SimDrive
+from offload.swap.planning.world import World
 from offload.tiers.journal import Label
 
 _ROLE = "activation"
-# Between fetching a unit now and later: the arguments of ``_is_early``, and what it told.
-_Choice: TypeAlias = tuple[int, int, int, float, bool]
-
-
-@dataclass(slots=True, eq=False)
-class _Unit:
-    """What moves as one: ``members`` are its storages that autograd still needs.
-
-    Attributes:
-        turn: see [Note: turns]; None where no use of it is expected.
-    """
-
-    position: int
-    nbytes: int
-    members: set[int]
-    turn: int | None
-    stays: bool
-    in_memory: bool = True
-    on_file: bool = False
-    writing: Flight | None = None
-    fetching: Flight | None = None
-    used: bool = False
-
-
-def _is_early(
-    uses: Sequence[tuple[int, float]], present: int, following: int, turn: int, lead_s: float
-) -> bool:
-    """Whether the next use is soon enough to fetch a unit.
-
-    Args:
-        uses: that are expected, by turn.
-        present: the turn of what is used now; ``following``: of what is used next, or the same.
-        turn: of the unit.
-        lead_s: before its use it has to be fetched.
-    """
-    now_s = uses[present][1]
-    return uses[turn][1] - now_s > lead_s + (uses[following][1] - now_s)
 
 
 class SimSaved:
@@ -64,21 +30,29 @@ class SimSaved:
     Args:
         storages: bytes of each storage of the program.
         limit_nbytes: of units that stay in memory; as many more may be leaving.
+        drive: says whether it takes what leaves; by default it takes all.
     """
 
     def __init__(
-        self, world: World, storages: tuple[int, ...], *, limit_nbytes: int, min_nbytes: int
+        self,
+        world: World,
+        storages: tuple[int, ...],
+        *,
+        limit_nbytes: int,
+        min_nbytes: int,
+        drive: SimDrive | None = None,
     ) -> None:
         self._world = world
+        self._drive = drive
         self._storages = storages
         self._limit_nbytes = limit_nbytes
         self._min_nbytes = min_nbytes
         self._held_by_others: set[int] = set()
-        self._unit_of: dict[int, _Unit] = {}
-        self._units: list[_Unit] = []
-        self._order: deque[_Unit] = deque()
-        self._staying: deque[_Unit] = deque()
-        self._writing: deque[_Unit] = deque()
+        self._unit_of: dict[int, Unit] = {}
+        self._units: list[Unit] = []
+        self._order: deque[Unit] = deque()
+        self._staying: deque[Unit] = deque()
+        self._writing: deque[Unit] = deque()
         self._writing_nbytes = 0
         self._batch: list[int] = []
         self._batch_nbytes = 0
@@ -95,14 +69,17 @@ class SimSaved:
         # Of the last pass: units in the order of their first use, and when that was.
         self._uses: list[tuple[int, float]] = []
         self._expected: list[tuple[int, float]] = []
+        self._expected_nbytes: list[int] = []  # of its units, by position
+        self._differs = False  # the present pass from the last one
         self._ranks: dict[int, int] = {}
-        self._choices: list[_Choice] = []  # that times decided, of the present pass
+        self._choices: list[FetchChoice] = []  # that times decided, of the present pass
         self._stay_positions: set[int] = set()
 
     def begin(self) -> None:
         """A forward begins; the last pass is expected to repeat."""
         if self._uses:
             self._expected = self._uses
+            self._expected_nbytes = [unit.nbytes for unit in self._units]
             self._ranks = {position: rank for rank, (position, _) in enumerate(self._expected)}
             room, self._stay_positions = self._limit_nbytes, set()
             for position, _ in self._expected:
@@ -111,7 +88,7 @@ class SimSaved:
                     break
                 self._stay_positions.add(position)
         self._uses, self._units, self._choices = [], [], []
-        self._saved_nbytes = 0
+        self._saved_nbytes, self._differs = 0, False
         self._order.clear()
         self._staying.clear()
         self._absent_turns = bytearray(len(self._storages))
@@ -127,8 +104,8 @@ class SimSaved:
 
     def would_choose_again(self) -> bool:
         """Whether the times of the last pass lead to what that pass has chosen."""
-        return all(
-            _is_early(self._uses, present, following, turn, lead_s) is early
+        return not self._differs and all(
+            is_early(self._uses, present, following, turn, lead_s) is early
             for present, following, turn, lead_s, early in self._choices
         )
 
@@ -187,12 +164,15 @@ class SimSaved:
 
     def _add(self, members: list[int], nbytes: int) -> None:
         position = len(self._units)
+        if self._expected and not self._is_expected(position, nbytes):
+            self._expect_nothing()
         turn = self._ranks.get(position) if self._expected else self._reverse(position)
         if position == len(self._labels):
             name = f"saved {position}"
             out = Label(name, _ROLE, "host", "file")
             self._labels.append((out, Label(name, _ROLE, "file", "host")))
-        unit = _Unit(position, nbytes, set(members), turn, position in self._stay_positions)
+        stays, is_batch = position in self._stay_positions, len(members) > 1
+        unit = Unit(position, nbytes, set(members), turn, stays, is_batch=is_batch)
         self._units.append(unit)
         for storage in members:
             self._unit_of[storage] = unit
@@ -202,21 +182,64 @@ class SimSaved:
         if self.kept_nbytes > self._limit_nbytes:
             self._spill(None)
 
-    def _spill(self, sparing: _Unit | None) -> None:
+    def _is_expected(self, position: int, nbytes: int) -> bool:
+        """Whether the last pass had a unit of about ``nbytes`` there."""
+        if position >= len(self._expected_nbytes):
+            return False
+        expected = self._expected_nbytes[position]
+        return LIKENESS * abs(expected - nbytes) <= max(expected, nbytes)
+
+    def _expect_nothing(self) -> None:
+        """This pass is another one than the last: what is saved last is used first, then."""
+        self._expected, self._stay_positions, self._differs = [], set(), True
+        self._absent_turns, self._fetching = bytearray(len(self._storages)), {}
+        self._looked_ahead = -1
+        for unit in self._units:
+            unit.turn = self._reverse(unit.position)
+            if unit.members and not unit.in_memory:
+                self._absent_turns[unit.turn] = True
+            elif unit.members and unit.fetching is not None:
+                self._fetching[unit.turn] = unit.nbytes
+
+    # Token-wise recompute.
+
+    def borrow(self, nbytes: int) -> None:
+        """What is rebuilt takes so many bytes more of the limit, or fewer."""
+        self._limit_nbytes -= nbytes
+        self._saved_nbytes += max(nbytes, 0)  # as much less may stay
+        self._looked_ahead = -1
+
+    def prefetch(self, storages: Iterable[int]) -> None:
+        """Fetch these, in this order, as far as the limit has room."""
+        for storage in storages:
+            unit = self._unit_of.get(storage)
+            if unit is not None and not unit.in_memory:
+                if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
+                    return
+                self._fetch(unit)
+
+    # Out.
+
+    def _spill(self, sparing: Unit | None) -> None:
         self._send_excess_away(sparing)
         while self._writing and self.kept_nbytes > 2 * self._limit_nbytes:
-            first = self._writing[0]
-            assert first.writing is not None
-            self._world.wait(self._world.writes, first.writing, "full")
-            self._finish_write()
+            self._await_first()
             self._send_excess_away(sparing)
 
-    def _send_excess_away(self, sparing: _Unit | None) -> None:
-        excess = self.kept_nbytes - self._writing_nbytes - self._limit_nbytes
+    def _await_first(self) -> None:
+        """Wait for the unit that has been leaving longest."""
+        writing = self._writing[0].writing
+        assert writing is not None
+        self._world.wait(self._world.writes, writing, "full")
+        self._finish_write()
+
+    def _send_excess_away(self, sparing: Unit | None) -> None:
+        staying = self._limit_nbytes if sparing is None else max(self._limit_nbytes, 0)
+        excess = self.kept_nbytes - self._writing_nbytes - staying
         if excess <= 0:
             return
         for queue in (self._order, self._staying):
-            passed_over: list[_Unit] = []
+            passed_over: list[Unit] = []
             while excess > 0 and queue:
                 unit = queue.popleft()
                 if not unit.members:
@@ -225,10 +248,37 @@ class SimSaved:
                     passed_over.append(unit)
                 elif unit.in_memory and unit.writing is None:
                     excess -= unit.nbytes
-                    self._send_away(unit)
+                    if not self._try_to_send_away(unit, refusable=sparing is None):
+                        passed_over.append(unit)
+                        break
             queue.extendleft(reversed(passed_over))
 
-    def _send_away(self, unit: _Unit) -> None:
+    def _try_to_send_away(self, unit: Unit, *, refusable: bool) -> bool:
+        """Whether the drive takes the bytes of ``unit``; if not, they stay."""
+        refusal = None if self._drive is None or unit.on_file else self._drive.refusal(unit.nbytes)
+        if refusal is None:
+            self._send_away(unit)
+        elif refusable:
+            self._check_room(refusal)
+        return refusal is None
+
+    def _check_room(self, refusal: CapacityError) -> None:
+        """The drive takes no more.
+
+        Raises:
+            CapacityError: memory has no room either.
+        """
+        memory = self._world.memory
+        while memory.room() < 0 and self._writing:
+            self._await_first()
+        missing = -memory.room()
+        if missing > 0:
+            raise CapacityError(
+                f"saved activations of {format_nbytes(self.kept_nbytes)} are "
+                f"{format_nbytes(missing)} too many for memory, and can't leave it: {refusal}"
+            )
+
+    def _send_away(self, unit: Unit) -> None:
         if unit.on_file:
             self._drop(unit)
             return
@@ -256,7 +306,7 @@ class SimSaved:
         if unit.members:
             self._drop(unit)
 
-    def _drop(self, unit: _Unit) -> None:
+    def _drop(self, unit: Unit) -> None:
         unit.in_memory = False
         self._looked_ahead = -1
         self._absent += 1
@@ -291,21 +341,23 @@ class SimSaved:
         if self._absent:
             self._fetch_ahead(unit)
 
-    def _fetch(self, unit: _Unit) -> None:
-        _, back = self._labels[unit.position]
-        unit.fetching = self._world.submit(self._world.reads, back, unit.nbytes)
+    def _fetch(self, unit: Unit) -> None:
         unit.in_memory = True
         self._absent -= 1
         if unit.turn is not None:
             self._absent_turns[unit.turn] = False
-            self._fetching[unit.turn] = unit.nbytes
+        if unit.is_batch or not unit.members <= self._held_by_others:
+            _, back = self._labels[unit.position]
+            unit.fetching = self._world.submit(self._world.reads, back, unit.nbytes)
+            if unit.turn is not None:
+                self._fetching[unit.turn] = unit.nbytes
         self.kept_nbytes += unit.nbytes
         self._looked_ahead = -1
         for member in unit.members:
             self._come(member)
         (self._staying if unit.stays else self._order).append(unit)
 
-    def _fetch_ahead(self, present: _Unit) -> None:
+    def _fetch_ahead(self, present: Unit) -> None:
         if present.turn is None:
             self._fetch_backwards(present)
             return
@@ -327,14 +379,14 @@ class SimSaved:
             self._fetch(unit)
             turn = absent.find(True, turn + 1)
 
-    def _unit_at(self, turn: int) -> _Unit:
+    def _unit_at(self, turn: int) -> Unit:
         return self._units[self._expected[turn][0] if self._expected else self._reverse(turn)]
 
     def _reverse(self, position: int) -> int:
         """The turn of a position, or the other way round, where nothing is expected."""
         return len(self._storages) - 1 - position
 
-    def _is_early(self, present: int, unit: _Unit, turn: int) -> bool:
+    def _is_early(self, present: int, unit: Unit, turn: int) -> bool:
         """Whether ``unit`` need not come yet, as what has the turn ``present`` is used."""
         lead_nbytes = unit.nbytes
         for at, nbytes in self._fetching.items():
@@ -347,11 +399,11 @@ class SimSaved:
             following += 1
         if following == len(expected):
             following = present
-        early = _is_early(expected, present, following, turn, lead_s)
+        early = is_early(expected, present, following, turn, lead_s)
         self._choices.append((present, following, turn, lead_s, early))
         return early
 
-    def _fetch_backwards(self, present: _Unit) -> None:
+    def _fetch_backwards(self, present: Unit) -> None:
         """Nobody knew that ``present`` would be used: expect the ones that were saved before it."""
         for unit in reversed(self._units[: present.position]):
             if not unit.in_memory and unit.members:
@@ -363,6 +415,7 @@ class SimSaved:
         """Autograd needs it no more."""
         if storage in self._batched:
             self._batched.discard(storage)
+            self._batch.remove(storage)  # the next pass may save one with its number
             self._go(storage)
             return
         unit = self._unit_of.pop(storage)

@@ -11,10 +11,10 @@ step is counted rather than simulated.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from offload.allocator.errors import BudgetError
+from offload.allocator.errors import BudgetError, CapacityError
 from offload.allocator.units import format_nbytes
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.plan import (
@@ -26,13 +26,14 @@ from offload.swap.plan import (
     shrink,
     soft_limit_nbytes,
 )
-from offload.swap.planning.compiled import Compiled
+from offload.swap.planning.compiled import Compiled, Moment
 from offload.swap.planning.program import What
 from offload.swap.planning.sim_backward import SimBackwardStep
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_step import SimStep
 from offload.swap.planning.sim_weights import SimWeights
+from offload.swap.planning.sim_writes import SimDrive
 from offload.swap.planning.world import Memory, Reading, Role, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
 from offload.tiers.hostmem import page_ceil
@@ -75,6 +76,7 @@ class Simulation:
         resident_nbytes: of the runtime itself, beside the plan's baseline.
         commits: each step is made durable.
         min_swap_nbytes: smaller saved storages move in batches.
+        write_budget_nbytes: that a step may write to the drive.
         recorder: takes the events.
 
     Attributes:
@@ -90,6 +92,7 @@ class Simulation:
         resident_nbytes: int = 0,
         commits: bool = True,
         min_swap_nbytes: int = 64 << 10,
+        write_budget_nbytes: int | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         program, costs = compiled.program, compiled.costs
@@ -116,11 +119,13 @@ class Simulation:
             window_nbytes=plan.window_nbytes,
             checksum_bytes_per_s=costs.checksum_bytes_per_s,
         )
+        self._drive = SimDrive(world.journal, program, write_budget_nbytes)
         self._saved = SimSaved(
             world,
             program.storages,
             limit_nbytes=plan.activations_nbytes,
             min_nbytes=min_swap_nbytes,
+            drive=self._drive,
         )
         self._gradients = SimGradients(world, limit_nbytes=plan.gradients_nbytes)
         self._step: SimStep | None = None
@@ -146,12 +151,16 @@ class Simulation:
         self._kept_nbytes = self._states_nbytes()
         self._looked_up: dict[str, int] = {}
         self._steps = 0
+        self.follow(compiled.moments)
+
+    def follow(self, moments: Sequence[Moment]) -> None:
+        """Steps from now on are made of ``moments``, in the tables of the program."""
         handlers = self._handlers()
         self._moments = [
             (seconds, highs, nbytes, handlers[what], which)
-            for seconds, highs, nbytes, what, which in compiled.moments
+            for seconds, highs, nbytes, what, which in moments
         ]
-        self._passes = sum(moment.what is What.FORWARD for moment in compiled.moments)
+        self._passes = sum(moment.what is What.FORWARD for moment in moments)
         self._last: _Simulated | None = None
 
     def keep_streaming(self) -> "Simulation":
@@ -164,7 +173,7 @@ class Simulation:
 
         Raises:
             BudgetError: the first one's forward and backward exceed the budget; names one that
-                fits, as a run does.
+                fits, as a run does. Or what may not be written does not fit memory.
         """
         standing = self._standing()
         if self._last is not None and self._repeats(self._last, standing):
@@ -177,7 +186,10 @@ class Simulation:
     def _simulate(self, before: Reading) -> SimulatedStep:
         world = self.world
         world.memory.restart_peak()
-        self._pass()
+        try:
+            self._pass()
+        except CapacityError as refusal:
+            raise self._too_small(refusal) from refusal
         if not self._steps:
             self._check_fits()
         passed_s, stalled_s = world.now_s, world.journal.totals.stall_s
@@ -187,6 +199,7 @@ class Simulation:
         if self._step is not None and self._commits:
             self._step.commit()
         world.drain()
+        self._drive.finish_step()
         self._steps += 1
         after = world.reading()
         step_s = after.now_s - before.now_s
@@ -235,6 +248,7 @@ class Simulation:
     def _repeats(self, last: "_Simulated", standing: tuple[object, ...]) -> bool:
         return (
             not self.world.is_recorded
+            and not self._drive.is_bounded  # it counts what is written
             and self._passes == 1
             and last.standing == standing
             and self._saved.would_choose_again()
@@ -259,6 +273,8 @@ class Simulation:
             What.SAVE: saved.save,
             What.UNSAVE: saved.unsave,
             What.FORGET: saved.forget,
+            What.BORROW: saved.borrow,
+            What.PREFETCH: self._prefetch,
             What.GRADIENT: self._take_gradient,
             What.FORWARD: self._begin_pass,
             What.STEP: self._end_backward,
@@ -274,6 +290,9 @@ class Simulation:
             if nbytes or highs:
                 pass_through("transients", highs, nbytes)
             act(which)
+
+    def _prefetch(self, which: int) -> None:
+        self._saved.prefetch(self._program.prefetches[which])
 
     def _use(self, which: int) -> None:
         self._weights.use(self._uses[which])
@@ -333,6 +352,14 @@ class Simulation:
             self._backward.end_step()
         for name in list(self._looked_up):  # a new version is mapped afresh
             self.world.memory.add("pages", -self._looked_up.pop(name))
+
+    def _too_small(self, refusal: CapacityError) -> BudgetError:
+        budget = self.plan.budget_nbytes
+        return BudgetError(
+            f"the host budget of {format_nbytes(budget)} is too small: {refusal}",
+            needed_nbytes=budget - self.world.memory.room(),
+            budget_nbytes=budget,
+        )
 
     def _check_fits(self) -> None:
         peak, budget = self.world.memory.peak_nbytes, self.plan.budget_nbytes

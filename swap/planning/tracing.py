@@ -19,7 +19,7 @@ another gradient of the weight in place, but never a fake tensor: their sum coun
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -38,8 +38,12 @@ from offload.swap.census import named_weights, storage_key, take_census, uses_ro
 from offload.swap.planning.kernels import describe, tensors_of
 from offload.swap.planning.lookups import Tables
 from offload.swap.planning.program import Event, Lookup, Operation, Program, What
+from offload.swap.planning.row_records import Saving
+from offload.swap.planning.row_tracing import BlockWatch
+from offload.swap.planning.saved_handle import SavedHandle
 from offload.swap.planning.stepping import stepping_of
 from offload.swap.state_precision import EXACT, Precision
+from offload.swap.tokenwise.unwatched import takes_saved
 
 # What torch raises where a fake tensor is asked for its values.
 ON_VALUES = (
@@ -66,6 +70,7 @@ def trace_step(
     tokens: int,
     optimizer: Optimizer | None,
     precision: Precision = EXACT,
+    rebuild_nbytes: int | None = None,
 ) -> Program:
     """The program of one step of ``model``, which was built under ``fake_mode``.
 
@@ -75,11 +80,12 @@ def trace_step(
         loss_of: a forward, up to the loss.
         tokens: elements of the batch.
         precision: of what the optimizer keeps.
+        rebuild_nbytes: as of ``Tracer``.
 
     Raises:
         UnsupportedError: what the model does depends on values, which a fake run has not.
     """
-    tracer = Tracer(model)
+    tracer = Tracer(model, rebuild_nbytes=rebuild_nbytes)
     with tracer.running():
         loss = loss_of(model)
         tracer.backward(loss.backward)
@@ -87,9 +93,14 @@ def trace_step(
 
 
 class Tracer(TorchDispatchMode):
-    """Writes down what a step does while it runs on fake tensors; see [Note: fake run]."""
+    """Writes down what a step does while it runs on fake tensors; see [Note: fake run].
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        rebuild_nbytes: blocks are watched, too: what token-wise recompute would rebuild of saved
+            storages that are no smaller. None: they are not.
+    """
+
+    def __init__(self, model: nn.Module, *, rebuild_nbytes: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
         self.census = take_census(model)
@@ -106,15 +117,39 @@ class Tracer(TorchDispatchMode):
             for parameter in parameters
         }
         self._saved: Counter[int] = Counter()  # handles that live, by storage
+        self._savings: Counter[Saving] = Counter()  # and by the block that saves it
         self._tables = Tables(model)
         self._row_gradients: Counter[str] = Counter()
         self._rows: dict[int, int] = {}  # by key of a table that stands for rows: their bytes
         self._deaths: dict[int, Any] = {}  # what notes the end of a storage, by its key
         self._muted = False
         self._depth = 0  # of hooked modules, as ``hooks`` counts it
+        self._watch = (
+            None if rebuild_nbytes is None else BlockWatch(model, self, min_nbytes=rebuild_nbytes)
+        )
         fixed = [*model.parameters(), *model.buffers()]
         for tensor in fixed:
             self._known[storage_key(tensor)] = None
+
+    # What the watch asks.
+
+    @property
+    def events(self) -> Sequence[Event]:
+        """What was seen so far."""
+        return self._events
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Of weights, by storage."""
+        return self._names
+
+    def number_of(self, storage: int) -> int | None:
+        """Of a storage that is counted, by its key."""
+        return self._known.get(storage)
+
+    def takes_saved(self) -> bool:
+        """Whether autograd hands what it saves to this object, outside of backward."""
+        return takes_saved(self._pack)
 
     # While the step runs.
 
@@ -165,6 +200,8 @@ class Tracer(TorchDispatchMode):
                 self._use(info.weights)
 
     def _hooks(self) -> Iterator[Any]:
+        if self._watch is not None:
+            yield from self._watch.hooks()
         users = {info.name: info.weights for info in self.census.modules}
         for name, module in self._model.named_modules():
             if name in users or module is self._model or module._parameters:
@@ -297,12 +334,19 @@ class Tracer(TorchDispatchMode):
 
     # What autograd saves.
 
-    def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Handle":
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | SavedHandle:
+        if self._watch is None:
+            return self._handle_of(tensor, forward=-1)
+        with self._watch.packing(tensor) as forward:
+            return self._handle_of(tensor, forward)
+
+    def _handle_of(self, tensor: torch.Tensor, forward: int) -> torch.Tensor | SavedHandle:
         storage = tensor.untyped_storage()
         name = self._names.get(storage._cdata)
         if name is not None:
-            return _Handle(tensor, weight=name)
-        number = self._known.get(storage._cdata)
+            return SavedHandle(tensor, weight=name)
+        self._meet(tensor)  # what was there before the step, such as a batch, is not known yet
+        number = self._known[storage._cdata]
         if (
             not self._depth
             or number is None
@@ -310,34 +354,46 @@ class Tracer(TorchDispatchMode):
             or is_small_slice(tensor, storage.nbytes())
         ):
             return tensor
+        saving = Saving(number, forward)
+        if not self._savings[saving]:
+            self._mark(What.SAVE, saving)
         if not self._saved[number]:
             self._note(What.SAVE, number)
+        self._savings[saving] += 1
         self._saved[number] += 1
-        handle = _Handle(tensor, number=number)
-        weakref.finalize(handle, self._forget, number).atexit = False
+        handle = SavedHandle(tensor, saving=saving)
+        weakref.finalize(handle, self._forget, saving).atexit = False
         return handle
 
-    def _forget(self, number: int) -> None:
+    def _mark(self, what: What, saving: Saving) -> None:
+        if self._watch is not None:
+            self._watch.mark(what, saving)
+
+    def _forget(self, saving: Saving) -> None:
+        number = saving.storage
+        self._savings[saving] -= 1
         self._saved[number] -= 1
+        if not self._savings[saving]:
+            self._mark(What.FORGET, saving)
         if not self._saved[number]:
             self._note(What.FORGET, number)
 
-    def _unpack(self, saved: "torch.Tensor | _Handle") -> torch.Tensor:
+    def _unpack(self, saved: torch.Tensor | SavedHandle) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):
             return saved
         if saved.weight is not None:
             self._use((saved.weight,))
             assert saved.tensor is not None
             return saved.tensor
-        self._note(What.UNSAVE, saved.number)
+        assert saved.saving is not None
+        self._mark(What.UNSAVE, saved.saving)
+        self._note(What.UNSAVE, saved.saving.storage)
         return self._stand_in(saved)
 
-    def _stand_in(self, saved: "_Handle") -> torch.Tensor:
+    def _stand_in(self, saved: SavedHandle) -> torch.Tensor:
         self._muted = True
         try:
-            tensor = torch.empty_strided(
-                saved.size, saved.stride, dtype=saved.dtype, device=saved.device
-            )
+            tensor = saved.stand_in()
         finally:
             self._muted = False
         self._ignore(tensor.untyped_storage())
@@ -364,19 +420,5 @@ class Tracer(TorchDispatchMode):
             events=(*self._events, *(Event(What.FREE, number) for number in living)),
             stepping=None if optimizer is None else stepping_of(self._model, optimizer, precision),
             row_gradients=dict(self._row_gradients),
+            rows=None if self._watch is None else self._watch.program(),
         )
-
-
-class _Handle:
-    """What autograd keeps of a saved tensor: its layout; of a weight, the tensor itself."""
-
-    __slots__ = ("__weakref__", "device", "dtype", "number", "size", "stride", "tensor", "weight")
-
-    def __init__(
-        self, tensor: torch.Tensor, *, number: int = -1, weight: str | None = None
-    ) -> None:
-        self.tensor = None if weight is None else tensor.detach()
-        self.number = number
-        self.weight = weight
-        self.size, self.stride = tensor.size(), tensor.stride()
-        self.dtype, self.device = tensor.dtype, tensor.device

@@ -10,7 +10,7 @@ from offload.swap.tokenwise.measure import Measurements
 from offload.swap.tokenwise.passes import BlockPass
 from offload.swap.tokenwise.program import Program
 from offload.swap.tokenwise.record import Recorder
-from offload.swap.tokenwise.replay import GRID_ROWS, Replay, cuts
+from offload.swap.tokenwise.replay import GRID_ROWS, Replay, measurable_cut, nearest_cut
 from offload.swap.tokenwise.solve import BlockCost, Link, Solution, step_s, thriftiest
 from offload.swap.tokenwise.timing import Stopwatch, Timer
 from offload.swap.tokenwise.trials import ALIKE, Choice, Trials
@@ -19,7 +19,7 @@ from offload.swap.tokenwise.verify import KeptForward
 _MOST_DIVERGENCES = 3
 _MEASURED_PASSES = 16  # all of the first ones, then each so many-th
 _WORTHWHILE = 0.95  # another cut is verified and taken if its step is this much shorter
-_PROBES = (0.75, 0.25, 0.5, 0.0)  # in turn, until two are right: these tell how time grows by rows
+PROBES = (0.75, 0.25, 0.5, 0.0)  # in turn, until two are right: these tell how time grows by rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,20 @@ class PlanReport:
     refused: tuple[int, ...] = ()
 
 
+def why_whole(rows: int, alpha: float | Literal["auto"]) -> str | None:
+    """Why sequences of ``rows`` tokens are swapped whole, whatever the block; None if not."""
+    if rows < GRID_ROWS:
+        return f"sequences of {rows} tokens are too few rows, {GRID_ROWS} are needed"
+    if alpha == "auto" or nearest_cut(rows, alpha) != rows:
+        return None
+    if alpha == 1:
+        return "alpha is 1: all rows are swapped"
+    return (
+        f"sequences of {rows} tokens have no cut near alpha {alpha}: it takes {GRID_ROWS} rows on "
+        "each side"
+    )
+
+
 class BlockPlan:
     """The plan of one block for one shape of input.
 
@@ -99,7 +113,7 @@ class BlockPlan:
         self.block = block
         self.rows = rows
         self.program: Program | None = None
-        self.gave_up: str | None = None
+        self.gave_up = why_whole(rows, settings.alpha)
         self._settings = settings
         self._share = share
         self._timer = timer
@@ -113,15 +127,6 @@ class BlockPlan:
         self._backward_guessed = False  # when it was found
         self._shared = shared
         self.measurements = Measurements()
-        if rows < GRID_ROWS:
-            self.gave_up = f"sequences of {rows} tokens are too few rows, {GRID_ROWS} are needed"
-        elif isinstance(settings.alpha, float) and self._nearest(settings.alpha) == rows:
-            self.gave_up = (
-                "alpha is 1: all rows are swapped"
-                if settings.alpha == 1
-                else f"sequences of {rows} tokens have no cut near alpha {settings.alpha}: it "
-                f"takes {GRID_ROWS} rows on each side"
-            )
 
     def wants_a_look(self, links: Callable[[], Sequence[Link]], choice: Choice) -> bool:
         """Whether a forward that begins is to be recorded: not where nothing would be rebuilt."""
@@ -190,7 +195,11 @@ class BlockPlan:
         """The first forward has ended."""
         self.program = recorder.program()
         alpha = self._settings.alpha
-        self._cut = self._measurable(_PROBES[0]) if alpha == "auto" else self._nearest(alpha)
+        self._cut = (
+            measurable_cut(self.rows, PROBES[0])
+            if alpha == "auto"
+            else nearest_cut(self.rows, alpha)
+        )
         self.measurements = self._shared.setdefault(self.program, self.measurements)
         self.measurements.recording(recorder.own_s)
         return Cuts(self.program, min_nbytes=self._settings.min_nbytes)
@@ -221,8 +230,9 @@ class BlockPlan:
     def _advice(self, found: Cuts, kept: KeptForward) -> str:
         """Where rows differ behind the cut that was asked for: which smaller alpha is better."""
         asked = found.at(self._cut)
-        smaller = {cut for cut in map(self._measurable, _PROBES) if cut < self._cut}
-        for cut in sorted(smaller if asked.failed else (), reverse=True):
+        probes = {measurable_cut(self.rows, alpha) for alpha in PROBES}
+        smaller = [cut for cut in probes if cut < self._cut and asked.failed]
+        for cut in sorted(smaller, reverse=True):
             if kept.verify(found, cut):
                 more = found.at(cut).chain.target_nbytes - asked.chain.target_nbytes
                 if more > 0:
@@ -263,13 +273,6 @@ class BlockPlan:
             return f"token-wise recompute: {self.block} is swapped whole: {self.gave_up}"
         return f"token-wise recompute: {self.block} is recorded anew: {why}"
 
-    def _nearest(self, alpha: float) -> int:
-        return min(cuts(self.rows), key=lambda cut: (abs(cut - alpha * self.rows), -cut))
-
-    def _measurable(self, alpha: float) -> int:
-        """The cut nearest to ``alpha`` behind which there is something to rebuild."""
-        return min(cuts(self.rows)[:-1], key=lambda cut: (abs(cut - alpha * self.rows), -cut))
-
     # How much.
 
     def _cost(self, found: Cuts) -> BlockCost | None:
@@ -293,9 +296,9 @@ class BlockPlan:
 
     def _probe(self, found: Cuts, kept: KeptForward) -> bool:
         """Look behind which cuts rows are right; whether all were looked at that are needed."""
-        for alpha in _PROBES:
+        for alpha in PROBES:
             if len(found.right()) < 2:
-                self._cut = self._measurable(alpha)
+                self._cut = measurable_cut(self.rows, alpha)
                 if not kept.verify(found, self._cut):
                     return False
         return True

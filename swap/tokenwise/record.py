@@ -26,6 +26,10 @@ from offload.swap.tokenwise.program import Node, Program, Ref, Slot, Value
 _Geometry: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...], Any]
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+"""Types of tensors that are no more than a view of a storage."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Schema:
     """What is asked of an operation at each call."""
@@ -35,8 +39,6 @@ class _Schema:
     draws: bool
 
 
-PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-"""Types of tensors that are no more than a view of a storage."""
 _schemas: dict[OpOverload, _Schema] = {}
 
 
@@ -58,9 +60,9 @@ class _Bytes:
 
     __slots__ = ("index", "pin", "root", "views")
 
-    def __init__(self, index: int, storage: torch.UntypedStorage) -> None:
+    def __init__(self, index: int, pin: object) -> None:
         self.index = index
-        self.pin = StorageWeakRef(storage)  # [Note: identity of storages]
+        self.pin = pin  # [Note: identity of storages]
         self.root: int | None = None
         self.views: dict[_Geometry, int] = {}
 
@@ -77,7 +79,10 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         own_s: time that recording itself has taken, where ``clock`` was given to measure it.
+        readable: types of tensors that are no more than a view of a storage.
     """
+
+    readable: tuple[type, ...] = PLAIN
 
     def __init__(
         self,
@@ -218,7 +223,7 @@ class Recorder(TorchDispatchMode):
                 self._note_results(item, node, outs)
 
     def _readable(self, tensor: torch.Tensor) -> bool:
-        plain = type(tensor) in PLAIN and tensor.layout is torch.strided
+        plain = type(tensor) in self.readable and tensor.layout is torch.strided
         self._unreadable = self._unreadable or not plain
         return plain
 
@@ -272,10 +277,14 @@ class Recorder(TorchDispatchMode):
             self.on_wanted(value, tensor)
 
     def _new_bytes(self, storage: torch.UntypedStorage) -> _Bytes:
-        known = _Bytes(len(self._storage_nbytes), storage)
+        known = _Bytes(len(self._storage_nbytes), self.pin(storage))
         self._bytes[storage._cdata] = known
         self._storage_nbytes.append(storage.nbytes())
         return known
+
+    def pin(self, storage: torch.UntypedStorage) -> object:
+        """Keeps its address from being given to another one: [Note: identity of storages]."""
+        return StorageWeakRef(storage)
 
     def _new_value(
         self, tensor: torch.Tensor, kind: Any, known: _Bytes, node: int | None, name: str | None

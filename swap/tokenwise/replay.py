@@ -24,6 +24,16 @@ def cuts(rows: int) -> tuple[int, ...]:
     return (0, *inner, rows) if rows >= GRID_ROWS else (rows,)
 
 
+def nearest_cut(rows: int, alpha: float) -> int:
+    """The cut nearest to the fraction ``alpha``; of two the one that swaps more rows."""
+    return min(cuts(rows), key=lambda cut: (abs(cut - alpha * rows), -cut))
+
+
+def measurable_cut(rows: int, alpha: float) -> int:
+    """The cut nearest to ``alpha`` behind which there is something to rebuild."""
+    return min(cuts(rows)[:-1], key=lambda cut: (abs(cut - alpha * rows), -cut))
+
+
 def rows_of(tensor: torch.Tensor, axis: Axis, start: int, stop: int) -> torch.Tensor:
     """A view of some rows of each sequence; the dimension of the rows is split if it must be."""
     if axis.outer == 1:
@@ -129,7 +139,7 @@ class Replay:
                     resized_args(node, axes, self._rows, self._rows - cut),
                     dict(node.kwargs),
                     _functional(node.op),
-                    _writing_out(node.op),
+                    writing_out(node.op),
                     program.values[node.outs[0]].dtype,
                     (
                         *(value for value, last in last_use.items() if last == position),
@@ -262,7 +272,7 @@ def _functional(op: str) -> Any:
 
 
 @functools.cache
-def _writing_out(op: str) -> Any:
+def writing_out(op: str) -> Any:
     """The form of a matrix product that writes to given memory; these make the large results."""
     plain = base_name(op)
     return getattr(torch.ops.aten, plain).out if plain in ("mm", "addmm", "bmm") else None

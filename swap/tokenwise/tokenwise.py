@@ -30,7 +30,7 @@ from offload.swap.tokenwise.record import PLAIN, Recorder
 from offload.swap.tokenwise.solve import Link, less_room
 from offload.swap.tokenwise.timing import Stopwatch, Timer
 from offload.swap.tokenwise.trials import Choice
-from offload.swap.tokenwise.unwatched import unwatched
+from offload.swap.tokenwise.unwatched import takes_saved, unwatched
 from offload.swap.uncompiled import is_compiled_wrapper, uncompiled
 
 _MOST_SHAPES = 64  # plans that one block keeps; the least recently used one goes
@@ -178,19 +178,6 @@ class TokenWise:
         recording = self._running is not None and self._running.recording is not None
         return unwatched() if recording else nullcontext()
 
-    def _saves(self) -> bool:
-        """Whether autograd hands what it saves to this object, outside of backward.
-
-        In a region of ``torch.utils.checkpoint``, say, it does not.
-        """
-        top: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        return (
-            torch.is_grad_enabled()
-            and torch._C._current_graph_task_id() == -1
-            and top is not None
-            and bool(top[0] == self.hooks.pack)
-        )
-
     def remove(self) -> None:
         """Take the hooks off; what was saved stays usable."""
         for handle in self._handles:
@@ -200,7 +187,7 @@ class TokenWise:
     def _before(self, block: _Block) -> Callable[..., None]:
         @uncompiled
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            if self._running is not None or not self._saves():
+            if self._running is not None or not takes_saved(self.hooks.pack):
                 return
             inputs = [tensor for tensor in _tensors((args, kwargs)) if _plain(tensor)]
             hidden = next((one for one in inputs if one.is_floating_point() and one.ndim > 1), None)

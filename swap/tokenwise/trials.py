@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 ALIKE = 1.03  # what differs by less is equal: measurements vary as much
-_ROUNDS = 5
+ROUNDS = 5
 
 
 class Choice(IntEnum):
@@ -53,7 +53,7 @@ class Trials:
     def _settle(self) -> Choice | None:
         if len(self._seconds) == 1:
             return next(iter(self._seconds))
-        if any(len(seconds) < _ROUNDS for seconds in self._seconds.values()):
+        if any(len(seconds) < ROUNDS for seconds in self._seconds.values()):
             return None
         shortest = self.shortest_s()
         best = min(shortest, key=lambda choice: shortest[choice])

@@ -1,7 +1,8 @@
 """What is done to saved tensors is no operation of the model: no dispatch mode sees it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import (
@@ -20,6 +21,20 @@ def unwatched() -> AbstractContextManager[object]:
         mode for mode in _get_current_dispatch_mode_stack() if getattr(mode, "is_device", False)
     ]
     return _only(devices) if devices else torch._C._DisableTorchDispatch()
+
+
+def takes_saved(pack: Callable[[torch.Tensor], Any]) -> bool:
+    """Whether autograd hands what it saves to the hook ``pack``, outside of backward.
+
+    In a region of ``torch.utils.checkpoint``, say, it does not.
+    """
+    top: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return (
+        torch.is_grad_enabled()
+        and torch._C._current_graph_task_id() == -1
+        and top is not None
+        and bool(top[0] == pack)
+    )
 
 
 @contextmanager

@@ -75,6 +75,50 @@ def test_states_in_fewer_bits_take_less_of_the_drive(
     assert "rounded or have masters" in " ".join(capsys.readouterr().out.split())
 
 
+def test_rows_that_are_rebuilt_are_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [model, *LAPTOP, "--budget", "348MiB", "--seq", 512, "--recompute", "tokenwise"]
+    whole = answer(capsys, *words[:-2])
+    some = answer(capsys, *words, "--alpha", "0.25")
+    (kind,) = some["rebuilt"]
+    assert (kind["alpha"], kind["cut"], kind["rows"], kind["blocks"]) == (0.25, 128, 512, 2)
+    assert whole["rebuilt"] == []
+    assert some["step"]["written_nbytes"] < whole["step"]["written_nbytes"]
+    assert main(["plan", *map(str, words), "--alpha", "0.25", "--explain"]) == 0
+    out = capsys.readouterr().out
+    assert "recompute    2 blocks: alpha 0.25 (128 of 512 rows swapped, others rebuilt)" in out
+    assert "a run sees in its first step" in " ".join(out.split())
+    assert main(["plan", *map(str, words), "--solve", "host"]) == 0
+    assert "--budget host=" in capsys.readouterr().out
+
+
+def test_a_write_budget_is_told_kept_and_refused(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [model, *LAPTOP, "--budget", "360MiB", "--seq", 512]
+    free = answer(capsys, *words)
+    most = free["step"]["written_nbytes"] - (1 << 20)
+    bounded = answer(capsys, *words, "--nvme-write-budget", most)
+    assert bounded["write_budget_nbytes"] == most
+    assert bounded["step"]["written_nbytes"] <= most
+    small = answer(capsys, *words, "--nvme-write-budget", "1MiB")
+    assert not small["fits"]
+    assert "nvme_write_budget=1.00 MiB (1048576 bytes) is too small" in small["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--alpha", "0.5"], "only recompute='tokenwise' uses alpha"),
+        (["--recompute", "tokenwise", "--alpha", "2"], "'2' is no fraction of the rows"),
+        (["--nvme-write-budget", "much"], "nvme_write_budget: 'much' is not a size"),
+    ],
+)
+def test_settings_that_a_run_refuses_are_refused(
+    words: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal(capsys, 2, model, *LAPTOP, *words)
+
+
 def test_masters_that_a_run_refuses_are_refused(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +242,21 @@ def test_a_script_is_planned_as_far_as_its_first_backward(
     rounded = answer(capsys, script, *LAPTOP, "--budget", "400MiB", "--state-precision", "8bit")
     drive = {row["name"]: row["drive_nbytes"] for row in rounded["rows"]}
     assert drive["optimizer states"] == pytest.approx(2 * weights * 65 / 64, rel=0.05)
+
+
+def test_the_blocks_of_a_script_are_seen(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [script, *LAPTOP, "--budget", "400MiB", "--recompute", "tokenwise", "--alpha", 0]
+    assert answer(capsys, *words)["rebuilt"] == []
+    assert main(["plan", *map(str, words)]) == 0
+    assert "no module repeats in a list, so nothing is rebuilt" in capsys.readouterr().out
+    layers = "nn.Sequential(*(nn.Sequential(nn.Linear(300, 300), nn.GELU()) for _ in range(3)))"
+    text = script.read_text().replace("nn.Linear(300, 500)", layers)
+    script.write_text(text.replace("nn.Linear(500, 300)", "nn.Linear(300, 300)"))
+    kinds = answer(capsys, *words)["rebuilt"]
+    assert sum(kind["blocks"] for kind in kinds) == 3
+    assert {(kind["rows"], kind["cut"], kind["target_nbytes"]) for kind in kinds} == {
+        (64, 0, 64 * 300 * 4)
+    }
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,14 @@ def test_memory_nodes_are_placed_on(
             ["--budget", "device=8GiB", "--step-in-backward"],
             "--step-in-backward: no placement knows it",
         ),
+        (
+            ["--budget", "device=8GiB", "--nvme-write-budget", "1GiB"],
+            "--nvme-write-budget: no placement knows it",
+        ),
+        (
+            ["--budget", "device=8GiB", "--recompute", "tokenwise"],
+            "--recompute: no placement knows it",
+        ),
         (["--budget", "host=1GiB", "-o", "offload.yaml"], "give --budget device=SIZE"),
         (["--budget", "device=8GiB", "-o", "offload.json"], "so name it .yaml"),
     ],

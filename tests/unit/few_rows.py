@@ -5,7 +5,7 @@ from offload.swap.tokenwise import replay
 
 def round_differently(monkeypatch, fewest, products=("mm", "addmm")):
     """Rebuilt products of fewer rows than ``fewest`` differ in their last bits."""
-    functional, writing_out = replay._functional, replay._writing_out
+    functional, writing_out = replay._functional, replay.writing_out
 
     def rounding(func, op):
         if func is None or op.split(".")[1] not in products:
@@ -19,4 +19,4 @@ def round_differently(monkeypatch, fewest, products=("mm", "addmm")):
         return product
 
     monkeypatch.setattr(replay, "_functional", lambda op: rounding(functional(op), op))
-    monkeypatch.setattr(replay, "_writing_out", lambda op: rounding(writing_out(op), op))
+    monkeypatch.setattr(replay, "writing_out", lambda op: rounding(writing_out(op), op))

@@ -68,6 +68,7 @@ def trace(
     length: int = 64,
     loss: Callable[..., torch.Tensor] = loss_of,
     precision: Precision = EXACT,
+    rebuild_nbytes: int | None = None,
     **optimizer: Any,
 ) -> Program:
     with fake_mode():
@@ -80,6 +81,7 @@ def trace(
             tokens=length,
             optimizer=torch.optim.AdamW(model.parameters(), **options),
             precision=precision,
+            rebuild_nbytes=rebuild_nbytes,
         )
 
 

@@ -1,19 +1,22 @@
 """A real run beside the simulated one, with the same shares of memory; the bytes that both move."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from planning_models import DRIVE, MIB, loss_of, machine, model_in, tokens_of
+from torch import nn
 
 import offload
 from offload.swap.plan import Plan
 from offload.swap.planning.compiled import compile_program
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Program
+from offload.swap.planning.row_steps import RowSteps
 from offload.swap.planning.simulate import Simulation
 from offload.tiers.events import Event, ListRecorder, Move, StepFinished
 
@@ -23,10 +26,10 @@ ACTIVATIONS_NBYTES = 256 << 10
 
 def moved(events: Sequence[Event], step: int) -> Counter[tuple[str, str]]:
     """Bytes by role and direction between the ends of two steps."""
-    ends = [event.t_s for event in events if isinstance(event, StepFinished)]
+    ends = [-math.inf, *(event.t_s for event in events if isinstance(event, StepFinished))]
     found: Counter[tuple[str, str]] = Counter()
     for event in events:
-        if isinstance(event, Move) and ends[step - 1] < event.t_s <= ends[step]:
+        if isinstance(event, Move) and ends[step] < event.t_s <= ends[step + 1]:
             to_memory = not event.dst.startswith("file")
             found[event.role, "read" if to_memory else "written"] += event.nbytes
     return found
@@ -47,15 +50,35 @@ def both(
         config: of the real run.
     """
     torch.manual_seed(0)
-    model = model_in(dtype)
+    real, virtual = events_of_both(
+        program, model_in(dtype), tokens_of(), stores, window_nbytes=window_nbytes, config=config
+    )
+    return moved(real, _STEPS - 1), moved(virtual, _STEPS - 1)
+
+
+def events_of_both(
+    program: Program,
+    model: nn.Module,
+    tokens: torch.Tensor,
+    stores: Path | Sequence[Path],
+    *,
+    config: Mapping[str, Any],
+    window_nbytes: int = 1 << 20,
+    activations_nbytes: int = ACTIVATIONS_NBYTES,
+) -> tuple[Sequence[Event], Sequence[Event]]:
+    """What happens in the first steps of a real run, and of the simulated one.
+
+    Args:
+        program: of ``model`` on ``tokens``, with these settings.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     engine = offload.attach(model, optimizer, budget="host=8GiB", nvme=stores, config=config)
     real = engine._journal.recorder = ListRecorder()
     engine.weights.window_nbytes = window_nbytes
-    engine.activations.limit_nbytes = ACTIVATIONS_NBYTES
     engine.keep_streaming()
     for _ in range(_STEPS):
-        loss_of(model, tokens_of()).backward()
+        engine.activations.limit_nbytes = activations_nbytes  # whatever was planned anew
+        loss_of(model, tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
     chunk_numel, given = engine._runtime.chunk_numel, engine.plan
@@ -66,17 +89,31 @@ def both(
         working_nbytes=0,
         window_nbytes=window_nbytes,
         gradients_nbytes=given.gradients_nbytes,
-        activations_nbytes=ACTIVATIONS_NBYTES,
+        activations_nbytes=activations_nbytes,
         staging_nbytes=given.staging_nbytes,
         step_in_backward=given.step_in_backward,
     )
     virtual = ListRecorder()
     compiled = compile_program(program, Costs(machine(), DRIVE))
-    simulation = Simulation(compiled, plan, chunk_numel=chunk_numel, recorder=virtual)
+    rows = None
+    if "alpha" in config:
+        rows = RowSteps(
+            compiled, config["alpha"], memory_nbytes=activations_nbytes, drive_nbytes=1 << 40
+        )
+    simulation = Simulation(
+        compiled if rows is None else rows.compiled,
+        plan,
+        chunk_numel=chunk_numel,
+        write_budget_nbytes=config.get("nvme_write_budget"),
+        recorder=virtual,
+    )
     simulation._replan = lambda _peak_nbytes: None  # type: ignore[method-assign]
-    for _ in range(_STEPS):
-        simulation.step()
-    return moved(real.events, _STEPS - 1), moved(virtual.events, _STEPS - 1)
+    if rows is not None:
+        rows.run(simulation)
+    else:
+        for _ in range(_STEPS):
+            simulation.step()
+    return real.events, virtual.events
 
 
 def check_moved(
