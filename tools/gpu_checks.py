@@ -13,6 +13,7 @@ import torch
 
 import contract_runner
 import gpu_attach
+import gpu_attached
 import gpu_rates
 import gpu_step
 from gpu_activations import SWAP_HOMES, Swap, step_gradients
@@ -113,7 +114,7 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
             report.run("alpha", name, check)
     gpu_rates.run_checks(report, device, real=isinstance(device, Cuda))
     report.run("pool", "exact size", partial(pool_size_is_exact, device))
-    gpu_attach.forget()  # its budgets count what is on the device already
+    gpu_attached.forget()  # its budgets count what is on the device already
     gpu_attach.run_checks(report, device, quick=quick)
     gpu_step.run_checks(report, device, quick=quick)
     if isinstance(device, Cuda):

@@ -4,31 +4,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from gpu_attach import (
-    MIB,
-    REAL,
-    SMALL,
-    Shape,
-    _computing,
-    _differences,
-    _open,
-    _place_of,
-    batches,
+from gpu_attached import (
+    attached,
+    differences,
     forget,
-    make_model,
+    moves_there,
+    no_race,
+    open_device,
+    place_of,
 )
+from gpu_decoder import MIB, REAL, SMALL, Shape, batches, make_model
 from gpu_report import Outcome, Report
 from gpu_training import UnderTest
 from offload.tiers.accelerator import Accelerator
-
-if TYPE_CHECKING:
-    from offload.engine import Engine
 
 _LIMIT_S = 20.0  # of all seeds
 MakeOptimizer: TypeAlias = Callable[[Sequence[torch.Tensor]], torch.optim.Optimizer]
@@ -81,38 +73,27 @@ def train_attached(
     streams: bool = False,
 ) -> _Run:
     """The same loop through ``offload.attach``; ``streams``: nothing is kept in host memory."""
-    import offload
-    from offload.tiers.events import ListRecorder, Move
-
     model = make_model(shape)
     optimizer, losses = make(list(model.parameters())), []
-    with TemporaryDirectory(dir=".") as folder:
-        engine: Engine = offload.attach(
-            model,
-            optimizer,
-            budget=f"host=16GiB,device={shape.budget_nbytes}",
-            nvme=Path(folder),
-            commit="never",
-            accelerator=accelerator,
-            config={"optimizer_device": who},
-        )
-        recorder = engine._journal.recorder = ListRecorder()
+    config = {"optimizer_device": who}
+    with attached(model, optimizer, shape, accelerator, config) as engine:
         if streams:
             engine.keep_streaming()
-        with engine, _computing(accelerator):
-            data: Any = iter(batches(shape, 2 * shape.steps))
-            for _ in range(shape.steps):
-                for _ in range(2):
-                    loss = model(next(data))
-                    loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(torch.tensor(loss.item()))
-            del loss
-            found = _weights_and_states(model, optimizer)
-    moves = [event for event in recorder.events if isinstance(event, Move)]
-    tiles = sum(move.role == "state" and move.dst == accelerator.name for move in moves)
-    return _Run(results=[*losses, *found], notices=engine.notices, tiles=tiles)
+        data: Any = iter(batches(shape, 2 * shape.steps))
+        for _ in range(shape.steps):
+            for _ in range(2):
+                loss = model(next(data))
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(torch.tensor(loss.item()))
+        del loss
+        found = _weights_and_states(model, optimizer)
+    return _Run(
+        results=[*losses, *found],
+        notices=engine.notices,
+        tiles=moves_there(engine, "state", accelerator),
+    )
 
 
 def run_checks(report: Report, device: UnderTest, *, quick: bool) -> None:
@@ -141,13 +122,13 @@ def step_is_exact(
 ) -> Outcome:
     """The bits of plain training on the device, losses, weights and states."""
     forget()
-    right = train_plainly(shape, _place_of(device), make)
+    right = train_plainly(shape, place_of(device), make)
     forget()
     began_s = time.perf_counter()
-    got = train_attached(shape, _open(device), make, streams=streams)
+    got = train_attached(shape, open_device(device), make, streams=streams)
     step_s = (time.perf_counter() - began_s) / shape.steps
     forget()
-    wrong = _differences(got.results, right)
+    wrong = differences(got.results, right)
     told = (
         f"{wrong} of {len(right)} tensors differ; {got.tiles} tiles stepped on the device, "
         f"{step_s:.2f} s a step"
@@ -159,24 +140,19 @@ def no_race_in(shape: Shape, device: UnderTest, seeds: Sequence[int]) -> Outcome
     """The same bits however the streams are held up."""
     make = OPTIMIZERS["AdamW"]
     forget()
-    right = train_plainly(shape, _place_of(device), make)
-    began_s, ran = time.monotonic(), 0
-    for seed in seeds:
-        if time.monotonic() - began_s > _LIMIT_S:
-            break
-        forget()
-        got = train_attached(shape, device.open_delayed(seed), make)
-        if wrong := _differences(got.results, right):
-            return Outcome(f"{wrong} tensors differ under seed {seed}", holds=False, value=seed)
-        ran += 1
-    return Outcome(f"the same bits under {ran} seeds", holds=ran > 0, value=ran)
+    right = train_plainly(shape, place_of(device), make)
+
+    def train(accelerator: Accelerator) -> list[torch.Tensor]:
+        return train_attached(shape, accelerator, make).results
+
+    return no_race(train, right, device, seeds, _LIMIT_S)
 
 
 def rates_are_told(shape: Shape, device: UnderTest) -> Outcome:
     """What ``auto`` measures and chooses here, and what repeats it."""
     forget()
     make = OPTIMIZERS["AdamW, fused"]
-    got = train_attached(replace(shape, steps=1), _open(device), make, who="auto")
+    got = train_attached(replace(shape, steps=1), open_device(device), make, who="auto")
     forget()
     notices = [text for text in got.notices if "optimizer_device" in text]
     return Outcome("; ".join(notices), holds=len(notices) == 1)

@@ -11,12 +11,13 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import gpu_attach
 import gpu_checks
+import gpu_decoder
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-FEW = replace(gpu_attach.REAL, layers=4, steps=3, budget_nbytes=400 << 20)
+FEW = replace(gpu_decoder.REAL, layers=4, steps=3, budget_nbytes=400 << 20)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_training_is_exact(shape, tmp_path, monkeypatch):
 
 def test_streams_that_are_held_up_change_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shape = replace(gpu_attach.SMALL, steps=2, budget_nbytes=160 << 20)
+    shape = replace(gpu_decoder.SMALL, steps=2, budget_nbytes=160 << 20)
     outcome = gpu_attach.no_race_in(shape, gpu_checks.Cuda(), range(5))
     assert outcome.holds, outcome.result
 
