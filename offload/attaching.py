@@ -10,18 +10,12 @@ from torch.optim import Optimizer
 from offload.allocator.errors import ConfigError, UnsupportedError
 from offload.attachment import attached_models
 from offload.building import built_weight, runtime_of
+from offload.computing import accelerator_for, ferry_nbytes, plan_device
 from offload.config import OffloadConfig, make_config
 from offload.engine import Engine
 from offload.interrupts import deliver_lost_interrupts
-from offload.provisions import (
-    accelerator_for,
-    check_optimizer,
-    ferry_nbytes,
-    move_states,
-    plan_device,
-)
 from offload.runtime import Runtime
-from offload.sharing import check_steps_on_host, size_on_device
+from offload.sharing import check_optimizer, check_steps_on_host, move_states, size_on_device
 from offload.swap.census import take_census
 from offload.swap.device_plan import DevicePlan
 from offload.swap.optim_kinds import kind_of

@@ -18,29 +18,123 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from offload.provisions import LEAVING, UNLIMITED, ferry_buffers
+from offload.allocator.errors import ConfigError
+from offload.config import OffloadConfig
 from offload.recomputing import rebuild_rows
 from offload.runtime import Runtime
-from offload.saving import SwapHomes, in_flight_by_default, pinners_of
+from offload.saving import SwapHomes, device_of, in_flight_by_default, pinners_of
 from offload.swap.activations import ActivationCache
+from offload.swap.buckets import Form
 from offload.swap.census import Census, take_census
+from offload.swap.device_buckets import DeviceBuckets
 from offload.swap.device_gradients import DeviceGradients
-from offload.swap.device_plan import DevicePlan, grow
+from offload.swap.device_plan import DevicePlan, make_device_plan
 from offload.swap.device_step import DeviceStep
 from offload.swap.device_weights import DeviceWeights
-from offload.swap.ferry import Ferry
+from offload.swap.ferry import CHUNK_NBYTES, Ferry
 from offload.swap.gradients import GradientSwapper
 from offload.swap.homes import Home
 from offload.swap.plan import Plan
 from offload.swap.stand_ins import SavedWeights, StandIns
 from offload.swap.staying import move_freely, stay
 from offload.swap.tokenwise.copies import CopiedWeights
-from offload.swap.visits import TILES
+from offload.swap.visits import TILES, VisitSize, beside_backward
 from offload.swap.weights import Weight, WeightSwapper
 from offload.tiers.accelerator import Accelerator
+from offload.tiers.cuda import CudaAccelerator
 from offload.tiers.lanes import Lane
 
-_GROWING_STEPS = 4
+_LEAVING = 2  # gradients on their way at once
+_AT_ONCE = 2  # copies that a thread waits for: the one that computes, and backward's
+_WORKSPACES_NBYTES = 64 << 20  # of the libraries that compute on CUDA
+_DEFAULT_SHARE = 0.9  # of the device's memory, where no budget is given
+_UNLIMITED = 1 << 62
+
+
+def accelerator_for(
+    model: nn.Module, device: str | None, given: Accelerator | None
+) -> Accelerator | None:
+    """What ``model`` is to compute on; None: on the CPU.
+
+    Raises:
+        ConfigError: parameters are on a device, but it is to compute elsewhere.
+        UnsupportedError: there is no such device.
+    """
+    if given is not None:
+        return given
+    present = device_of(model)
+    if device is None:
+        return present
+    if device != "cpu":
+        wanted = CudaAccelerator(device)
+        if present is None or present.torch_device == wanted.torch_device:
+            return wanted
+    if present is None:
+        return None
+    raise ConfigError(
+        f"device={device!r}, but parameters of the model are on {present.name}: leave device out "
+        "to compute there, or call model.cpu() first"
+    )
+
+
+def ferry_nbytes(config: OffloadConfig) -> int:
+    """Bytes of the pinned buffers that everything passes through."""
+    return _buffers(config) * CHUNK_NBYTES
+
+
+def _buffers(config: OffloadConfig) -> int:
+    """As many as there are threads that may want one at once."""
+    paths = max(len(config.nvme), 1)
+    return config.io_threads * (1 + 2 * paths) + _LEAVING + _AT_ONCE
+
+
+def plan_device(
+    model: nn.Module,
+    config: OffloadConfig,
+    accelerator: Accelerator,
+    stepping: VisitSize | None = None,
+) -> DevicePlan:
+    """The shares of the device budget.
+
+    Args:
+        stepping: what the optimizer's step takes of the device, if it steps there.
+
+    Raises:
+        BudgetError: the largest module does not fit, or no tile of the optimizer's step.
+        UnsupportedError: the device has no arena, and one is asked for.
+    """
+    if config.device_arena:
+        accelerator.step_arena()  # refused, if it is, before anything has moved
+    budget = config.budget.get("device")
+    if budget is None:
+        total = accelerator.total_nbytes()
+        budget = _UNLIMITED if total is None else int(total * _DEFAULT_SHARE)
+    fixed = sum(buffer.nbytes for buffer in model.buffers())
+    fixed += _others_nbytes(model, accelerator)
+    if isinstance(accelerator, CudaAccelerator):
+        fixed += _WORKSPACES_NBYTES
+    step_nbytes = 0
+    if stepping is not None and config.step_in_backward:  # beside what backward computes
+        fixed += beside_backward(stepping, budget) + stepping.temporaries_nbytes
+    elif stepping is not None:
+        step_nbytes = stepping.least_nbytes
+    return make_device_plan(
+        take_census(model, whole_tables=True),
+        budget_nbytes=budget,
+        fixed_nbytes=fixed,
+        device=accelerator.name,
+        step_nbytes=step_nbytes,
+    )
+
+
+def _others_nbytes(model: nn.Module, accelerator: Accelerator) -> int:
+    """Bytes of the device that are held already, but not by ``model``, whose weights will leave."""
+    own = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+        if accelerator.owns(tensor)
+    }
+    return max(accelerator.held_nbytes() - sum(own.values()), 0)
 
 
 class Computing:
@@ -77,7 +171,7 @@ class Computing:
         self.device = accelerator.torch_device
         self.census: Census = take_census(model, whole_tables=True)
         self._model = model
-        self._steps = 0
+        self._buckets = DeviceBuckets(plan, self.census)
         self._closing = ExitStack()  # undoes what follows, the last of it first
         runtime.guests.append(self.remove)
         config, journal = runtime.config, runtime.journal
@@ -85,11 +179,11 @@ class Computing:
             accelerator.set_limit(plan.budget_nbytes)
             self._closing.callback(self._lift_limit)
         self.ferry = ferry = Ferry(
-            accelerator, journal, buffers=ferry_buffers(config), pinners=pinners_of(accelerator)
+            accelerator, journal, buffers=_buffers(config), pinners=pinners_of(accelerator)
         )
         self._closing.callback(ferry.close)
         self.arriving = arriving = Lane("host→device", config.io_threads, journal)
-        self.leaving = leaving = Lane("device→host", LEAVING, journal)
+        self.leaving = leaving = Lane("device→host", _LEAVING, journal)
         self.device_step: DeviceStep | None = None
         self._in_backward = config.step_in_backward
         for lane in (arriving, leaving):
@@ -144,10 +238,11 @@ class Computing:
         """Around what is done between the model's operations."""
         return self.stand_ins.aside()
 
-    def begin_pass(self) -> None:
-        """The outermost module is called."""
+    def begin_pass(self, form: Form) -> None:
+        """The outermost module is called with a batch of ``form``: its bucket's plan holds now."""
         self.gradients.drain()
         self.weights.begin_pass()
+        self._use(self._buckets.plan_for(form))
 
     def enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, outermost: bool
@@ -194,19 +289,22 @@ class Computing:
 
     def finish_step(self) -> None:
         """A step has ended: its peak tells what more weights the device has room for."""
-        self._steps += 1
-        if self._steps <= _GROWING_STEPS and self.plan.budget_nbytes < UNLIMITED:
-            peak = self.accelerator.peak_nbytes()
-            self.plan = grow(self.plan, self.census, peak_nbytes=peak)
-            self.weights.window_nbytes = self.plan.window_nbytes
-            limit_nbytes = self.plan.activations_nbytes - self._in_flight_nbytes
-            borrowed_nbytes = self.tokenwise.held_nbytes if self.tokenwise is not None else 0
-            self.activations.limit_nbytes = limit_nbytes - borrowed_nbytes
+        if self.plan.budget_nbytes < _UNLIMITED:
+            self._use(self._buckets.tell(self.accelerator.peak_nbytes()))
         if self.arena is not None and not self._arena_told:
             verdict = self.arena.stats().verdict()
             if verdict is not None:
                 self._arena_told = True
                 self._journal.notice("device arena", verdict)
+
+    def _use(self, plan: DevicePlan | None) -> None:
+        if plan is None or plan == self.plan:
+            return
+        self.plan = plan
+        self.weights.resize(plan.window_nbytes)
+        limit_nbytes = plan.activations_nbytes - self._in_flight_nbytes
+        borrowed_nbytes = self.tokenwise.held_nbytes if self.tokenwise is not None else 0
+        self.activations.limit_nbytes = limit_nbytes - borrowed_nbytes
 
     def _is_near(self, value: Any) -> bool:
         """Whether ``value`` needs not be moved."""

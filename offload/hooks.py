@@ -136,7 +136,7 @@ class ModelHooks:
             self._weights.trace.begin((name, trains))
             self._on_pass(form)
             if self._computing is not None:
-                self._computing.begin_pass()
+                self._computing.begin_pass(form)
         # torch.func forbids such hooks inside its transforms: what it saves then stays in memory.
         if trains and _hooks_allowed():
             if not self._in_turns:

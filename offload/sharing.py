@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 
 from offload.allocator.errors import ConfigError, UnsupportedError
@@ -38,6 +39,28 @@ def check_steps_on_host(config: OffloadConfig) -> None:
             f"optimizer_device={config.optimizer_device!r} steps on the device that the model "
             "computes on, and this one computes on the CPU: set device='cuda', or leave it out"
         )
+
+
+def check_optimizer(optimizer: Optimizer | None) -> None:
+    """Raise if the optimizer can't step parameters in host memory.
+
+    Raises:
+        ConfigError: naming the setting that keeps it on the device.
+    """
+    for index, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
+        if group.get("capturable"):
+            raise ConfigError(
+                f"parameter group {index} of {type(optimizer).__name__} has capturable=True, which "
+                "steps on the device; with Offload it steps in host memory: leave capturable out"
+            )
+
+
+def move_states(optimizer: Optimizer | None) -> None:
+    """Bring the optimizer's states to host memory, where their parameters will be."""
+    for state in optimizer.state.values() if optimizer is not None else ():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor):
+                state[name] = value.to("cpu")
 
 
 def size_on_device(optimizer: Optimizer | None, runtime: Runtime) -> VisitSize | None:

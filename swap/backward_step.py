@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class BackwardStep:
 
     Args:
         accumulation_steps: backward passes that make one step.
-        limit_nbytes: bytes of gradients that may wait for their step (back-pressure).
+        limit_nbytes: bytes of gradients that may wait for their step, and of weights whose
+            gradients are in scratch (back-pressure).
         room: bytes left until the budget, as the resident set shows it.
         before_step: called before the first parameter of a step; may refuse it.
     """
@@ -62,7 +64,7 @@ class BackwardStep:
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}  # of the present step
         self._order: list[nn.Parameter] = []  # in which the present step's gradients came
         self._next: dict[nn.Parameter, nn.Parameter] = {}  # the gradient that came after, last time
-        self._pending_nbytes = 0  # gradients whose parameters are not stepped yet
+        self._pending_nbytes = 0  # what waits in memory for parameters that are not stepped yet
         self._in_backward = False
         self._spent_s = self._stalled_s = 0.0
 
@@ -87,6 +89,8 @@ class BackwardStep:
                 "step_in_backward=False"
             )
         if self._arrived[parameter] < self._accumulation_steps:
+            with self._timed():
+                self._pipeline.advance()
             return False
         group = self._group_of(parameter)
         if group is None or not self._streamed.streams(parameter):
@@ -121,9 +125,10 @@ class BackwardStep:
             parameter.grad = consumed_gradient(parameter, name)
             return
         target = self._streamed.target(group, parameter, self._written)
-        target.stepped = self._used_up
         self._weights.hold(target.weight)
-        self._pending_nbytes += _held_nbytes(target)
+        nbytes = _waiting_nbytes(target)
+        target.stepped = partial(self._used_up, nbytes)
+        self._pending_nbytes += nbytes
         self._pipeline.add(group, [target])
         parameter.grad = consumed_gradient(parameter, name)
         self._pipeline.advance()
@@ -136,6 +141,15 @@ class BackwardStep:
             return 0 if coming in self._streamed.gradients.by_rows else coming.nbytes
         unseen = self._groups.keys() - self._stepped if not self._next else ()
         return max((other.nbytes for other in unseen if other.requires_grad), default=0)
+
+    def make_room(self, nbytes: int) -> None:
+        """Have ``nbytes`` left in backward, as far as tiles that go on and weights reach.
+
+        Raises:
+            TierIOError: a read or write failed.
+        """
+        with self._timed():
+            self._make_room(nbytes)
 
     def _make_room(self, nbytes: int) -> None:
         """Have ``nbytes`` left, by what costs the least time first.
@@ -153,8 +167,8 @@ class BackwardStep:
         """Bytes left until the budget that no move on its way will take."""
         return self._room() - self._weights.landing_nbytes - self._pipeline.landing_nbytes
 
-    def _used_up(self, target: Target) -> None:
-        self._pending_nbytes -= _held_nbytes(target)
+    def _used_up(self, nbytes: int, target: Target) -> None:
+        self._pending_nbytes -= nbytes
         target.gradient = torch.empty(0)
 
     def _written(self, target: Target) -> None:
@@ -214,6 +228,9 @@ class BackwardStep:
         self._pipeline.abandon()
 
 
-def _held_nbytes(target: Target) -> int:
-    """What the gradient of ``target`` takes of memory."""
-    return 0 if target.home is not None else target.gradient.nbytes
+def _waiting_nbytes(target: Target) -> int:
+    """What waits in memory for the step of ``target``: its gradient or, if that is at home, it."""
+    if target.home is None:
+        return target.gradient.nbytes
+    streams = target.weight.in_memory and not target.weight.resident
+    return target.weight.nbytes if streams else 0

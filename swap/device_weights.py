@@ -141,6 +141,16 @@ class DeviceWeights(Window[DeviceCopy]):
             if copy.versions != versions_of(copy.weight) or self._may_have_changed(copy.weight):
                 self.evict(copy)
 
+    def resize(self, nbytes: int) -> None:
+        """The window is ``nbytes`` from now on: what is beyond it leaves, what is used last first.
+
+        Raises:
+            TierIOError: what kernels wrote to one could not be brought home.
+        """
+        self.window_nbytes = nbytes
+        for victim in self._farthest(self.streaming_nbytes - nbytes, -1):
+            self.evict(victim)
+
     def before_step(self) -> None:
         """The optimizer is going to write to weights."""
         for copy in list(self._streaming):

@@ -39,6 +39,9 @@ class Stepper(Protocol):
     def take(self, parameter: nn.Parameter, *, fresh: bool) -> bool:
         """A gradient has been accumulated, the first part of it if ``fresh``; True: used up."""
 
+    def make_room(self, nbytes: int) -> None:
+        """Have so many bytes left, as far as what it holds can go."""
+
     def end_backward(self) -> None:
         """Backward gives control to the user's code."""
 
@@ -258,7 +261,10 @@ class GradientSwapper:
         if self.home_of(parameter) is not None or not incomplete.expects_more(parameter):
             return False
         incomplete.put(parameter, gradient)
-        while incomplete and incomplete.is_short(self._leaving.nbytes, self.limit_nbytes):
+        leaving, limit = self._leaving.nbytes, self.limit_nbytes
+        if self.stepper is not None and incomplete.nbytes <= incomplete.most_nbytes:
+            self.stepper.make_room(incomplete.wanted_nbytes(leaving, limit))  # they go on anyway
+        while incomplete and incomplete.is_short(self._leaving.nbytes, limit):
             self._release_oldest()
         return True
 

@@ -2,8 +2,9 @@
 
 [Note: parts that come together] Where several backward passes run in turns, a gradient gets its
 parts one soon after the other. It stays in memory until the last has been added, and leaves once.
-That is no promise: where memory is short the oldest leave before, and later parts are added
-through the mapping, as behind any backward that has ended.
+That is no promise: where memory is short, and tiles of the step in backward can't make room, the
+oldest leave before. Later parts are added through the mapping, as behind any backward that has
+ended.
 """
 
 from typing import TYPE_CHECKING
@@ -36,6 +37,11 @@ class IncompleteGradients:
     def __len__(self) -> int:
         return len(self._gradients)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all that wait."""
+        return sum(gradient.nbytes for gradient in self._gradients.values())
+
     def watch(self, parameter: nn.Parameter) -> None:
         """Count on gradients of ``parameter``."""
         self._reserve_nbytes = max(self._reserve_nbytes, 2 * parameter.nbytes)
@@ -57,11 +63,13 @@ class IncompleteGradients:
         parameter = next(iter(self._gradients))
         return parameter, self._gradients.pop(parameter)
 
+    def wanted_nbytes(self, leaving_nbytes: int, limit_nbytes: int) -> int:
+        """Room to leave: beyond the limit, with those that leave, they take spare bytes only."""
+        is_within = self.nbytes + leaving_nbytes <= limit_nbytes
+        return 0 if is_within else self._reserve_nbytes
+
     def is_short(self, leaving_nbytes: int, limit_nbytes: int) -> bool:
-        """Whether some must leave: beyond the limit they take spare bytes only."""
-        waiting = sum(gradient.nbytes for gradient in self._gradients.values())
-        if waiting > self.most_nbytes:
+        """Whether some must leave."""
+        if self.nbytes > self.most_nbytes:
             return True
-        if waiting + leaving_nbytes <= limit_nbytes:
-            return self._governor.room() < 0
-        return self._governor.room() < self._reserve_nbytes
+        return self._governor.room() < self.wanted_nbytes(leaving_nbytes, limit_nbytes)

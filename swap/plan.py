@@ -245,6 +245,9 @@ def _move_ahead(plan: Plan, census: Census, spare_nbytes: int) -> Plan:
     """The plan with at most ``spare_nbytes`` more for weights, gradients and tiles on their way."""
     most = 2 * max((weight.nbytes for weight in census.weights), default=0)
     window_most, gradients_most = plan.working_nbytes // 2 + most, most
+    # Else a block's weights would come once for each micro-batch.
+    lacking = min(max(plan.in_turns_nbytes - plan.window_nbytes, 0), spare_nbytes)
+    spare_nbytes -= lacking
     staging = plan.staging_nbytes
     if plan.step_in_backward:
         staging = min(staging + spare_nbytes // 5, _TILES_IN_FLIGHT * plan.tile_nbytes)
@@ -252,6 +255,7 @@ def _move_ahead(plan: Plan, census: Census, spare_nbytes: int) -> Plan:
         window_most = max(window_most, plan.in_turns_nbytes + most // 2)
         gradients_most = max(gradients_most, plan.in_turns_nbytes)
         window = gradients = 2 * spare_nbytes // 5
+        window += lacking
     elif plan.step_in_backward:  # gradients wait for tiles, weights are needed for one use less
         window, gradients = spare_nbytes // 6, spare_nbytes // 3
     else:
@@ -304,10 +308,10 @@ def _at_once(working_nbytes: int, chunk_numel: int, step_in_backward: bool) -> i
 def _smallest_budget(
     fixed_nbytes: int, working_nbytes: int, chunk_numel: int, step_in_backward: bool
 ) -> int:
-    """Bytes that fit with the tiles that ``choose_chunk_numel`` picks for that very budget."""
+    """Bytes that fit with the tiles that ``choose_chunk_numel`` picks for the budget to name."""
     needed = fixed_nbytes + _at_once(working_nbytes, chunk_numel, step_in_backward)
     while True:
-        chosen = choose_chunk_numel(_mib_ceil(needed) << 20)
+        chosen = choose_chunk_numel(_mib_ceil(needed + VARIATION_NBYTES) << 20)
         fitting = fixed_nbytes + _at_once(working_nbytes, chosen, step_in_backward)
         if fitting <= needed:
             return needed

@@ -59,7 +59,7 @@ class Streaming(Generic[_Key, _Item]):
             self._items[key] = item
             self.nbytes += item.nbytes
             self._joined += 1
-            self._rank(key, item, self._joined)
+            self._rank(key, item, self._trace.place(key), self._joined)
 
     def leave(self, key: _Key) -> None:
         """The item of ``key``, if it has joined, is here no more, or stays."""
@@ -76,8 +76,8 @@ class Streaming(Generic[_Key, _Item]):
                 return
             yield self._ranked[rank]
 
-    def _rank(self, key: _Key, item: _Item, joined: int) -> None:
-        rank = (self._trace.place(key) << _ORDER_BITS) - joined
+    def _rank(self, key: _Key, item: _Item, place: int, joined: int) -> None:
+        rank = (place << _ORDER_BITS) - joined
         self._ranks[key], self._ranked[rank] = rank, item
         insort(self._order, rank)
 
@@ -85,10 +85,10 @@ class Streaming(Generic[_Key, _Item]):
         del self._ranked[rank]
         del self._order[bisect_left(self._order, rank)]
 
-    def _rerank(self, key: _Key) -> None:
+    def _rerank(self, key: _Key, place: int) -> None:
         if (rank := self._ranks.get(key)) is not None:
             self._unrank(rank)
-            self._rank(key, self._items[key], -rank & _ORDER_MASK)
+            self._rank(key, self._items[key], place, -rank & _ORDER_MASK)
 
     def _rerank_all(self) -> None:
         self._ranked.clear()
@@ -96,4 +96,4 @@ class Streaming(Generic[_Key, _Item]):
         self._joined = 0
         for key, item in self._items.items():
             self._joined += 1
-            self._rank(key, item, self._joined)
+            self._rank(key, item, self._trace.place(key), self._joined)

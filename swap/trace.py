@@ -23,13 +23,13 @@ class Trace(Generic[_Key]):
             (the model's own order); the first training pass is predicted as this order and back.
 
     Attributes:
-        moved: called with a key whose next use is another from now on.
+        moved: called with a key whose next use is another from now on, and with its place.
         restarted: called when all places are new.
         passes: that have begun.
     """
 
     def __init__(self, order: Sequence[_Key]) -> None:
-        self.moved: Callable[[_Key], None] = lambda _key: None
+        self.moved: Callable[[_Key, int], None] = lambda _key, _place: None
         self.restarted: Callable[[], None] = lambda: None
         self.passes = 0
         self._default = [*order, *reversed(order)]
@@ -81,13 +81,14 @@ class Trace(Generic[_Key]):
         if self._now and self._now[-1] == key:
             return True
         self._now.append(key)
-        place, began = self.place(key), self._position
+        place, began = self._places.get(key, self._never), self._position
         as_before = place == began or began >= len(self._expected)
         if place < self._never:  # else it is unexpected: the prediction stays where it is
+            places, following = self._places, self._following
             for passed in range(began, place + 1):
                 other = self._expected[passed]
-                self._places[other] = self._following[passed]
-                self.moved(other)
+                places[other] = following[passed]
+                self.moved(other, following[passed])
             self._position = place + 1
         return as_before or self._kind not in self._learned
 

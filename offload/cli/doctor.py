@@ -25,7 +25,6 @@ behind. Exit code 1 if a line fails.
   offload doctor --nvme /data/a /data/b -o machine.json --rehearse"""
 
 _COMPUTE_S = 6.0  # torch's import and the processor's rates
-_REHEARSED = ("moves", "tiles", "flush")
 
 
 def add_directories(parser: argparse.ArgumentParser) -> None:
@@ -160,9 +159,10 @@ def _rehearsal(machine: "Machine") -> "Iterator[Finding]":
     """What a rehearsal found; or what a prediction lacks without one."""
     from offload.allocator.units import format_rate
     from offload.doctor.finding import Finding
+    from offload.planner.rehearsal import RECODED, REHEARSED
 
-    found = {rate.work: rate.per_s for rate in machine.compute if rate.work in _REHEARSED}
-    if not found:
+    found = {rate.work: rate.per_s for rate in machine.compute if rate.work in REHEARSED}
+    if "flush" not in found:
         yield Finding(
             subject="rehearsal",
             value="not measured",
@@ -175,4 +175,5 @@ def _rehearsal(machine: "Machine") -> "Iterator[Finding]":
     told = [f"{found['flush']:,.0f} flushes/s", f"tiles {format_rate(found['tiles'])}"]
     if "moves" in found:
         told.append(f"computing loses a second by {format_rate(found['moves'])[:-2]} moved")
+    told += [f"{work} {format_rate(found[work])}" for work in RECODED if work in found]
     yield Finding(subject="rehearsal", value=", ".join(told))

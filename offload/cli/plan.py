@@ -1,22 +1,19 @@
 """``offload plan``: does it fit, how slow, bound by what, what to change."""
 
 import argparse
-import dataclasses
+import shlex
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.allocator.errors import BudgetError, ConfigError
-from offload.allocator.units import LEAST_MEMORY_NBYTES, format_nbytes, parse_nbytes
-from offload.config import make_config
+from offload.allocator.units import LEAST_MEMORY_NBYTES, parse_nbytes
+from offload.config import OffloadConfig, make_config
 
 if TYPE_CHECKING:
-    from offload.planner.on_device import PlacementAnswer, Placing
+    from offload.planner.on_device import PlacementAnswer
     from offload.planner.refine import Recorded
-    from offload.planner.sources import Batch
-    from offload.swap.planning.predict import Baseline, Prediction
-    from offload.swap.planning.program import Program
-    from offload.tiers.machine import Machine
 
 HELP = "before the first step: does it fit, how slow, bound by what, what to change"
 DESCRIPTION = """\
@@ -93,6 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="find the longest sequence, the largest batch, or the least memory",
     )
     parser.add_argument("--record", metavar="DIR", type=Path, help="events, for offload report")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="with device= in --budget: the settings, as a file for offload run --config",
+    )
     parser.add_argument("--explain", action="store_true", help="why each class went where")
     parser.add_argument("--json", action="store_true", help="the same figures as JSON")
     parser.add_argument(
@@ -119,6 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from offload.planner.asking import Asking
     from offload.planner.machines import find_machine, list_machines
     from offload.planner.on_device import split_budget
     from offload.planner.placement_text import placement_to_json, print_placement
@@ -129,6 +134,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return 0
     host, others = split_budget(arguments.budget)
     budget = _budget_of(host)
+    _check_output(arguments.output, others)
     baseline_nbytes = _size("--baseline", arguments.baseline)
     _check_counts(arguments)
     recorded = _recorded_of(arguments)
@@ -137,9 +143,13 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.machine, arguments.nvme, _say, measure=arguments.measure
     )
     machine.check_measured()
-    asking = _Asking(arguments, source, name, machine, drive, budget, baseline_nbytes, recorded)
+    asking = Asking(
+        arguments, source, name, machine, drive, budget, baseline_nbytes, recorded, _say
+    )
     if others:
         placed = asking.place(others if budget is None else {"host": budget, **others})
+        if arguments.output is not None:
+            _write_settings(arguments, placed)
         if arguments.json:
             print(placement_to_json(placed))
         else:
@@ -151,228 +161,6 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         print_answer(answer, explain=arguments.explain)
     return 0
-
-
-class _Asking:
-    """One question: the model is traced when it is needed, for each batch once."""
-
-    def __init__(
-        self,
-        arguments: argparse.Namespace,
-        source: Any,
-        name: str,
-        machine: "Machine",
-        drive: str,
-        budget: int | None,
-        baseline_nbytes: int | None,
-        recorded: "Recorded | None",
-    ) -> None:
-        from offload.swap.planning.predict import Settings
-        from offload.swap.planning.whatif import parse_changes
-        from offload.tiers.hostmem import HUGE_PAGE, PAGE
-
-        self.arguments = arguments
-        self._changes = parse_changes(arguments.what_if) if arguments.what_if else {}
-        self.source = source
-        self.name = name
-        self.machine = machine
-        self._recorded = recorded
-        self._refined = ""
-        # A recorded run tells it, as far as nothing else is known.
-        self.baseline = _baseline_of(
-            baseline_nbytes or (recorded.attach_nbytes if recorded else None), source
-        )
-        host = machine.tier("host")
-        self.settings = Settings(
-            budget_nbytes=budget or int(min(host.free_nbytes, host.capacity_nbytes) * 0.8),
-            drive=drive,
-            commits=arguments.commit != "never",
-            step_in_backward=arguments.step_in_backward,
-            align_nbytes=HUGE_PAGE if len(arguments.nvme) > 1 else PAGE,
-        )
-
-    def answer(self) -> Any:
-        """The answer to the first screen.
-
-        Raises:
-            BudgetError: it does not fit.
-        """
-        from offload.planner.answer import advise, solve_batch, solve_length
-        from offload.planner.sources import Batch
-        from offload.planner.text import Answer, describe_machine
-        from offload.swap.planning.predict import least_budget
-
-        arguments, solve = self.arguments, self.arguments.solve
-        batch = Batch(sequences=arguments.batch or 1, length=self._length())
-        if self._recorded is not None:
-            self._refine(self.source.trace(batch), given=arguments.baseline is not None)
-        self._change_rates()  # of what is known by then
-        solved = None
-        if solve in {"seq", "batch"}:
-            _say(f"looking for the largest {solve} that fits")
-            if solve == "seq":
-                found = solve_length(
-                    self.source.trace, batch, self._fits, longest=self.source.longest()
-                )
-                batch = dataclasses.replace(batch, length=found or batch.length)
-                solved = f"--seq {found} is the longest that fits, on a grid of 64"
-            else:
-                found = solve_batch(self.source.trace, batch, self._fits)
-                batch = dataclasses.replace(batch, sequences=found or batch.sequences)
-                solved = f"--batch {found} is the largest that fits"
-        program = self.source.trace(batch)
-        if solve == "host":
-            _say("looking for the least memory that fits")
-            least = least_budget(program, self.machine, self.settings, self.baseline)
-            self.settings = least.settings
-            budget = f"host={least.settings.budget_nbytes >> 20}MiB"
-            solved = f"--budget {budget} is the least that fits"
-        prediction = self._predict(program)
-        return Answer(
-            title=self._title(program, batch),
-            machine_name=describe_machine(self.name, self.machine, self.settings.drive),
-            program=program,
-            machine=self.machine,
-            prediction=prediction,
-            solved=solved,
-            advice=advise(program, self.machine, self.settings, self.baseline, prediction),
-            notes=self._notes(prediction),
-            placement=self._beside(program, batch),
-        )
-
-    def place(self, budgets: dict[str, int]) -> "PlacementAnswer":
-        """The answer where the model computes on a GPU.
-
-        Raises:
-            BudgetError: it does not fit.
-            ConfigError: a tier that the machine has not, or what was not measured.
-        """
-        from offload.planner.on_device import answer_placement
-        from offload.planner.sources import Batch
-
-        if self.arguments.record is not None:
-            raise ConfigError("--record keeps what is simulated on the CPU: leave device= out")
-        if self._recorded is not None:
-            raise ConfigError("--from corrects what is simulated on the CPU: leave device= out")
-        self._check_exact()
-        self._change_rates()
-        batch = Batch(sequences=self.arguments.batch or 1, length=self._length())
-        return answer_placement(
-            self._placing(budgets),
-            batch,
-            name=self.name,
-            title=self._title,
-            solve=self.arguments.solve,
-            longest=self.source.longest(),
-        )
-
-    def _beside(self, program: "Program", batch: "Batch") -> "PlacementAnswer | str | None":
-        """The placement on the GPU that this machine has besides, or why there is none."""
-        from offload.planner.on_device import answer_placement
-
-        if not any(tier.kind == "device" for tier in self.machine.tiers):
-            return None
-        try:
-            self._check_exact()
-            placing = self._placing({"host": self.settings.budget_nbytes}, {batch: program})
-            return answer_placement(placing, batch, name=self.name, title=self._title)
-        except (BudgetError, ConfigError) as error:
-            return str(error)
-
-    def _check_exact(self) -> None:
-        given = [
-            f"--{name.replace('_', '-')} {getattr(self.arguments, name)}"
-            for name, default in (("state_precision", "exact"), ("master_weights", "none"))
-            if getattr(self.arguments, name) != default
-        ]
-        if given:
-            raise ConfigError(
-                f"{', '.join(given)}: predicted where the model computes on the CPU: leave "
-                "device= out"
-            )
-
-    def _placing(
-        self, budgets: dict[str, int], known: "dict[Batch, Program] | None" = None
-    ) -> "Placing":
-        from offload.planner.on_device import Placing
-
-        return Placing(
-            self.source.trace,
-            self.machine,
-            self.settings.drive,
-            budgets,
-            self.baseline,
-            commits=self.settings.commits,
-            known=known or {},
-        )
-
-    def _change_rates(self) -> None:
-        """As ``--what-if`` asks."""
-        if self._changes:
-            from offload.swap.planning.whatif import changed
-
-            self.machine = changed(self.machine, self.settings.drive, self._changes)
-            self.name += f", what if {self.arguments.what_if}"
-
-    def _refine(self, program: "Program", *, given: bool) -> None:
-        """Take from the recorded run what it knows better; a given baseline stays."""
-        from offload.planner.refine import refine
-
-        assert self._recorded is not None
-        refined = refine(program, self.machine, self.settings.drive, self._recorded)
-        self.machine, self._refined = refined.machine, refined.note
-        if not given:
-            self.baseline = refined.baseline
-
-    def _fits(self, program: "Program") -> bool:
-        from offload.swap.planning.predict import predict
-
-        try:
-            predict(program, self.machine, self.settings, self.baseline)
-        except BudgetError:
-            return False
-        return True
-
-    def _predict(self, program: "Program") -> "Prediction":
-        from offload.planner.answer import refused
-        from offload.planner.recording import recorded
-        from offload.swap.planning.predict import predict
-
-        with recorded(self.arguments.record, self.settings, self.machine) as recorder:
-            try:
-                return predict(
-                    program, self.machine, self.settings, self.baseline, recorder=recorder
-                )
-            except BudgetError as error:
-                raise refused(error, program, self.machine, self.settings, self.baseline) from error
-
-    def _length(self) -> int:
-        longest, length = self.source.longest(), self.arguments.seq
-        if length is None:
-            return min(longest or 1024, 1024)
-        if longest is not None and length > longest:
-            raise ConfigError(
-                f"--seq {length}: {self.source.name} has positions for {longest} tokens"
-            )
-        return int(length)
-
-    def _title(self, program: "Program", batch: "Batch") -> str:
-        name = program.stepping.name if program.stepping else "no optimizer"
-        return (
-            f"{self.source.name} ({program.parameters / 1e6:,.1f}M parameters)  "
-            f"{self.source.describe(batch)}  {name}"
-        )
-
-    def _notes(self, prediction: "Prediction") -> tuple[str, ...]:
-        notes = [self._refined] if self._refined else []
-        if any(tier.kind == "device" for tier in self.machine.tiers):
-            notes.append("computing on the CPU is predicted; for the GPU see the placement")
-        if prediction.building_nbytes == prediction.peak_nbytes:
-            notes.append("the peak is that of building the model with offload.init")
-        host = self.machine.tier("host").capacity_nbytes
-        if self.settings.budget_nbytes > host:
-            notes.append(f"the machine has {format_nbytes(host)}, less than the budget")
-        return tuple(notes)
 
 
 def _budget_of(text: str | None) -> int | None:
@@ -432,14 +220,58 @@ def _recorded_of(arguments: argparse.Namespace) -> "Recorded | None":
     return None if arguments.recorded is None else read_recorded(arguments.recorded)
 
 
-def _baseline_of(nbytes: int | None, source: Any) -> "Baseline":
-    from offload.planner.baseline import RUNNING_NBYTES, measure_baseline
-    from offload.swap.planning.predict import Baseline
+def _check_output(path: Path | None, others: dict[str, int]) -> None:
+    from offload.tuning.settings_file import check_output
 
-    if nbytes is not None:
-        return Baseline(attach_nbytes=nbytes, running_nbytes=RUNNING_NBYTES)
-    _say("measuring what a process takes without a model")
-    return measure_baseline(source.imports)
+    if path is None:
+        return
+    if "device" not in others:
+        raise ConfigError(f"-o {path}: writes what a GPU steps: give --budget device=SIZE")
+    check_output(path)
+
+
+def _write_settings(arguments: argparse.Namespace, placed: "PlacementAnswer") -> None:
+    """The settings with which ``attach`` comes nearest to the placement.
+
+    Raises:
+        ConfigError: nothing that attach does fits, or the file can't be written.
+    """
+    from offload.planner.on_device import settings_of
+    from offload.tuning.settings_file import HEADER, commented, to_yaml, write_settings
+
+    if placed.setting is None:
+        raise ConfigError(
+            f"-o {arguments.output}: attach steps nothing within these budgets, only a placement "
+            "fits that it does not make yet; nothing was written"
+        )
+    given = {
+        "nvme": tuple(arguments.nvme),
+        "commit": arguments.commit,
+        "state_precision": arguments.state_precision,
+        "master_weights": arguments.master_weights,
+    }
+    defaults = {"nvme": (), "commit": "step", "state_precision": "exact", "master_weights": "none"}
+    chosen = {name: value for name, value in given.items() if value != defaults[name]}
+    config = OffloadConfig(**settings_of(placed), **chosen)
+    notes = [
+        f"{HEADER} plan, {datetime.now(UTC):%Y-%m-%d}:",
+        f"#   {_command(arguments)}",
+        *commented(placed.title),
+        *commented(placed.machine_name),
+        *commented(placed.setting.told),
+    ]
+    write_settings(arguments.output, to_yaml(notes, config))
+    _say(f"wrote {arguments.output}")
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    words = ["offload", "plan", str(arguments.model)]
+    for name in ("seq", "batch", "optim", "dtype", "method", "budget", "machine", "what_if"):
+        if (value := getattr(arguments, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += [word for path in arguments.nvme for word in ("--nvme", path)]
+    words += ["-o", str(arguments.output)]
+    return shlex.join(words + (["--args", *arguments.args] if arguments.args else []))
 
 
 def _say(text: str) -> None:

@@ -3,11 +3,9 @@
 import argparse
 import ast
 import contextlib
-import os
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,15 +91,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"--steps {arguments.steps}: at least {_LEAST_STEPS}, for two are the warm-up"
         )
+    from offload.tuning.settings_file import check_output, write_settings
+
     _check_script(arguments.script)
-    _check_output(arguments.output)
+    check_output(arguments.output)
     base = _base(arguments)
     from offload.tuning.folders import trial_folders
     from offload.tuning.text import print_outcome, to_json, to_yaml
 
     with _ended_by_signals(), trial_folders(base.nvme) as folders:
         outcome = _search(arguments, base, folders)
-    _write(arguments.output, to_yaml(outcome))
+    write_settings(arguments.output, to_yaml(outcome))
     if arguments.json:
         print(to_json(outcome))
     else:
@@ -245,30 +245,6 @@ def _own_calls(tree: ast.Module) -> Iterator[str]:
             yield node.attr
 
 
-def _check_output(path: Path) -> None:
-    """A file that can be written, and is not the user's own.
-
-    Raises:
-        ConfigError: it can't, or it is.
-    """
-    from offload.tuning.text import HEADER
-
-    if path.suffix not in {".yaml", ".yml"}:
-        raise ConfigError(f"-o {path}: the settings are YAML, so name it .yaml")
-    if not path.parent.is_dir():
-        raise ConfigError(f"can't write {path}: {path.parent} is no directory")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"can't write {path}: this user may not write to {path.parent}")
-    if not path.exists():
-        return
-    try:
-        own = path.read_text(encoding="utf-8", errors="replace").startswith(HEADER)
-    except OSError as error:
-        raise ConfigError(f"can't write {path}: {error.strerror}") from error
-    if not own:
-        raise ConfigError(f"{path} was not written by offload tune: name another with -o")
-
-
 def _check_room(base: OffloadConfig) -> None:
     from offload.tiers.filesystem import free_nbytes
 
@@ -311,18 +287,6 @@ def _ended_by_signals() -> Iterator[None]:
 
 def _leave(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except OSError as error:
-        raise ConfigError(f"can't write {path}: {error.strerror}") from error
 
 
 def _command(arguments: argparse.Namespace) -> str:

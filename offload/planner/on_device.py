@@ -3,15 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from offload.allocator.errors import BudgetError, ConfigError
 from offload.allocator.units import format_nbytes, format_rate, parse_memory_nbytes
 from offload.planner.answer import solve_batch, solve_length
+from offload.planner.as_attached import WORTH, StepSetting, choose_setting
 from offload.planner.sources import Batch
 from offload.planner.text import Advice
 from offload.swap.plan import OVERHEAD_NBYTES, choose_chunk_numel
 from offload.swap.planning.cost import Costs
-from offload.swap.planning.placing.choices import Rules
 from offload.swap.planning.placing.network import COMPUTE, CPU, Network, Stepper, make_network
 from offload.swap.planning.placing.placement import Placement
 from offload.swap.planning.placing.reduce import reduce_program
@@ -25,7 +26,6 @@ _WORKSPACE_NBYTES = 64 << 20  # of the device's libraries, as attach counts on
 _DEVICE_SHARE, _HOST_SHARE = 0.9, 0.8  # of what is free, without a budget
 _MIB = 1 << 20
 _UNFUSED_PASSES = 2.5
-_WORTH = 0.97  # a change that saves less is none
 _HALVINGS = 3  # of the batch, in search of the best micro-batch
 
 
@@ -34,7 +34,7 @@ class PlacementAnswer:
     """Everything that ``offload plan`` tells of a placement.
 
     Attributes:
-        today_s: seconds of a step as ``attach`` runs it today; None where that does not fit.
+        setting: who steps which tiles where ``attach`` runs it; None where that does not fit.
         advice: what to change, the best first.
     """
 
@@ -43,7 +43,9 @@ class PlacementAnswer:
     work: Work
     network: Network
     placement: Placement
-    today_s: float | None
+    state_precision: str
+    master_weights: str
+    setting: StepSetting | None
     solved: str | None
     advice: tuple[Advice, ...]
 
@@ -117,6 +119,7 @@ class Placing:
         self._baseline, self._commits = baseline, commits
         self.device = device_of(machine).name
         self._costs = Costs(computing_on(machine, _processor(self.device)), drive)
+        self._recoding_s = Costs(machine, drive).recoding_s  # forms change in host memory
         self.budgets = dict(self._budgets(budgets))
 
     def trace(self, batch: Batch) -> Program:
@@ -167,7 +170,7 @@ class Placing:
         return tuple(found)
 
     def _work(self, program: Program, passes: int) -> Work:
-        kinds, order = reduce_program(program, self._costs.seconds)
+        kinds, order = reduce_program(program, self._costs.seconds, self._recoding_s)
         staging = 16 * 4 * choose_chunk_numel(0)  # the least tiles that attach has in flight
         host = self._baseline.attach_nbytes + self._baseline.running_nbytes
         return Work(
@@ -215,19 +218,6 @@ class Placing:
             raise AssertionError("a step without bounds on host memory fits")
         return least
 
-    def today_s(self, works: Sequence[Work], network: Network) -> float | None:
-        """Seconds of a step as attach runs it on a GPU (docs/gpu.md); None if that does not fit.
-
-        The host steps, nothing is rebuilt, gradients and states are below the device.
-        """
-        below = tuple(tier for tier in network.budgets if tier != self.device)
-        rules = Rules(rebuild=False, steppers=("cpu",), homes={"gradients": below, "states": below})
-        whole = [work for work in works if work.passes == 1]
-        try:
-            return place(whole, network, rules).step_s
-        except BudgetError:
-            return None
-
 
 def answer_placement(
     placing: Placing,
@@ -263,16 +253,29 @@ def answer_placement(
         solved = f"host={placing.budgets['host'] // _MIB}MiB is the least that fits"
     works, network, placement = placing.place(batch)
     chosen = next(work for work in works if work.passes == placement.passes)
+    stepping = placing.trace(batch).stepping
     return PlacementAnswer(
         title=f"{title(placing.trace(batch), batch)}  on {placing.device}",
         machine_name=_describe(name, placing),
         work=chosen,
         network=network,
         placement=placement,
-        today_s=placing.today_s(works, network),
+        state_precision=stepping.state_precision if stepping else "exact",
+        master_weights=stepping.master_weights if stepping else "none",
+        setting=choose_setting(works, network),
         solved=solved,
         advice=advise_placement(works, network, placement),
     )
+
+
+def settings_of(answer: PlacementAnswer) -> dict[str, Any]:
+    """The settings of a run that comes nearest to the placement: budgets, and who steps."""
+    budgets, device = answer.network.budgets, answer.network.compute
+    return {
+        "budget": {"device": budgets[device], "host": budgets["host"]},
+        "device": _processor(device),
+        "optimizer_device": "host" if answer.setting is None else answer.setting.value,
+    }
 
 
 def _describe(name: str, placing: Placing) -> str:
@@ -307,7 +310,7 @@ def advise_placement(
     advice = [
         Advice(change=name, step_s=seconds)
         for name, tried, changed in options
-        if (seconds := place(tried, changed).step_s) < _WORTH * found.step_s
+        if (seconds := place(tried, changed).step_s) < WORTH * found.step_s
     ]
     return tuple(sorted(advice, key=lambda one: one.step_s)[:4])
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offload.allocator.units import format_nbytes, format_seconds
+from offload.planner.as_attached import StepSetting
 from offload.planner.on_device import PlacementAnswer
 from offload.planner.text import FORMAT_VERSION, WIDTH
 from offload.swap.planning.placing.choices import REBUILD
@@ -52,12 +53,8 @@ def print_placement(
     )
     if answer.solved is not None:
         console.print(f"solved       {answer.solved}", markup=False)
-    if answer.today_s is not None:
-        console.print(
-            f"today        {format_seconds(answer.today_s)}: attach steps on the host and rebuilds "
-            "nothing on a GPU yet",
-            markup=False,
-        )
+    for line in _setting_lines(answer.setting):
+        console.print(line, markup=False)
     for advice in answer.advice:
         console.print(
             f"try          {advice.change}: {format_seconds(advice.step_s)} a step", markup=False
@@ -65,6 +62,17 @@ def print_placement(
     if explain:
         for line in explain_placement(answer):
             console.print(f"why          {line}", markup=False)
+
+
+def _setting_lines(setting: StepSetting | None) -> Iterator[str]:
+    """What ``attach`` makes of it, and what to set for that."""
+    if setting is None:
+        return
+    yield (
+        f"today        {format_seconds(setting.host_s)}: by default attach steps on the host and "
+        "rebuilds nothing"
+    )
+    yield f"set          {setting.told}"
 
 
 def _table(answer: PlacementAnswer) -> Table:
@@ -88,7 +96,7 @@ def placement_rows(answer: PlacementAnswer) -> list[dict[str, Any]]:
     for role, name in _ROLES:
         if any(one.role == role for one in placement.classes):
             nbytes = {tier: _held(placement, work, role, tier) for tier in tiers}
-            rows.append({"name": name, "nbytes": nbytes, "how": _how(placement, role)})
+            rows.append({"name": name, "nbytes": nbytes, "how": _how(answer, role)})
     peaks = {use.tier: use.peak_nbytes for use in placement.uses}
     rows.append({"name": "peak", "nbytes": peaks, "how": "with all that visits"})
     budgets = {use.tier: use.budget_nbytes for use in placement.uses}
@@ -104,7 +112,8 @@ def _held(placement: Placement, work: Work, role: Role, tier: str) -> int:
     return slots * sum(one.blocks * one.nbytes for one in placement.classes if one.role == role)
 
 
-def _how(placement: Placement, role: Role) -> str:
+def _how(answer: PlacementAnswer, role: Role) -> str:
+    placement = answer.placement
     total = sum(one.blocks * one.nbytes for one in placement.classes if one.role == role)
     if role == "saved":
         rebuilt = placement.nbytes(role, REBUILD) / total
@@ -116,8 +125,14 @@ def _how(placement: Placement, role: Role) -> str:
             for share in one.shares
             if one.role == role and share.stepper == "device"
         )
-        return f"device steps {stepped / total:.0%}"
+        return ", ".join([f"device steps {stepped / total:.0%}", *_forms(answer)])
     return ""
+
+
+def _forms(answer: PlacementAnswer) -> list[str]:
+    """Of what the optimizer keeps, where it is not as it computes with it."""
+    states, masters = answer.state_precision, answer.master_weights
+    return [*([states] if states != "exact" else []), *(["masters"] if masters != "none" else [])]
 
 
 def explain_placement(answer: PlacementAnswer) -> Iterator[str]:
@@ -132,6 +147,7 @@ def explain_placement(answer: PlacementAnswer) -> Iterator[str]:
                 if placement.nbytes(role, where) > _WORTH_TELLING * total
             ]
             yield f"{name}: {', '.join(parts)}; {_reason(placement, role, total)}"
+    yield from _recoded(answer)
     prices = {price.tier: price.s_per_gib for price in placement.prices}
     for use in placement.uses:
         yield _use_line(use, prices.get(use.tier, 0.0))
@@ -139,6 +155,22 @@ def explain_placement(answer: PlacementAnswer) -> Iterator[str]:
         lanes = sorted(phase.lanes.items(), key=lambda lane: -lane[1])[:3]
         busy = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in lanes)
         yield f"{phase.name}: {format_seconds(phase.seconds)}, as long as {phase.bound_by} ({busy})"
+
+
+def _recoded(answer: PlacementAnswer) -> Iterator[str]:
+    """What the optimizer computes with, where the store has another form."""
+    work, sizes = answer.work, dict.fromkeys(("kept", "stepped"), 0)
+    recoded = [kind for kind in (work.kinds[at] for at in work.order) if kind.recoded is not None]
+    for kind in recoded:
+        sizes["kept"] += kind.trained_nbytes + kind.states_nbytes
+        sizes["stepped"] += kind.stepped_nbytes("weights") + kind.stepped_nbytes("states")
+    if recoded:
+        seconds = sum(kind.recoded.seconds for kind in recoded if kind.recoded is not None)
+        yield (
+            f"precision: {' and '.join(_forms(answer))}: weights and states of "
+            f"{format_nbytes(sizes['kept'])} become {format_nbytes(sizes['stepped'])} in host "
+            f"memory, whoever steps them; changing their form takes {format_seconds(seconds)}"
+        )
 
 
 def _place(where: str) -> str:
@@ -181,7 +213,11 @@ def placement_document(answer: PlacementAnswer) -> dict[str, Any]:
         "step_s": answer.placement.step_s,
         "tokens_per_s": answer.tokens_per_s,
         "bound_by": answer.placement.bound_by,
-        "today_s": answer.today_s,
+        "today_s": None if answer.setting is None else answer.setting.host_s,
+        "optimizer_device": None if answer.setting is None else answer.setting.value,
+        "attached_step_s": None if answer.setting is None else answer.setting.step_s,
+        "state_precision": answer.state_precision,
+        "master_weights": answer.master_weights,
         "rows": placement_rows(answer),
         "plan": json.loads(answer.placement.to_json()),
         "solved": answer.solved,

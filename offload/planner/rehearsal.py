@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from offload.swap.planning.program import Program
     from offload.tiers.events import StepFinished
 
-_FOUND: tuple[Work, ...] = ("moves", "tiles", "flush", "bf16 states", "8bit states", "masters")
+RECODED: tuple[Work, ...] = ("bf16 states", "8bit states", "masters")
+REHEARSED: tuple[Work, ...] = ("moves", "tiles", "flush", *RECODED)  # all that it measures
 _KERNELS: tuple[Work, ...] = (
     "matmul",
     "thin matmul",
@@ -118,7 +119,7 @@ def _with(machine: Machine, found: Mapping[Work, float], slowness: float = 1.0) 
     former = (
         replace(rate, per_s=rate.per_s / slowness) if rate.work in _KERNELS else rate
         for rate in machine.compute
-        if rate.work not in _FOUND
+        if rate.work not in REHEARSED
     )
     rates = (
         ComputeRate(processor="cpu", work=work, dtype="float32", size=1, per_s=per_s)

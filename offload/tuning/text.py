@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -17,11 +16,11 @@ from offload.allocator.units import format_nbytes, format_seconds
 from offload.config import OffloadConfig
 from offload.tuning.predicting import Predicted
 from offload.tuning.search import Found, Standing
+from offload.tuning.settings_file import HEADER, commented, settings_of
+from offload.tuning.settings_file import to_yaml as settings_text
 
 WIDTH = 80
 FORMAT_VERSION = 1
-HEADER = "# Written by offload tune"
-_MIB = 1 << 20
 _FIGURES = ("step_s", "compute_s", "stall_s", "optimizer_s", "commit_s")
 
 
@@ -175,21 +174,16 @@ def to_yaml(outcome: Outcome) -> str:
     """The settings of the best as a file for ``--config``, with what they were found by on top."""
     found, best = outcome.found, outcome.best
     lines = [
-        f"{HEADER}, {outcome.when:%Y-%m-%d}:",
+        f"{HEADER} tune, {outcome.when:%Y-%m-%d}:",
         f"#   {outcome.command}",
-        *_commented(f"Machine: {outcome.machine}"),
-        *_commented(verdict(outcome)),
-        *_commented(
+        *commented(f"Machine: {outcome.machine}"),
+        *commented(verdict(outcome)),
+        *commented(
             f"Medians of {found.rounds} rounds of {outcome.steps} steps. Baseline: "
             f"{_figures(found.baseline)}. Here: {_figures(best)}."
         ),
     ]
-    body = yaml.safe_dump(settings_of(outcome.config), sort_keys=False, allow_unicode=True)
-    return "\n".join([*lines, body])
-
-
-def _commented(text: str) -> list[str]:
-    return [f"# {line}" for line in textwrap.wrap(text, WIDTH - 2)]
+    return settings_text(lines, outcome.config)
 
 
 def _figures(standing: Standing) -> str:
@@ -199,17 +193,6 @@ def _figures(standing: Standing) -> str:
         f"{format_seconds(standing.median('step_s'))} a step, stall "
         f"{format_seconds(standing.median('stall_s'))}, peak {format_nbytes(standing.peak_nbytes)}"
     )
-
-
-def settings_of(config: OffloadConfig) -> dict[str, Any]:
-    """The settings that are not left to their default, as a file holds them."""
-    settings: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
-    settings["budget"] = {tier: _size(nbytes) for tier, nbytes in config.budget.items()}
-    return settings
-
-
-def _size(nbytes: int) -> str | int:
-    return f"{nbytes // _MIB}MiB" if nbytes % _MIB == 0 else nbytes
 
 
 def _plain(value: Any) -> Any:

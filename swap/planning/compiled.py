@@ -54,30 +54,30 @@ def _moments(program: Program, costs: Costs) -> Iterator[Moment]:
     computing_s = [costs.seconds(operation) for operation in program.operations]
     fresh_s = [costs.fresh_s(nbytes) for nbytes in program.storages]
     # What a call of the runtime takes of the training thread before it decides anything.
-    calling_s = {
-        What.USE: costs.hook_s,
-        What.SAVE: costs.hook_s / 2,
-        What.UNSAVE: costs.hook_s / 2,
-    }
+    calling_s = [0.0] * len(What)
+    calling_s[What.USE] = costs.hook_s
+    calling_s[What.SAVE] = calling_s[What.UNSAVE] = costs.hook_s / 2
     compute, allocate, free = What.COMPUTE, What.ALLOCATE, What.FREE
     saved: set[int] = set()
-    seconds, nbytes, highs = 0.0, 0, [0]
+    seconds, nbytes, high = 0.0, 0, 0
+    highs: list[int] = []
     for what, which in program.events:
         if what is compute:
             seconds += computing_s[which]
         elif what is allocate:
             seconds += fresh_s[which]
             nbytes += program.storages[which]
-            if nbytes > highs[-1]:
+            if nbytes > high:
+                high = nbytes
                 highs.append(nbytes)
         elif what is free and which not in saved:
             nbytes -= program.storages[which]
         else:
-            seconds += calling_s.get(what, 0.0)
-            yield Moment(seconds, tuple(highs[1:]), nbytes, what, which)
-            seconds, nbytes, highs = 0.0, 0, [0]
+            seconds += calling_s[what]
+            yield Moment(seconds, tuple(highs), nbytes, what, which)
+            seconds, nbytes, high, highs = 0.0, 0, 0, []
             if what is What.SAVE:
                 saved.add(which)
             elif what is What.FORGET:
                 saved.discard(which)
-    yield Moment(seconds, tuple(highs[1:]), nbytes, compute, 0)  # the runtime does nothing there
+    yield Moment(seconds, tuple(highs), nbytes, compute, 0)  # the runtime does nothing there

@@ -124,6 +124,10 @@ class SimBackwardStep:
         self.spent_s += ended.now_s - began.now_s
         self.stalled_s += ended.stall_s - began.stall_s
 
+    def standing(self) -> tuple[object, ...]:
+        """What the next step depends on, between two steps."""
+        return tuple((name, after.name) for name, after in self._next.items())
+
     def end_step(self) -> None:
         """The step is over; the next one is expected to be like it."""
         order = list(self.stepped.values())

@@ -33,6 +33,7 @@ class SimGradients:
         self.limit_nbytes = limit_nbytes
         self._leaving: deque[_Leaving] = deque()
         self._leaving_nbytes = 0
+        self._labels: dict[str, Label] = {}
         self.kept: Collection[str] = ()
         self.on_file: set[str] = set()
         self.by_rows: set[str] = set()
@@ -47,8 +48,8 @@ class SimGradients:
         self.in_memory_nbytes += nbytes
         if nbytes < MIN_NBYTES or name in self.kept:
             return
-        label = Label(name, "gradient", "host", "file")
-        self._leaving.append(_Leaving(name, nbytes, world.submit(world.writes, label, nbytes)))
+        flight = world.submit(world.writes, self._label(name), nbytes)
+        self._leaving.append(_Leaving(name, nbytes, flight))
         self._leaving_nbytes += nbytes
         while self._leaving and (
             self._leaving_nbytes > self.limit_nbytes or world.memory.room() < 0
@@ -56,13 +57,18 @@ class SimGradients:
             world.wait(world.writes, self._leaving[0].flight, "full")
             self.poll()
 
+    def _label(self, name: str) -> Label:
+        if name not in self._labels:
+            self._labels[name] = Label(name, "gradient", "host", "file")
+        return self._labels[name]
+
     def take_rows(self, name: str, nbytes: int) -> None:
         """The gradient of the weight ``name`` is complete: rows of ``nbytes`` written to its home.
 
         The kernel writes them behind.
         """
         self.poll()
-        self._world.submit(self._world.writes, Label(name, "gradient", "host", "file"), nbytes)
+        self._world.submit(self._world.writes, self._label(name), nbytes)
         self.on_file.add(name)
         self.by_rows.add(name)
 

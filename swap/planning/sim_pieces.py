@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from offload.swap.eightbit import packed_nbytes
 from offload.swap.planning.program import StateForm, Stepping
@@ -45,15 +46,23 @@ class SteppedWeight:
         """Bytes of so many elements of all states in the store; these are whole blocks."""
         return sum(_stored_nbytes(*state, numel) for state in self.states)
 
-    def computed_nbytes(self, numel: int) -> int:
-        """Bytes of memory that the optimizer's own step of so many elements reads and writes."""
-        weight = _FLOAT_NBYTES if self.has_master else self.itemsize
-        states = sum(
+    @property
+    def weight_nbytes(self) -> int:
+        """Of an element of the weight, and of its gradient, as the optimizer computes with it."""
+        return _FLOAT_NBYTES if self.has_master else self.itemsize
+
+    @property
+    def states_nbytes(self) -> int:
+        """Of an element of all states, as the optimizer computes with them."""
+        return sum(
             nbytes if form == "plain" else _FLOAT_NBYTES
             for form, nbytes in self.states
             if form != "low"
         )
-        return (3 * weight + 2 * states) * numel
+
+    def computed_nbytes(self, numel: int) -> int:
+        """Bytes of memory that the optimizer's own step of so many elements reads and writes."""
+        return (3 * self.weight_nbytes + 2 * self.states_nbytes) * numel
 
     def recoded(self) -> Mapping[StateForm, int]:
         """How many numbers of each element change their form, and back."""
@@ -69,14 +78,16 @@ def stepped_weights(
     Args:
         nbytes: of each weight; ``numels``: its elements.
     """
+
+    @cache  # layers are alike
+    def stepped(
+        nbytes: int, numel: int, forms: tuple[StateForm, ...], sizes: tuple[int, ...]
+    ) -> SteppedWeight:
+        elements = (size // numel for size in sizes)
+        return SteppedWeight(nbytes // numel, tuple(zip(forms, elements, strict=True)))
+
     return {
-        name: SteppedWeight(
-            nbytes[name] // numels[name],
-            tuple(
-                (form, size // numels[name])
-                for form, size in zip(stepping.forms_of(name), sizes, strict=True)
-            ),
-        )
+        name: stepped(nbytes[name], numels[name], stepping.forms_of(name), sizes)
         for name, sizes in stepping.states_nbytes.items()
         if numels[name]
     }

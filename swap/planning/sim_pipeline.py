@@ -58,11 +58,14 @@ class _Waiting:
     written: Callable[[], None]
     stepped: Callable[[], None]
 
+    @property
+    def is_told(self) -> bool:
+        """Whether somebody asks when a tile is stepped or written."""
+        return self.written is not _nothing_follows or self.stepped is not _nothing_follows
+
     def alike(self) -> tuple[object, ...]:
         """Equal for runs of which only the names differ; never where somebody is told of tiles."""
-        if self.written is _nothing_follows and self.stepped is _nothing_follows:
-            return (*self.tile[1:], self.count)
-        return (self,)
+        return (self,) if self.is_told else (*self.tile[1:], self.count)
 
 
 @dataclass(slots=True, eq=False)
@@ -297,7 +300,7 @@ class SimPipeline:
                 times = (first.count - 1) // period
                 self._world.repeat(earlier.reading, times, flights)
                 first.count -= times * period
-                for _ in range(times * period):
+                for _ in range(times * period if first.is_told else 0):
                     first.stepped()
                     first.written()
                 self._seen.clear()
@@ -312,9 +315,10 @@ class SimPipeline:
         state = first.count, len(self._reading), *known, *self.staging.free
         now = self._sight(state, len(self._waiting), flights)
         for earlier in reversed(self._rounds):
+            if not now.repeats(earlier):
+                continue
             period = earlier.waiting - now.waiting
-            times = self._rounds_to_come(period)
-            if times and now.repeats(earlier):
+            if times := self._rounds_to_come(period):
                 self._world.repeat(earlier.reading, times, flights)
                 for _ in range(times * period):
                     self._waiting.popleft()

@@ -4,20 +4,23 @@ Units, their order, the limits and the times at which they are fetched are those
 ([Note: what is spilled], [Note: just in time]). A storage is in memory while its unit is, or while
 others than autograd hold it.
 
-[Note: turns] A unit's *turn* is its place in the order in which backward is expected to use them.
-What is absent is kept in the order of turns, so that the next one to be fetched is found at once,
-and what is on its way before it is a sum.
+[Note: turns] A unit's *turn* is its place in the order in which backward is expected to use them:
+that of the last pass or, where there was none, the reverse of their positions. There is a mark for
+each turn whose unit is absent, so that the next one to be fetched is found at once.
 """
 
-from bisect import bisect_left, bisect_right, insort
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from offload.swap.activations import BATCH_ALIGN, BATCH_NBYTES
 from offload.swap.planning.world import Flight, World
 from offload.tiers.journal import Label
 
 _ROLE = "activation"
+# Between fetching a unit now and later: the arguments of ``_is_early``, and what it told.
+_Choice: TypeAlias = tuple[int, int, int, float, bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -40,35 +43,19 @@ class _Unit:
     used: bool = False
 
 
-class _Turns:
-    """Units in the order of their turns, and their bytes."""
+def _is_early(
+    uses: Sequence[tuple[int, float]], present: int, following: int, turn: int, lead_s: float
+) -> bool:
+    """Whether the next use is soon enough to fetch a unit.
 
-    def __init__(self) -> None:
-        self._turns: list[int] = []
-        self._nbytes: dict[int, int] = {}
-        self._total_nbytes = 0
-
-    def add(self, unit: _Unit) -> None:
-        if unit.turn is not None:
-            insort(self._turns, unit.turn)
-            self._nbytes[unit.turn] = unit.nbytes
-            self._total_nbytes += unit.nbytes
-
-    def discard(self, unit: _Unit) -> None:
-        if unit.turn is not None and unit.turn in self._nbytes:
-            self._total_nbytes -= self._nbytes.pop(unit.turn)
-            del self._turns[bisect_left(self._turns, unit.turn)]
-
-    def after(self, turn: int) -> int | None:
-        """The first one behind ``turn``."""
-        at = bisect_right(self._turns, turn)
-        return self._turns[at] if at < len(self._turns) else None
-
-    def nbytes_between(self, after: int, before: int) -> int:
-        first, last = bisect_right(self._turns, after), bisect_left(self._turns, before)
-        if first == 0 and last == len(self._turns):
-            return self._total_nbytes
-        return sum(self._nbytes[turn] for turn in self._turns[first:last])
+    Args:
+        uses: that are expected, by turn.
+        present: the turn of what is used now; ``following``: of what is used next, or the same.
+        turn: of the unit.
+        lead_s: before its use it has to be fetched.
+    """
+    now_s = uses[present][1]
+    return uses[turn][1] - now_s > lead_s + (uses[following][1] - now_s)
 
 
 class SimSaved:
@@ -96,17 +83,20 @@ class SimSaved:
         self._batch: list[int] = []
         self._batch_nbytes = 0
         self._batched: set[int] = set()
+        self._saved_nbytes = 0  # since the pass began, whether or not they are needed still
         self.kept_nbytes = 0
         self.spilled_nbytes = 0  # the most that units took of the drive at once
         self._on_file_nbytes = 0
         self._absent = 0  # units whose bytes are in the file only
-        self._absent_turns = _Turns()
-        self._fetching_turns = _Turns()
+        self._looked_ahead = -1  # from this turn, and nothing has changed since then
+        self._absent_turns = bytearray(len(storages))
+        self._fetching: dict[int, int] = {}  # bytes of units on their way, by turn
         self._labels: list[tuple[Label, Label]] = []  # out and in, by position
         # Of the last pass: units in the order of their first use, and when that was.
         self._uses: list[tuple[int, float]] = []
         self._expected: list[tuple[int, float]] = []
         self._ranks: dict[int, int] = {}
+        self._choices: list[_Choice] = []  # that times decided, of the present pass
         self._stay_positions: set[int] = set()
 
     def begin(self) -> None:
@@ -120,10 +110,27 @@ class SimSaved:
                 if room < 0:
                     break
                 self._stay_positions.add(position)
-        self._uses, self._units = [], []
+        self._uses, self._units, self._choices = [], [], []
+        self._saved_nbytes = 0
         self._order.clear()
         self._staying.clear()
-        self._absent_turns, self._fetching_turns = _Turns(), _Turns()
+        self._absent_turns = bytearray(len(self._storages))
+        self._fetching = {}
+
+    def standing(self) -> tuple[object, ...]:
+        """What the next step depends on, between two steps, but for the times of uses."""
+        if self._saved_nbytes <= self._limit_nbytes:  # nothing ever moves
+            return (True,)
+        uses = [position for position, _ in self._uses]
+        batch = tuple(self._batch), self._batch_nbytes, len(self._batched)
+        return uses, batch, self.kept_nbytes, self._on_file_nbytes, self._absent
+
+    def would_choose_again(self) -> bool:
+        """Whether the times of the last pass lead to what that pass has chosen."""
+        return all(
+            _is_early(self._uses, present, following, turn, lead_s) is early
+            for present, following, turn, lead_s, early in self._choices
+        )
 
     # Storages.
 
@@ -131,16 +138,15 @@ class SimSaved:
         """Only autograd holds it still."""
         memory, nbytes = self._world.memory, self._storages[storage]
         self._held_by_others.discard(storage)
-        memory.add("transients", -nbytes)
         if self._is_kept(storage):
-            memory.add("saved", nbytes)
+            memory.turn("transients", "saved", nbytes)
+        else:
+            memory.add("transients", -nbytes)
 
     def _is_kept(self, storage: int) -> bool:
         """Whether saving holds it in memory."""
-        if storage in self._batched:
-            return True
         unit = self._unit_of.get(storage)
-        return unit is not None and unit.in_memory
+        return unit.in_memory if unit is not None else storage in self._batched
 
     def _come(self, storage: int) -> None:
         if storage not in self._held_by_others:
@@ -158,6 +164,7 @@ class SimSaved:
             self._settle()
         self._held_by_others.add(storage)
         nbytes = self._storages[storage]
+        self._saved_nbytes += nbytes + BATCH_ALIGN
         if nbytes >= self._min_nbytes:
             self._add([storage], nbytes)
             return
@@ -180,12 +187,17 @@ class SimSaved:
 
     def _add(self, members: list[int], nbytes: int) -> None:
         position = len(self._units)
-        turn = self._ranks.get(position) if self._expected else -position
+        turn = self._ranks.get(position) if self._expected else self._reverse(position)
+        if position == len(self._labels):
+            name = f"saved {position}"
+            out = Label(name, _ROLE, "host", "file")
+            self._labels.append((out, Label(name, _ROLE, "file", "host")))
         unit = _Unit(position, nbytes, set(members), turn, position in self._stay_positions)
         self._units.append(unit)
         for storage in members:
             self._unit_of[storage] = unit
         self.kept_nbytes += nbytes
+        self._looked_ahead = -1
         (self._staying if unit.stays else self._order).append(unit)
         if self.kept_nbytes > self._limit_nbytes:
             self._spill(None)
@@ -201,6 +213,8 @@ class SimSaved:
 
     def _send_excess_away(self, sparing: _Unit | None) -> None:
         excess = self.kept_nbytes - self._writing_nbytes - self._limit_nbytes
+        if excess <= 0:
+            return
         for queue in (self._order, self._staying):
             passed_over: list[_Unit] = []
             while excess > 0 and queue:
@@ -220,17 +234,10 @@ class SimSaved:
             return
         self._on_file_nbytes += unit.nbytes
         self.spilled_nbytes = max(self.spilled_nbytes, self._on_file_nbytes)
-        out, _ = self._labels_of(unit)
+        out, _ = self._labels[unit.position]
         unit.writing = self._world.submit(self._world.writes, out, unit.nbytes)
         self._writing.append(unit)
         self._writing_nbytes += unit.nbytes
-
-    def _labels_of(self, unit: _Unit) -> tuple[Label, Label]:
-        for position in range(len(self._labels), unit.position + 1):
-            name = f"saved {position}"
-            out = Label(name, _ROLE, "host", "file")
-            self._labels.append((out, Label(name, _ROLE, "file", "host")))
-        return self._labels[unit.position]
 
     def _settle(self) -> None:
         # In the order in which they were submitted: what is waited for is the first of them.
@@ -251,8 +258,10 @@ class SimSaved:
 
     def _drop(self, unit: _Unit) -> None:
         unit.in_memory = False
+        self._looked_ahead = -1
         self._absent += 1
-        self._absent_turns.add(unit)
+        if unit.turn is not None:
+            self._absent_turns[unit.turn] = True
         self.kept_nbytes -= unit.nbytes
         for storage in unit.members:
             self._go(storage)
@@ -276,18 +285,22 @@ class SimSaved:
         if unit.fetching is not None:
             self._world.wait(self._world.reads, unit.fetching, "late")
             unit.fetching = None
-            self._fetching_turns.discard(unit)
+            self._looked_ahead = -1
+            if unit.turn is not None:
+                self._fetching.pop(unit.turn, None)
         if self._absent:
             self._fetch_ahead(unit)
 
     def _fetch(self, unit: _Unit) -> None:
-        _, back = self._labels_of(unit)
+        _, back = self._labels[unit.position]
         unit.fetching = self._world.submit(self._world.reads, back, unit.nbytes)
         unit.in_memory = True
         self._absent -= 1
-        self._absent_turns.discard(unit)
-        self._fetching_turns.add(unit)
+        if unit.turn is not None:
+            self._absent_turns[unit.turn] = False
+            self._fetching[unit.turn] = unit.nbytes
         self.kept_nbytes += unit.nbytes
+        self._looked_ahead = -1
         for member in unit.members:
             self._come(member)
         (self._staying if unit.stays else self._order).append(unit)
@@ -296,33 +309,47 @@ class SimSaved:
         if present.turn is None:
             self._fetch_backwards(present)
             return
-        turn = self._absent_turns.after(present.turn)
-        while turn is not None:
+        if present.turn == self._looked_ahead:
+            return
+        self._look_ahead(present.turn)
+        self._looked_ahead = present.turn
+
+    def _look_ahead(self, present: int) -> None:
+        """Fetch what is due behind the turn ``present``."""
+        absent = self._absent_turns
+        turn = absent.find(True, present + 1)
+        while turn >= 0:
             unit = self._unit_at(turn)
             if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
                 return
-            if self._expected:
-                coming_nbytes = self._fetching_turns.nbytes_between(present.turn, turn)
-                lead_s = 2 * self._world.reads.work_s(coming_nbytes + unit.nbytes)
-                due_s = self._due_s(present.turn, turn)
-                if due_s > lead_s + self._next_use_s(present.turn):
-                    return
+            if self._expected and self._is_early(present, unit, turn):
+                return
             self._fetch(unit)
-            turn = self._absent_turns.after(turn)
+            turn = absent.find(True, turn + 1)
 
     def _unit_at(self, turn: int) -> _Unit:
-        return self._units[self._expected[turn][0] if self._expected else -turn]
+        return self._units[self._expected[turn][0] if self._expected else self._reverse(turn)]
 
-    def _due_s(self, present: int, turn: int) -> float:
-        """Seconds from one turn to another."""
-        return self._expected[turn][1] - self._expected[present][1]
+    def _reverse(self, position: int) -> int:
+        """The turn of a position, or the other way round, where nothing is expected."""
+        return len(self._storages) - 1 - position
 
-    def _next_use_s(self, present: int) -> float:
-        """Seconds until something is used again; 0 where nothing is expected."""
-        for turn in range(present + 1, len(self._expected)):
-            if self._expected[turn][0] < len(self._units):
-                return self._due_s(present, turn)
-        return 0.0
+    def _is_early(self, present: int, unit: _Unit, turn: int) -> bool:
+        """Whether ``unit`` need not come yet, as what has the turn ``present`` is used."""
+        lead_nbytes = unit.nbytes
+        for at, nbytes in self._fetching.items():
+            if present < at < turn:
+                lead_nbytes += nbytes
+        lead_s = 2 * self._world.reads.work_s(lead_nbytes)
+        expected, known = self._expected, len(self._units)
+        following = present + 1
+        while following < len(expected) and expected[following][0] >= known:
+            following += 1
+        if following == len(expected):
+            following = present
+        early = _is_early(expected, present, following, turn, lead_s)
+        self._choices.append((present, following, turn, lead_s, early))
+        return early
 
     def _fetch_backwards(self, present: _Unit) -> None:
         """Nobody knew that ``present`` would be used: expect the ones that were saved before it."""
@@ -344,6 +371,7 @@ class SimSaved:
             self._go(storage)
         if unit.members:
             return
+        self._looked_ahead = -1
         if unit.on_file or unit.writing is not None:
             self._on_file_nbytes -= unit.nbytes
         if unit.in_memory:
@@ -351,4 +379,5 @@ class SimSaved:
             self.kept_nbytes -= unit.nbytes
         else:
             self._absent -= 1
-            self._absent_turns.discard(unit)
+            if unit.turn is not None:
+                self._absent_turns[unit.turn] = False

@@ -60,6 +60,10 @@ class SimStep:
         self.names = list(stepping.states_nbytes)
         nbytes = {name: weight.nbytes for name, weight in weights.weights.items()}
         self._stepped = stepped_weights(stepping, nbytes, numels)
+        forms = {form: number for number, form in enumerate(set(self._stepped.values()))}
+        self._forms = {name: forms[form] for name, form in self._stepped.items()}
+        self._cuts: dict[tuple[str, ...], list[tuple[tuple[Piece, ...], int]]] = {}
+        self._tiles: dict[tuple[object, ...], SimTile] = {}  # those that differ
         self._states_nbytes = {
             name: sum(map(page_ceil, sizes)) for name, sizes in stepping.states_nbytes.items()
         }
@@ -74,6 +78,10 @@ class SimStep:
     def keeps(self, weight: SimWeight) -> bool:
         """Whether ``weight`` is stepped in memory."""
         return weight.resident and weight.name in self.gradients.kept
+
+    def standing(self) -> tuple[object, ...]:
+        """What the next step depends on, between two steps."""
+        return frozenset(self._held), self._has_states, frozenset(self.gradients.by_rows)
 
     def step(self, stepped: Collection[str] = ()) -> None:
         """The whole step, but for the weights that backward has ``stepped``."""
@@ -102,10 +110,25 @@ class SimStep:
 
     def tiles(self, names: Sequence[str]) -> Iterator[tuple[SimTile, int]]:
         """What a step of ``names`` moves, and how often."""
-        for pieces, count in cut_runs([self._numels[name] for name in names], self._chunk_numel):
+        key = tuple(names)
+        if key not in self._cuts:
+            numels = [self._numels[name] for name in names]
+            self._cuts[key] = list(cut_runs(numels, self._chunk_numel))
+        for pieces, count in self._cuts[key]:
             yield self._tile(names, pieces), count
 
     def _tile(self, names: Sequence[str], pieces: Sequence[Piece]) -> SimTile:
+        weights, on_file = self._weights.weights, self.gradients.on_file
+        key: list[object] = [self._has_states]
+        for piece in pieces:
+            name = names[piece.index]
+            key += self._forms[name], piece.numel, weights[name].in_memory, name in on_file
+        found = self._tiles.get(alike := tuple(key))
+        if found is None:
+            found = self._tiles[alike] = self._make_tile(names, pieces)
+        return SimTile(names[pieces[0].index], *found[1:])
+
+    def _make_tile(self, names: Sequence[str], pieces: Sequence[Piece]) -> SimTile:
         read = staged = written = 0
         for piece in pieces:
             name, numel = names[piece.index], piece.numel
@@ -176,10 +199,10 @@ class SimStep:
         """Few elements: stepped whole, and stored at once."""
         world = self._world
         for name in names:
-            nbytes = page_ceil(self._weights.weights[name].nbytes)
-            label = Label(name, "weight", "host", "file")
+            weight = self._weights.weights[name]
             world.compute(self._costs.hook_s)
-            world.wait(world.writes, world.submit(world.writes, label, nbytes), "full")
+            flight = world.submit(world.writes, weight.label_home, weight.padded_nbytes)
+            world.wait(world.writes, flight, "full")
 
     def commit(self) -> None:
         """What only memory has newest is written, and all is made durable."""
@@ -187,7 +210,7 @@ class SimStep:
         for name in self.names:
             weight = self._weights.weights[name]
             if name in self._held:
-                world.submit(world.writes, Label(name, "weight", "host", "file"), weight.nbytes)
+                world.submit(world.writes, weight.label_home, weight.nbytes)
                 nbytes = self._states_nbytes[name]
                 world.submit(world.writes, Label(name, "state", "host", "file"), nbytes)
             elif weight.ready:  # is it still what was stored?

@@ -36,10 +36,12 @@ class SimWeight:
     used: int = -2
     padded_nbytes: int = field(init=False)
     label: Label = field(init=False)
+    label_home: Label = field(init=False)
 
     def __post_init__(self) -> None:
         self.padded_nbytes = page_ceil(self.nbytes)
         self.label = Label(self.name, "weight", "file", "host")
+        self.label_home = Label(self.name, "weight", "host", "file")
 
     @property
     def in_memory(self) -> bool:
@@ -87,6 +89,19 @@ class SimWeights:
     def end_pass(self) -> None:
         """Backward has ended."""
         self.trace.end()
+
+    def standing(self) -> tuple[object, ...]:
+        """What the next step depends on, between two steps."""
+        known = [
+            (one.ready, one.flight is not None, one.resident, one.held, self._unused_for(one))
+            for one in self._numbered
+        ]
+        streaming = [weight.number for weight in self._streaming]
+        return known, streaming, list(self._pool.items()), self.trace.passes > 0
+
+    def _unused_for(self, weight: SimWeight) -> int:
+        """Uses since its own, as far as ``_farthest`` tells them apart."""
+        return min(self._uses - weight.used, 2)
 
     def keep(self, names: Collection[str]) -> None:
         """Make ``names`` the resident weights, fetched at their next use."""
@@ -141,29 +156,34 @@ class SimWeights:
     def _make_room(self, weight: SimWeight, *, force: bool = False) -> bool:
         if weight.resident:
             return True
-        beyond_window = self._streaming.nbytes + weight.nbytes - self.window_nbytes
-        beyond_budget = weight.nbytes - self._pool_nbytes - self._world.memory.room()
-        excess = max(beyond_window, beyond_budget)
+        excess = weight.nbytes - min(
+            self.window_nbytes - self._streaming.nbytes,
+            self._pool_nbytes + self._world.memory.room(),
+        )
         if excess <= 0:
             return True
-        victims = self._farthest(excess, -1 if force else self.trace.place(weight.number))
-        if excess > sum(victim.nbytes for victim in victims) and not force:
+        victims, nbytes = self._farthest(excess, -1 if force else self.trace.place(weight.number))
+        if excess > nbytes and not force:
             return False
         for victim in victims:
             self.evict(victim)
         return True
 
-    def _farthest(self, nbytes: int, limit: int) -> list[SimWeight]:
-        """So many bytes of the streaming weights whose next use is behind the place ``limit``."""
+    def _farthest(self, nbytes: int, limit: int) -> tuple[list[SimWeight], int]:
+        """Of the streaming weights those whose next use is behind the place ``limit``.
+
+        So many bytes, if there are; and how many there are.
+        """
         found: list[SimWeight] = []
+        found_nbytes = 0
         before = self._uses - 1  # what this use or the one before needs stays, and what is coming
         for other in self._streaming.farthest(limit):
             if other.used < before and other.ready and not other.held:
                 found.append(other)
-                nbytes -= other.nbytes
-                if nbytes <= 0:
+                found_nbytes += other.nbytes
+                if found_nbytes >= nbytes:
                     break
-        return found
+        return found, found_nbytes
 
     # While a step in backward changes weights.
 
@@ -182,7 +202,7 @@ class SimWeights:
         """Evict so many bytes of streaming weights, those used last first."""
         self._trim(0)
         if nbytes > 0:
-            for victim in self._farthest(nbytes, -1):
+            for victim in self._farthest(nbytes, -1)[0]:
                 self.evict(victim)
         self._trim(0)
 
@@ -196,8 +216,8 @@ class SimWeights:
         if not weight.resident and self._pool[padded]:
             self._pool[padded] -= 1
             self._pool_nbytes -= padded
-            world.memory.add("weights", -padded)
-        world.memory.add("weights", padded)
+        else:
+            world.memory.add("weights", padded)
         weight.flight = world.submit(world.reads, weight.label, weight.nbytes, urgent=urgent)
         if not weight.resident:
             self._streaming.join(weight.number, weight)

@@ -2,6 +2,11 @@
 
 Nothing is measured and nothing is random: the same program, plan and costs always give the same
 run. It emits the events of a real one, so that a report of it is a report like any other.
+
+[Note: steps that repeat] A step that begins as the one before it did is that step again. What a
+beginning is made of each part tells (``standing``); of times only those count at which the pass
+before used what it had saved, and of these only what they decide. Where nothing is recorded, such a
+step is counted rather than simulated.
 """
 
 import dataclasses
@@ -28,7 +33,7 @@ from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_step import SimStep
 from offload.swap.planning.sim_weights import SimWeights
-from offload.swap.planning.world import Memory, Role, World, read_lane, write_lane
+from offload.swap.planning.world import Memory, Reading, Role, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
 from offload.tiers.hostmem import page_ceil
 
@@ -51,6 +56,15 @@ class SimulatedStep:
     peak_roles: Mapping[Role, int]
     plan: Plan
     spilled_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Simulated:
+    """A step, and how things stood before it."""
+
+    standing: tuple[object, ...]
+    before: Reading
+    done: SimulatedStep
 
 
 class Simulation:
@@ -81,7 +95,6 @@ class Simulation:
         program, costs = compiled.program, compiled.costs
         self.plan = plan
         self._program = program
-        self._moments = compiled.moments
         self._commits = commits
         self._costs = costs
         self._sizes = {weight.name: weight.nbytes for weight in program.census.weights}
@@ -133,6 +146,13 @@ class Simulation:
         self._kept_nbytes = self._states_nbytes()
         self._looked_up: dict[str, int] = {}
         self._steps = 0
+        handlers = self._handlers()
+        self._moments = [
+            (seconds, highs, nbytes, handlers[what], which)
+            for seconds, highs, nbytes, what, which in compiled.moments
+        ]
+        self._passes = sum(moment.what is What.FORWARD for moment in compiled.moments)
+        self._last: _Simulated | None = None
 
     def keep_streaming(self) -> "Simulation":
         """Let no weight and no state stay in memory, as ``Engine.keep_streaming``."""
@@ -146,8 +166,16 @@ class Simulation:
             BudgetError: the first one's forward and backward exceed the budget; names one that
                 fits, as a run does.
         """
+        standing = self._standing()
+        if self._last is not None and self._repeats(self._last, standing):
+            return self._repeat(self._last)
+        before = self.world.reading()
+        done = self._simulate(before)
+        self._last = _Simulated(standing, before, done)
+        return done
+
+    def _simulate(self, before: Reading) -> SimulatedStep:
         world = self.world
-        before = world.reading()
         world.memory.restart_peak()
         self._pass()
         if not self._steps:
@@ -196,6 +224,31 @@ class Simulation:
         self._replan(world.memory.peak_nbytes)
         return done
 
+    # See [Note: steps that repeat].
+
+    def _standing(self) -> tuple[object, ...]:
+        """What the next step depends on, but for times."""
+        parts = (self._weights, self._saved, self._step, self._backward)
+        standing = [part.standing() for part in parts if part is not None]
+        return self.plan, list(self.world.memory.now.values()), *standing
+
+    def _repeats(self, last: "_Simulated", standing: tuple[object, ...]) -> bool:
+        return (
+            not self.world.is_recorded
+            and self._passes == 1
+            and last.standing == standing
+            and self._saved.would_choose_again()
+        )
+
+    def _repeat(self, last: "_Simulated") -> SimulatedStep:
+        before = self.world.reading()
+        self.world.repeat(last.before, 1, ())
+        self._steps += 1
+        again = dataclasses.replace(last.done.finished, t_s=self.world.now_s, step=self._steps)
+        done = dataclasses.replace(last.done, finished=again)
+        self._last = _Simulated(last.standing, before, done)
+        return done
+
     def _handlers(self) -> tuple[Callable[[int], None], ...]:
         """What each kind of moment does, in the order of ``What``."""
         saved = self._saved
@@ -214,13 +267,13 @@ class Simulation:
 
     def _pass(self) -> None:
         """Forward and backward."""
-        handlers, world, memory = self._handlers(), self.world, self.world.memory
-        for seconds, highs, nbytes, what, which in self._moments:
+        compute, pass_through = self.world.compute, self.world.memory.pass_through
+        for seconds, highs, nbytes, act, which in self._moments:
             if seconds:
-                world.compute(seconds)
+                compute(seconds)
             if nbytes or highs:
-                memory.pass_through("transients", highs, nbytes)
-            handlers[what](which)
+                pass_through("transients", highs, nbytes)
+            act(which)
 
     def _use(self, which: int) -> None:
         self._weights.use(self._uses[which])

@@ -7,15 +7,16 @@ lane. Lanes are passive, so that between two of its actions everything follows b
 drive: each goes on at its own rate times ``together``, which the machine's measurement of reads and
 writes at once gives (1: nothing is shared, 1/2: the drive does one thing at a time).
 
-[Note: lanes that lag] While no transfer ends, the lanes need no attention: when the next one will
-end follows from what stands at their heads. So time passes by one comparison, and the work that was
-done until then is taken off when a transfer ends, or something else looks at it.
+[Note: lanes that lag] When the first transfer of a lane will end is known as it begins, and changes
+only where the other lane begins to work or has nothing more to do. So time passes by one
+comparison, and a lane needs attention only when one of its own transfers ends.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from offload.tiers.events import Recorder, Stall
@@ -27,7 +28,8 @@ Role: TypeAlias = Literal[
     "fixed", "weights", "saved", "transients", "gradients", "staging", "states", "pages"
 ]
 _READING, _WRITING = "file→host", "host→file"  # as ``Lanes`` names them
-_NO_WORK_S = 1e-12  # what rounding leaves of a transfer that has ended
+# By which rounding may part two ends that are one: early in a run, and late.
+_NO_TIME_S, _ROUNDED = 1e-12, 1 + 2.0**-52
 
 
 class Memory:
@@ -54,6 +56,11 @@ class Memory:
             if resident > self.peak_nbytes:
                 self.peak_nbytes = resident
                 self.peak_roles = dict(self.now)
+
+    def turn(self, role: Role, into: Role, nbytes: int) -> None:
+        """``nbytes`` have another role from now on; neither is that of pages."""
+        self.now[role] -= nbytes
+        self.now[into] += nbytes
 
     def pass_through(self, role: Role, highs: Sequence[int], nbytes: int) -> None:
         """``role`` comes and goes: it is ``nbytes`` more in the end.
@@ -92,12 +99,11 @@ class Memory:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A transfer: ``work_s`` is what the drive still has to do for it, alone and at full speed."""
+    """A transfer: ``work_s`` is what the drive has to do for it, alone and at full speed."""
 
     label: Label
     nbytes: int
     work_s: float
-    lag_s: float
     began_s: float | None = None
     ended_s: float | None = None
     follower: "tuple[SimLane, Flight] | None" = None  # what is queued when this has ended
@@ -109,11 +115,15 @@ class SimLane:
     Args:
         seconds: that a request of so many bytes takes of the drive.
         latency_s: of one request on an idle link, beyond what it takes of the drive.
+
+    Attributes:
+        due_s: when the drive is done with the first transfer, as things stand.
     """
 
     def __init__(self, name: str, seconds: Callable[[int], float], latency_s: float) -> None:
         self.name = name
         self.queue: deque[Flight] = deque()
+        self.due_s = math.inf
         self.latency_s = latency_s
         self._seconds = seconds
         self._known_s: dict[int, float] = {}
@@ -159,11 +169,10 @@ class World:
     ) -> None:
         self.now_s = 0.0
         self._lost_s_per_byte = lost_s_per_byte
-        self._drive_busy_s = 0.0
-        self._seen_s = 0.0  # until then the lanes' work has been taken off
+        self._busy_s = 0.0  # of the drive, until it last had nothing to do
+        self._busy_since_s: float | None = None
         self._due_s = math.inf  # when the next transfer ends
-        self._first_s = 0.0  # what the drive has to do until then, for the first of each lane
-        self._speed = 1.0
+        self._speed = 1.0  # of each lane that works
         self.reads, self.writes = reads, writes
         self.memory = memory
         self.is_recorded = recorder is not None
@@ -193,13 +202,12 @@ class World:
 
         One ``after`` another is queued when that one, which nothing else follows, has ended.
         """
-        flight, queue = Flight(label, nbytes, lane.work_s(nbytes), lane.latency_s), lane.queue
+        flight, queue = Flight(label, nbytes, lane.work_s(nbytes)), lane.queue
         if after is not None and after.ended_s is None:
             after.follower = lane, flight
         elif not queue:
-            self._catch_up()
-            self._queue_first(lane, flight)
-            self._look_ahead()
+            self._begin(lane, flight)
+            self._due_s = min(self.reads.due_s, self.writes.due_s)
         elif urgent:
             queue.insert(1, flight)
         else:
@@ -247,73 +255,66 @@ class World:
     @property
     def drive_busy_s(self) -> float:
         """Seconds in which the drive has worked."""
-        self._catch_up()
-        return self._drive_busy_s
+        since_s = self._busy_since_s
+        return self._busy_s if since_s is None else self._busy_s + (self.now_s - since_s)
 
     # How time passes; see [Note: lanes that lag].
 
-    def _look_ahead(self) -> None:
-        """Tell when the next transfer ends."""
-        reads, writes = self.reads.queue, self.writes.queue
-        self._speed = 1.0
-        if not reads and not writes:
-            self._due_s = math.inf
-            return
-        if not writes:
-            self._first_s = reads[0].work_s
-        elif not reads:
-            self._first_s = writes[0].work_s
-        else:
-            self._first_s = min(reads[0].work_s, writes[0].work_s)
-            self._speed = self._together
-        self._due_s = self._seen_s + self._first_s / self._speed
-
-    def _catch_up(self) -> None:
-        """Take the work off that was done by now."""
-        if self._due_s < math.inf:
-            span_s = self.now_s - self._seen_s
-            served_s = span_s * self._speed
-            self._drive_busy_s += span_s
-            self._first_s -= served_s
-            for lane in (self.reads, self.writes):
-                if lane.queue:
-                    lane.queue[0].work_s -= served_s
-        self._seen_s = self.now_s
-
     def _end_next(self) -> int:
         """Go to where the next transfer ends, or both lanes' do; bytes of what ended."""
-        reads, writes, first_s = self.reads.queue, self.writes.queue, self._first_s
         now_s = self.now_s = self._due_s
-        self._drive_busy_s += now_s - self._seen_s
-        self._seen_s = now_s
+        reads, writes = self.reads, self.writes
+        until_s = now_s * _ROUNDED + _NO_TIME_S
         ended_nbytes = 0
-        read, write = reads[0] if reads else None, writes[0] if writes else None
-        if read is not None:
-            read.work_s -= first_s
-            if read.work_s <= _NO_WORK_S:
-                ended_nbytes += self._end(self.reads)
-        if write is not None:
-            write.work_s -= first_s
-            if write.work_s <= _NO_WORK_S:
-                ended_nbytes += self._end(self.writes)
-        self._look_ahead()
+        if reads.due_s <= until_s:
+            ended_nbytes += self._end(reads)
+        if writes.due_s <= until_s:
+            ended_nbytes += self._end(writes)
+        self._due_s = min(reads.due_s, writes.due_s)
         return ended_nbytes
 
-    def _queue_first(self, lane: SimLane, flight: Flight) -> None:
-        flight.began_s = self.now_s
+    def _begin(self, lane: SimLane, flight: Flight) -> None:
+        """An idle lane begins to work."""
+        now_s = flight.began_s = self.now_s
         lane.queue.append(flight)
+        other = self.writes if lane is self.reads else self.reads
+        if other.queue:
+            self._go_on(other, self._together)
+            lane.due_s = now_s + flight.work_s / self._together
+        else:
+            self._busy_since_s = now_s
+            lane.due_s = now_s + flight.work_s
+
+    def _rest(self, lane: SimLane) -> None:
+        """A lane has nothing more to do."""
+        lane.due_s = math.inf
+        other = self.writes if lane is self.reads else self.reads
+        if other.queue:
+            self._go_on(other, 1.0)
+        else:
+            self._busy_s, self._busy_since_s = self.drive_busy_s, None
+
+    def _go_on(self, lane: SimLane, speed: float) -> None:
+        """All work goes on at this speed: that of ``lane``, and what begins from now on."""
+        lane.due_s = self.now_s + (lane.due_s - self.now_s) * (self._speed / speed)
+        self._speed = speed
 
     def _end(self, lane: SimLane) -> int:
-        flight = lane.queue.popleft()
-        flight.ended_s = self.now_s + flight.lag_s
-        if lane.queue:
-            lane.queue[0].began_s = self.now_s
+        queue = lane.queue
+        flight = queue.popleft()
+        flight.ended_s = self.now_s + lane.latency_s
+        if queue:
+            first = queue[0]
+            first.began_s = self.now_s
+            lane.due_s = self.now_s + first.work_s / self._speed
+        else:
+            self._rest(lane)
         if flight.follower is not None:
             following, follower = flight.follower
             if following.queue:
                 following.queue.append(follower)
             else:
-                self._queue_first(following, follower)
+                self._begin(following, follower)
         if self.is_recorded:
             assert flight.began_s is not None
             self.journal.moved(
@@ -340,29 +341,32 @@ class World:
 
     def ahead_s(self, flights: Iterable[Flight]) -> tuple[float, ...]:
         """What the future depends on: work in the queues, and when ``flights`` end, from now on."""
-        self._catch_up()
         ends = (
             -1.0 if flight.ended_s is None else max(flight.ended_s - self.now_s, 0.0)
             for flight in flights
         )
-        queued = [flight.work_s for lane in (self.reads, self.writes) for flight in lane.queue]
-        return (*ends, float(len(self.reads.queue)), *queued)
+        lanes = [lane for lane in (self.reads, self.writes) if lane.queue]
+        firsts = ((lane.due_s - self.now_s) * self._speed for lane in lanes)
+        others = (flight.work_s for lane in lanes for flight in islice(lane.queue, 1, None))
+        return (*ends, float(len(self.reads.queue)), *firsts, *others)
 
     def repeat(self, since: Reading, times: int, flights: Iterable[Flight]) -> None:
         """What happened ``since`` then happens so many times more; ``flights`` are on their way."""
-        self._catch_up()
         totals = self._totals
         later_s = (self.now_s - since.now_s) * times
         for flight in flights:
             if flight.ended_s is not None:
                 flight.ended_s += later_s
-        self._drive_busy_s += (self._drive_busy_s - since.drive_busy_s) * times
+        self._busy_s += (self.drive_busy_s - since.drive_busy_s) * times
         totals.stall_s += (totals.stall_s - since.stall_s) * times
         totals.read_nbytes += (totals.read_nbytes - since.read_nbytes) * times
         totals.written_nbytes += (totals.written_nbytes - since.written_nbytes) * times
         self.now_s += later_s
-        self._seen_s += later_s
         self._due_s += later_s
+        for lane in (self.reads, self.writes):
+            lane.due_s += later_s
+        if self._busy_since_s is not None:
+            self._busy_since_s += later_s
 
 
 def read_lane(seconds: Callable[[int], float], latency_s: float) -> SimLane:

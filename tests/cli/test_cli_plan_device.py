@@ -8,6 +8,7 @@ import pytest
 from plan_verb import LAPTOP, answer, refusal
 
 from offload.cli import main
+from offload.config import make_config
 from offload.planner.machines import library_machine
 from offload.tiers.machine import write_machine
 
@@ -44,6 +45,7 @@ def test_a_device_budget_asks_for_the_placement(
     for words in (
         "weights", "gradients", "optimizer states", "activations", "peak", "budget", "device:0",
         "drive", "step", "tokens/s", "bound by", "micro-batch", "today",
+        "set          --optimizer-device",
     ):  # fmt: skip
         assert words in out
     assert "why" not in out
@@ -67,11 +69,74 @@ def test_json_tells_where_every_byte_is(model: Path, capsys: pytest.CaptureFixtu
     assert all(rows["peak"][tier] <= rows["budget"][tier] for tier in rows["budget"])
     assert rows["budget"]["device:0"] == 256 << 20
     assert rows["budget"]["host"] == 1 << 30
-    assert placement["plan"]["format"] == 1
+    assert placement["plan"]["format"] == 2
     for one in placement["plan"]["classes"]:
         assert sum(share["fraction"] for share in one["shares"]) == pytest.approx(1)
     assert placement["tokens_per_s"] == pytest.approx(128 / placement["step_s"])
-    assert placement["today_s"] >= placement["step_s"] * (1 - 1e-6)
+    assert placement["today_s"] >= placement["attached_step_s"] >= placement["step_s"] * (1 - 1e-6)
+    assert (placement["state_precision"], placement["master_weights"]) == ("exact", "none")
+
+
+@pytest.mark.parametrize(
+    ("words", "how", "scale"),
+    [
+        (["--state-precision", "bf16"], "bf16", 1 / 2),
+        (["--state-precision", "8bit"], "8bit", 65 / 256),
+        (["--dtype", "bfloat16", "--master-weights", "fp32"], "masters", 10 / 8),
+        (
+            ["--dtype", "bfloat16", "--master-weights", "fp32", "--state-precision", "bf16"],
+            "bf16, masters",
+            6 / 8,
+        ),
+    ],
+)
+def test_states_are_placed_in_the_form_that_the_store_keeps(
+    words: list[str], how: str, scale: float, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exact = answer(capsys, model, *ON_GPU)["placement"]
+    found = answer(capsys, model, *ON_GPU, *words)["placement"]
+    sizes = [
+        {row["name"]: row["nbytes"] for row in one["rows"]}["optimizer states"]
+        for one in (found, exact)
+    ]
+    drive = next(tier for tier in sizes[0] if tier.startswith("file:"))
+    assert sizes[0][drive] == pytest.approx(scale * sizes[1][drive], rel=0.01)
+    (row,) = [row for row in found["rows"] if row["name"] == "optimizer states"]
+    assert row["how"].endswith(how)
+    assert main(["plan", str(model), *ON_GPU, *words, "--explain"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"precision: {how.replace(', ', ' and ')}: weights and states of" in out
+    assert "changing their form takes" in out
+
+
+def test_what_may_not_be_rounded_is_refused_for_a_gpu_too(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--dtype", "float16", "--master-weights", "fp32")
+    assert main(["plan", str(model), *ON_GPU, *words]) != 0
+    assert "are float16, whose exponent is another" in capsys.readouterr().err
+
+
+def test_the_setting_of_the_step_is_written_for_a_run(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "offload.yaml"
+    words = [*ON_GPU, "--nvme", "/data/nvme", "--state-precision", "bf16", "--commit", "never"]
+    assert main(["plan", str(model), *words, "-o", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert file.read_text().startswith("# Written by offload plan, ")
+    (value,) = re.findall(r"^set +--optimizer-device ([\w.]+):", out, re.MULTILINE)
+    config = make_config(file)
+    assert str(config.optimizer_device) == value
+    assert config.budget == {"device": 256 << 20, "host": 1 << 30}
+    assert (config.device, config.nvme) == ("cuda:0", (Path("/data/nvme"),))
+    assert (config.state_precision, config.commit) == ("bf16", "never")
+    assert main(["plan", str(model), *words, "-o", str(file)]) == 0  # its own, so it is replaced
+    capsys.readouterr()
+    file.write_text("device: cuda\n")
+    assert main(["plan", str(model), *words, "-o", str(file)]) == 2
+    assert "was not written by offload" in capsys.readouterr().err
+    assert file.read_text() == "device: cuda\n"
 
 
 def test_a_device_that_is_too_small_is_3_with_the_smallest_change(
@@ -137,9 +202,11 @@ def test_memory_nodes_are_placed_on(
         (["--budget", "device=8GiB,numa:1=8GiB"], "no tier 'numa:1'"),
         (["--budget", "device=8GiB", "--record", "run"], "leave device= out"),
         (
-            ["--budget", "device=8GiB", "--state-precision", "bf16"],
-            "--state-precision bf16: predicted where the model computes on the CPU: leave device=",
+            ["--budget", "device=8GiB", "--step-in-backward"],
+            "--step-in-backward: no placement knows it",
         ),
+        (["--budget", "host=1GiB", "-o", "offload.yaml"], "give --budget device=SIZE"),
+        (["--budget", "device=8GiB", "-o", "offload.json"], "so name it .yaml"),
     ],
 )
 def test_wrong_device_budgets_are_2_and_say_what_to_write(

@@ -269,7 +269,7 @@ def test_a_drive_that_is_too_full_is_told_before_a_trial(
         (["SCRIPT", "--config", "none.yaml"], "can't read the configuration none.yaml"),
         (["SCRIPT", "-o", "best.json"], "name it .yaml"),
         (["SCRIPT", "-o", "no/where/best.yaml"], "is no directory"),
-        (["SCRIPT", "-o", "MINE"], "was not written by offload tune"),
+        (["SCRIPT", "-o", "MINE"], "was not written by offload"),
         (["SCRIPT", "--nvme", "MINE"], "can't write to"),
         (["SCRIPT", "--nvme", "LINK"], "symbolic link"),
         (["TEXT"], "is not a Python script"),

@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import nn
 import offload
 from forked import python
 from offload.allocator.errors import BudgetError
+from offload.tiers.accelerator import Accelerator
 from offload.tiers.cpudevice import CpuAccelerator
 from offload.tiers.events import ListRecorder, Move
+from offload.tiers.simulated.accelerator import SimulatedAccelerator
 
 
 def test_a_fraction_of_what_the_model_needs_is_enough(tmp_path: Path) -> None:
@@ -56,6 +59,48 @@ def test_what_is_spare_after_a_step_holds_more_weights(tmp_path: Path) -> None:
         assert before.window_nbytes < after.window_nbytes == engine.computing.weights.window_nbytes
         assert after.window_nbytes >= sum(parameter.nbytes for parameter in model.parameters())
         assert after.activations_nbytes > before.activations_nbytes
+
+
+@pytest.mark.parametrize("make", [CpuAccelerator, SimulatedAccelerator], ids=["cpu", "simulated"])
+def test_a_longer_batch_finds_room_that_short_ones_had_taken(
+    make: Callable[..., Accelerator], tmp_path: Path
+) -> None:
+    """With what 64 rows leave to weights and saved activations, 1000 rows would not fit."""
+
+    def run(trained: nn.Module, stepping: Any, rows: int) -> float:
+        loss = trained(torch.randn(rows, WIDTH)).square().mean()
+        loss.backward()
+        stepping.step()
+        stepping.zero_grad()
+        return loss.item()
+
+    torch.manual_seed(0)
+    model = Deep()
+    twin = copy.deepcopy(model)
+    budget, lengths = 24 * MIB, [64, 64, 64, 64, 1000, 64, 1000, 500]
+    torch.manual_seed(1)
+    plain = adamw(model)
+    right = [run(model, plain, rows) for rows in lengths]
+    accelerator = make(capacity=256 * MIB)
+    optimizer = adamw(twin)
+    engine = offload.attach(
+        twin, optimizer, budget=f"host=8GiB,device={budget}", nvme=tmp_path, accelerator=accelerator
+    )
+    shares = []
+    with engine, computing_on(accelerator, engine):
+        assert engine.computing is not None
+        torch.manual_seed(1)
+        values = []
+        for rows in lengths:
+            values.append(run(twin, optimizer, rows))
+            plan = engine.computing.plan
+            shares.append(plan.window_nbytes + plan.activations_nbytes)
+    assert values == right
+    assert accelerator.peak_nbytes() <= budget
+    assert shares[0] < shares[3]
+    assert shares[4] < shares[3] / 2
+    assert shares[5] == shares[3]
+    assert_same(model.state_dict(), twin.state_dict())
 
 
 def test_what_is_on_the_device_already_counts(tmp_path: Path) -> None:

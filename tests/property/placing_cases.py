@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from offload.swap.planning.placing.check import held_nbytes, lane_seconds, phase_seconds
-from offload.swap.planning.placing.choices import REBUILD, Rules, stepped_roles
+from offload.swap.planning.placing.choices import REBUILD, Rules, class_nbytes, stepped_roles
 from offload.swap.planning.placing.network import (
     COMPUTE,
     CPU,
@@ -17,19 +17,13 @@ from offload.swap.planning.placing.network import (
     Stepper,
     make_network,
 )
-from offload.swap.planning.placing.placement import (
-    ClassPlacement,
-    Placement,
-    Share,
-    class_nbytes,
-)
+from offload.swap.planning.placing.placement import ClassPlacement, Placement, Share
 from offload.swap.planning.placing.schedule import schedule_of
-from offload.swap.planning.placing.work import FULL, BlockWork, SavedPart, StatePrecision, Work
+from offload.swap.planning.placing.work import BlockWork, Recoded, SavedPart, Work
 from offload.tiers.machine import Link, Machine, MachineTier, Processor
 
 MIB = 1 << 20
 GIB = 1 << 30
-HALF = StatePrecision(name="bf16", scale=0.5, codec_s_per_byte=1e-10)
 
 
 def tier(name, kind, gib, medium="memory"):
@@ -94,7 +88,8 @@ def block(name="layers.*", **changes):
 
 
 def small_work(blocks=12, **changes):
-    return Work(kinds=(block(),), order=(0,) * blocks, **({"tokens": 4096} | changes))
+    given = {"kinds": (block(),), "order": (0,) * blocks, "tokens": 4096}
+    return Work(**(given | changes))
 
 
 # Random small cases, whose every plan can be listed.
@@ -158,7 +153,9 @@ def _draw(rng: random.Random) -> tuple[Work, Network, Rules]:
     rules = Rules(
         grain=grain,
         ahead=rng.random() < 0.7,
-        precisions=(FULL, HALF) if rng.random() < 0.2 else (FULL,),
+        staged=rng.random() < 0.2,
+        even=rng.random() < 0.3,
+        recoded_homes=tuple(tiers[1:]) if rng.random() < 0.3 else None,
     )
     return work, network, rules
 
@@ -173,9 +170,15 @@ def _draw_kind(rng: random.Random, name: str) -> BlockWork:
         parts.append(
             SavedPart(name="rows", nbytes=size(1), rebuild_s=rebuild_s, rowwise=rng.random() < 0.6)
         )
+    recoded = None
+    if rng.random() < 0.4:
+        recoded = Recoded(
+            weights_nbytes=size(0.9), gradients_nbytes=size(0.9), states_nbytes=size(0.9),
+            seconds=rng.uniform(0, 2),
+        )  # fmt: skip
     return BlockWork(
         name=name, trained_nbytes=size(0.5), frozen_nbytes=size(0.2), gradients_nbytes=size(0.4),
-        states_nbytes=size(0.4), saved=tuple(parts), forward_s=rng.uniform(0, 2),
+        states_nbytes=size(0.4), recoded=recoded, saved=tuple(parts), forward_s=rng.uniform(0, 2),
         backward_s=rng.uniform(0, 3), forward_workspace_nbytes=size(0.4),
         backward_workspace_nbytes=size(0.4),
     )  # fmt: skip
@@ -192,10 +195,10 @@ def _sizes(work: Work, network: Network, rules: Rules) -> Iterator[list[ClassPla
             cells: list[tuple[Share, int]] = []
             names = [s.name for s in stepping] if role in stepped_roles(kind) else [None]
             for stepper in names:
-                for tier in network.budgets:
-                    for form in rules.precisions if role == "states" else (FULL,):
-                        share = Share(where=tier, fraction=0, stepper=stepper, precision=form.name)
-                        cells.append((share, rules.grain))
+                cells += [
+                    (Share(where=tier, fraction=0, stepper=stepper), rules.grain)
+                    for tier in _homes(kind, role, network, rules)
+                ]
             if role == "saved" and kind.saved[part].rebuild_s is not None:
                 whole = not kind.saved[part].rowwise
                 parts = work.order.count(number) if whole else rules.grain
@@ -213,6 +216,12 @@ def _sizes(work: Work, network: Network, rules: Rules) -> Iterator[list[ClassPla
             ]
 
 
+def _homes(kind, role, network, rules):
+    if role == "states" and kind.recoded is not None and rules.recoded_homes is not None:
+        return rules.recoded_homes
+    return network.budgets
+
+
 def _distributions(cells, left):
     if not cells:
         if left == 0:
@@ -225,10 +234,7 @@ def _distributions(cells, left):
             break
         for rest in _distributions(others, left - fraction):
             if units:
-                placed = Share(
-                    where=share.where, fraction=float(fraction), stepper=share.stepper,
-                    precision=share.precision,
-                )  # fmt: skip
+                placed = Share(where=share.where, fraction=float(fraction), stepper=share.stepper)
                 yield (placed, *rest)
             else:
                 yield rest
@@ -251,14 +257,14 @@ def brute_force(work: Work, network: Network, rules: Rules) -> float | None:
     options = list(_sizes(work, network, rules))
     best = None
     for ahead in (True, False) if rules.ahead else (False,):
-        base = _replay((), ahead, work, network)
+        base = _replay((), ahead, work, network, rules)
         measured = [
-            [(one, *_minus(_replay((one,), ahead, work, network), base)) for one in ways]
+            [(one, *_minus(_replay((one,), ahead, work, network, rules), base)) for one in ways]
             for ways in options
         ]
         limit = np.array([[b + 1.0] for b in network.budgets.values()])
         for plan in itertools.product(*measured):
-            if not _agree([one for one, _, _ in plan]):
+            if not _agree([one for one, _, _ in plan], even=rules.even):
                 continue
             held = base[0] + sum(nbytes for _, nbytes, _ in plan)
             if (held > limit).any():
@@ -268,24 +274,26 @@ def brute_force(work: Work, network: Network, rules: Rules) -> float | None:
                 for key, value in spent.items():
                     seconds[key] = seconds.get(key, 0.0) + value
             exposed_s = seconds.pop("exposed")
-            step_s = exposed_s + sum(phase_seconds(seconds, _record((), ahead, work), network))
+            step_s = exposed_s + sum(
+                phase_seconds(seconds, _record((), ahead, work, rules), network)
+            )
             best = step_s if best is None else min(best, step_s)
     return best
 
 
-def _record(classes, ahead, work):
+def _record(classes, ahead, work, rules):
     return Placement(
         kinds=tuple(kind.name for kind in work.kinds), order=work.order, passes=work.passes,
-        tokens=work.tokens, ahead=ahead, classes=tuple(classes), phases=(), exposed_s=0.0,
-        uses=(), prices=(),
+        tokens=work.tokens, ahead=ahead, staged=rules.staged, classes=tuple(classes), phases=(),
+        exposed_s=0.0, uses=(), prices=(),
     )  # fmt: skip
 
 
-def _replay(classes, ahead, work, network):
-    placement = _record(classes, ahead, work)
-    schedule = schedule_of(placement, work, network, (HALF,))
+def _replay(classes, ahead, work, network, rules):
+    placement = _record(classes, ahead, work, rules)
+    schedule = schedule_of(placement, work, network)
     held = held_nbytes(schedule, work, network)
-    seconds, exposed_s = lane_seconds(placement, schedule, work, network, (HALF,))
+    seconds, exposed_s = lane_seconds(placement, schedule, work, network)
     return np.array([held[tier] for tier in network.budgets]), {**seconds, "exposed": exposed_s}
 
 
@@ -294,14 +302,14 @@ def _minus(one, base):
     return one[0] - base[0], spent
 
 
-def _agree(classes):
-    """Whether the classes of a kind are stepped in the same shares."""
+def _agree(classes, *, even):
+    """Whether the classes of a kind, if ``even`` of all, are stepped in the same shares."""
     stepped = {}
     for one in classes:
         if one.role in {"weights", "gradients", "states"}:
             shares = {}
             for share in one.shares:
                 shares[share.stepper] = shares.get(share.stepper, 0.0) + share.fraction
-            if stepped.setdefault(one.kind, shares) != shares:
+            if stepped.setdefault(0 if even else one.kind, shares) != shares:
                 return False
     return True

@@ -7,7 +7,6 @@ import re
 import pytest
 from placing_cases import (
     GIB,
-    HALF,
     MIB,
     block,
     link,
@@ -27,13 +26,13 @@ from offload.swap.planning.placing.network import COMPUTE, make_network
 from offload.swap.planning.placing.placement import Share
 from offload.swap.planning.placing.schedule import schedule_of
 from offload.swap.planning.placing.solve import least_budget, place
-from offload.swap.planning.placing.work import FULL, SavedPart, Work
+from offload.swap.planning.placing.work import Recoded, SavedPart, Work
 
 
 def placed(work=None, network=None, rules=None, **budgets):
     work, network = work or small_work(), network or small_network(**budgets)
     found = place([work], network, rules)
-    check(found, work, network, precisions=(HALF,))
+    check(found, work, network)
     return found
 
 
@@ -178,13 +177,95 @@ def test_two_tiers_on_one_drive_share_it():
     assert network.route("file:a", "device:0").keys() == {"file:a → host", "host → device:0"}
 
 
-def test_lossy_states_are_chosen_only_where_they_are_allowed():
-    tight = {"host": 35 * GIB // 2, "file_a": 2 * GIB, "device_0": 4 * GIB}
-    with pytest.raises(BudgetError):
-        placed(**tight)
-    found = placed(rules=Rules(precisions=(FULL, HALF)), **tight)
-    precisions = {share.precision for share in found.of(0, "states")}
-    assert "bf16" in precisions
+# bfloat16 weights with masters, and AdamW's states in bfloat16: 2 bytes a parameter of weight and
+# gradient, and of each of three states, one of them the master's lower half.
+PARAMETERS = 100 * MIB
+MASTERED = {
+    "trained_nbytes": 2 * PARAMETERS, "gradients_nbytes": 2 * PARAMETERS,
+    "states_nbytes": 6 * PARAMETERS, "saved": (),
+    "recoded": Recoded(
+        weights_nbytes=4 * PARAMETERS, gradients_nbytes=4 * PARAMETERS,
+        states_nbytes=8 * PARAMETERS, seconds=0.1,
+    ),
+}  # fmt: skip
+BELOW = {"weights": ("host",), "gradients": ("host",), "states": ("file:a",)}
+
+
+def mastered(**changes):
+    return Work(kinds=(block(**MASTERED),), order=(0,) * 4, **changes)
+
+
+def test_the_host_steps_what_it_widened_and_moves_the_form_of_the_store():
+    found = placed(mastered(), rules=Rules(homes=BELOW, steppers=("cpu",)))
+    step, each = found.phases[2], 4 * PARAMETERS
+    touched = 2 * 4 + 4 + 2 * 8  # weights and states are read and written, gradients read
+    assert step.lanes["cpu"] == pytest.approx(touched * each / 50e9 + 4 * 0.1)
+    assert step.lanes["file:a → host"] == pytest.approx(6 * each / 6e9)
+    assert step.lanes["host → file:a"] == pytest.approx(6 * each / 5e9)
+    assert "host → device:0" not in step.lanes
+
+
+@pytest.mark.parametrize("weights", ["host", "device:0"])
+def test_to_the_device_goes_what_the_host_widened(weights):
+    rules = Rules(homes={**BELOW, "weights": (weights,)}, steppers=("device",))
+    found = placed(mastered(), rules=rules)
+    step, each = found.phases[2], 4 * PARAMETERS
+    into, back = 4 + 4 + 8, 4 + 8
+    on_device = 2 if weights == "device:0" else 0  # it leaves, and comes back, in its own form
+    assert step.lanes["host → device:0"] == pytest.approx((into + on_device) * each / 25e9)
+    assert step.lanes["device:0 → host"] == pytest.approx((back + on_device) * each / 25e9)
+    assert step.lanes["file:a → host"] == pytest.approx(6 * each / 6e9)
+    assert step.lanes["cpu"] == pytest.approx(4 * 0.1)  # forms are the host's work
+    assert step.lanes[COMPUTE] == pytest.approx((2 * 4 + 4 + 2 * 8) * each / 500e9)
+
+
+def test_slots_and_commits_are_of_the_form_of_the_store():
+    work = mastered(store="file:a", slots=2, commits=True)
+    found = placed(work, rules=Rules(homes=BELOW, steppers=("cpu",)))
+    use = next(one for one in found.uses if one.tier == "file:a")
+    assert use.peak_nbytes == 2 * 4 * (2 + 6) * PARAMETERS
+    assert found.phases[2].lanes["host → file:a"] == pytest.approx(4 * 8 * PARAMETERS / 5e9)
+
+
+def test_recoded_states_have_homes_of_their_own():
+    kinds = block("head", saved=(), states_nbytes=MIB), block(**MASTERED)
+    work = Work(kinds=kinds, order=(1, 1, 0))
+    found = placed(work, rules=Rules(homes={"states": ("host",)}, recoded_homes=("file:a",)))
+    assert {share.where for share in found.of(0, "states")} == {"file:a"}
+    assert {share.where for share in found.of(2, "states")} == {"host"}
+
+
+def test_tiles_that_are_staged_pass_through_the_host():
+    homes = dict.fromkeys(("weights", "gradients", "states"), ("device:0",))
+    work = small_work(2)
+    rules = Rules(homes=homes, steppers=("device",), staged=True)
+    staged = placed(work, rules=rules, device_0=64 * GIB)
+    step = staged.phases[2]
+    assert step.lanes["device:0 → host"] == pytest.approx(2 * (2 * 2000 + 400) * MIB / 25e9)
+    assert step.lanes["host → device:0"] == pytest.approx(2 * (2 * 2000 + 400) * MIB / 25e9)
+    assert step.lanes[COMPUTE] == pytest.approx(2 * (2 * 2000 + 400) * MIB / 500e9)
+    free = placed(work, rules=dataclasses.replace(rules, staged=False), device_0=64 * GIB)
+    assert "device:0 → host" not in free.phases[2].lanes
+
+
+def test_shares_are_as_even_and_as_large_as_the_rules_say():
+    kinds = block("head", trained_nbytes=2 * GIB), block()
+    work = Work(kinds=kinds, order=(1, 1, 1, 0))
+    rules = Rules(homes=dict.fromkeys(("weights", "gradients", "states"), ("host",)), even=True)
+
+    def shares(rules):
+        return [
+            sum(share.fraction for share in one.shares if share.stepper == "device")
+            for one in placed(work, rules=rules).classes
+            if one.role in {"weights", "gradients", "states"}
+        ]
+
+    even = shares(rules)
+    assert 0.1 < even[0] < 0.9
+    assert even == pytest.approx([even[0]] * len(even))
+    fixed = dataclasses.replace(rules, even=False, shares={"device": 0.25, "cpu": 0.75})
+    assert shares(fixed) == pytest.approx([0.25] * len(even))
+    assert placed(work, rules=fixed).step_s > placed(work, rules=rules).step_s
 
 
 def test_smaller_micro_batches_fit_where_the_whole_one_does_not():
@@ -223,7 +304,7 @@ def test_blocks_of_other_sizes_are_placed_by_themselves():
 def test_a_plan_is_json_and_tells_what_binds():
     found = placed(device_0=4 * GIB)
     document = json.loads(found.to_json())
-    assert document["format"] == 1
+    assert document["format"] == 2
     assert document["step_s"] == found.step_s
     prices = {price.tier: price.s_per_gib for price in found.prices}
     assert prices["device:0"] > 0
@@ -332,11 +413,6 @@ def test_the_checker_finds_what_is_wrong():
         "is no place for it": _with(
             found, "weights", Share(where=REBUILD, fraction=1.0, stepper="cpu")
         ),
-        "no precision is called": _with(
-            found,
-            "states",
-            Share(where="host", fraction=1.0, stepper="cpu", precision="1bit"),
-        ),
         "would step": _with(found, "states", Share(where="host", fraction=1.0, stepper=other)),
         "nobody of that name": _with(
             found, "gradients", Share(where="host", fraction=1.0, stepper="clerk")
@@ -349,7 +425,7 @@ def test_the_checker_finds_what_is_wrong():
     }
     for message, placement in wrong.items():
         with pytest.raises(ValueError, match=message):
-            check(placement, work, network, precisions=(HALF,))
+            check(placement, work, network)
 
 
 def test_addresses_are_checked_where_there_are_some():

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from placing_cases import HALF, brute_force, random_case
+from placing_cases import brute_force, random_case
 
 from offload.allocator.errors import BudgetError
 from offload.swap.planning.placing.check import check
@@ -19,7 +19,7 @@ def placed(work, network, rules):
         found = place([work], network, rules)
     except BudgetError:
         return None
-    check(found, work, network, precisions=(HALF,))
+    check(found, work, network)
     return found
 
 

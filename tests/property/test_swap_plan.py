@@ -72,6 +72,9 @@ def test_shares_fit_the_budget(census, budget, baseline, chunk):
 @example(  # where one MiB more would choose larger tiles
     census=Census(weights=(), modules=()), budget=0, baseline=740 * MIB - 1
 )
+@example(  # where what is named for two starts' difference would choose them
+    census=Census(weights=(), modules=()), budget=0, baseline=468 * MIB
+)
 def test_the_smallest_budget_that_an_error_names_fits(census, budget, baseline):
     """As the runtime asks: the chunk is chosen for the budget, then the plan is made."""
     try:
@@ -246,6 +249,18 @@ def test_where_there_is_room_a_block_that_is_used_in_turns_stays(census, in_back
     first = made(census, 64 << 30, 0, in_backward)
     plan = grow(dataclasses.replace(first, in_turns_nbytes=in_turns), census, peak_nbytes=0)
     assert min(plan.window_nbytes, plan.gradients_nbytes) >= in_turns
+
+
+@given(
+    census=censuses(), budget=BUDGETS, baseline=BASELINES, in_backward=IN_BACKWARD, lacking=SIZES
+)
+def test_the_first_spare_bytes_hold_a_block_that_is_used_in_turns(
+    census, budget, baseline, in_backward, lacking
+):
+    first = made(census, budget, baseline, in_backward)
+    first = dataclasses.replace(first, in_turns_nbytes=first.window_nbytes + lacking)
+    plan = grow(first, census, peak_nbytes=budget - MARGIN_NBYTES - lacking)
+    assert plan.window_nbytes == first.in_turns_nbytes
 
 
 @given(

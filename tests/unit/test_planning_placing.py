@@ -2,17 +2,18 @@
 
 import pytest
 import torch
-from planning_models import DRIVE, Model, machine, trace
+from planning_models import DRIVE, Model, machine, model_in, trace
 from torch import nn
 
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.placing.reduce import block_names, reduce_program
+from offload.swap.state_precision import Precision
 
 COSTS = Costs(machine(), DRIVE)
 
 
 def reduced(program):
-    kinds, order = reduce_program(program, COSTS.seconds)
+    kinds, order = reduce_program(program, COSTS.seconds, COSTS.recoding_s)
     return kinds, [kinds[number] for number in order]
 
 
@@ -31,6 +32,47 @@ def test_every_weight_state_and_second_is_counted_once():
     assert sum(one.forward_s + one.backward_s for one in stages) == pytest.approx(seconds)
     saved = sum(part.nbytes for one in stages for part in one.saved)
     assert saved == pytest.approx(program.saved_nbytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "weight", "states", "stepped"),
+    [
+        (torch.float32, Precision(states="bf16"), 4, 4, (4, 4, 8)),
+        (torch.float32, Precision(states="8bit"), 4, 2 * 65 / 64, (4, 4, 8)),
+        (torch.bfloat16, Precision(masters="fp32"), 2, 2 + 8, (4, 4, 8)),
+        (torch.bfloat16, Precision(states="bf16", masters="fp32"), 2, 2 + 4, (4, 4, 8)),
+        (torch.bfloat16, Precision(states="8bit", masters="fp32"), 2, 2 + 65 / 32, (4, 4, 8)),
+    ],
+    ids=str,
+)
+def test_bytes_of_a_parameter_are_those_of_its_form(dtype, precision, weight, states, stepped):
+    program = trace(lambda: model_in(dtype), precision=precision)
+    _, stages = reduced(program)
+    head = stages[-1]
+    parameters = 1000 * 256
+    assert head.trained_nbytes == head.gradients_nbytes == weight * parameters
+    assert head.states_nbytes == pytest.approx(states * parameters, rel=1e-3)
+    roles = ("weights", "gradients", "states")
+    assert [head.stepped_nbytes(role) for role in roles] == [n * parameters for n in stepped]
+    forms = {form for one in program.stepping.forms.values() for form in one} - {"plain"}
+    seconds = sum(
+        COSTS.recoding_s(form, parameters)
+        for form in program.stepping.forms["head.weight"]
+        if form != "plain"
+    )
+    assert forms
+    assert head.recoded.seconds == pytest.approx(seconds)
+    assert sum(one.states_nbytes for one in stages) == program.stepping.nbytes
+
+
+def test_exact_weights_and_small_ones_have_one_form():
+    assert all(one.recoded is None for one in reduced(trace())[1])
+    _, stages = reduced(trace(precision=Precision(states="bf16")))
+    middle = stages[2]
+    small, large = 2 * 256 + 1024 + 256, 256 * 768 + 2 * 256 * 1024  # norm and biases; matrices
+    assert middle.states_nbytes == 4 * (small + large)
+    assert middle.stepped_nbytes("states") == 4 * small + 8 * large
+    assert middle.stepped_nbytes("weights") == middle.trained_nbytes
 
 
 def test_blocks_that_repeat_are_one_kind():

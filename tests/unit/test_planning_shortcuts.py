@@ -1,6 +1,8 @@
 """What the simulator does at once is what it would have done step by step."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,11 +15,20 @@ from offload.swap.planning.cost import Costs
 from offload.swap.planning.predict import predict
 from offload.swap.planning.program import What
 from offload.swap.planning.sim_pipeline import SimPipeline, SimTile
+from offload.swap.planning.simulate import SimulatedStep, Simulation
 from offload.swap.planning.whatif import changed, parse_changes
-from offload.swap.planning.world import Memory, World, read_lane, write_lane
+from offload.swap.planning.world import Memory, Reading, World, read_lane, write_lane
 from offload.tiers.events import ListRecorder
 
 RATES = st.floats(1e5, 1e8)
+
+
+def assert_same(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Bytes are; times are but for rounding."""
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        is_time = isinstance(value, float)
+        assert other[key] == (pytest.approx(value, rel=1e-6, abs=1e-9) if is_time else value), key
 
 
 def streamed(
@@ -111,14 +122,50 @@ def test_a_recorded_run_is_the_run_that_is_not_recorded(change: str) -> None:
     one = predict(program, faster, once, BASELINE, recorder=ListRecorder())
     other = predict(program, faster, once, BASELINE)
     for here, there in zip(one.steps, other.steps, strict=True):
-        first, second = dataclasses.asdict(here.finished), dataclasses.asdict(there.finished)
-        times = {key for key in first if key.endswith("_s")}
-        assert {key: first[key] for key in first.keys() - times} == {
-            key: second[key] for key in second.keys() - times
-        }
-        for key in times:
-            assert second[key] == pytest.approx(first[key], rel=1e-6, abs=1e-9)
+        assert_same(dataclasses.asdict(here.finished), dataclasses.asdict(there.finished))
         assert here.peak_roles == there.peak_roles
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tokens", "mib", "simulated"),
+    [(3, 64, 375, 3), (16, 96, 800, 3), (8, 1024, 560, 4)],  # the last one spills
+)
+def test_steps_that_begin_as_the_one_before_are_counted(
+    monkeypatch: pytest.MonkeyPatch, blocks: int, tokens: int, mib: int, simulated: int
+) -> None:
+    program = decoder(blocks=blocks, tokens=tokens)
+    whole = predict(program, machine(), settings(mib), BASELINE, recorder=ListRecorder())
+    begun = []
+    plain = Simulation._simulate
+
+    def simulate(self: Simulation, before: Reading) -> SimulatedStep:
+        begun.append(before)
+        return plain(self, before)
+
+    monkeypatch.setattr(Simulation, "_simulate", simulate)
+    counted = predict(program, machine(), settings(mib), BASELINE)
+    assert len(begun) == simulated
+    for here, there in zip(whole.steps, counted.steps, strict=True):
+        assert_same(dataclasses.asdict(here.finished), dataclasses.asdict(there.finished))
+        assert_same(here.busy_s, there.busy_s)
+        assert here.peak_roles == there.peak_roles
+        assert here.plan == there.plan
+
+
+def test_a_step_after_one_that_was_counted_is_simulated_from_there() -> None:
+    compiled = compile_program(decoder(), Costs(machine(), DRIVE))
+    plan = predict(decoder(), machine(), settings(375), BASELINE).steps[0].plan
+    one, other = (
+        Simulation(compiled, plan, chunk_numel=1 << 18, recorder=recorder)
+        for recorder in (ListRecorder(), None)
+    )
+    for at in range(7):
+        if at == 5:  # what stays no more has to be read again
+            one.keep_streaming()
+            other.keep_streaming()
+        here, there = one.step(), other.step()
+        assert_same(dataclasses.asdict(here.finished), dataclasses.asdict(there.finished))
+        assert here.finished.step == there.finished.step == at + 1
 
 
 def test_what_nobody_decides_upon_is_added_up() -> None:

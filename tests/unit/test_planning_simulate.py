@@ -1,6 +1,7 @@
 """The simulated run: it moves what a real run moves, and its books balance."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,56 @@ def test_no_byte_is_lost_and_none_is_faster_than_the_drive(
     assert one.journal.totals.written_nbytes == sums[1]
     alone_s = max(sums) / 1e6
     assert alone_s - 1e-6 <= one.now_s <= sum(sums) / 1e6 + 1e-6
+
+
+def ends_of(arrivals: list[tuple[float, bool, int]], together: float) -> tuple[list[float], float]:
+    """When each of ``arrivals`` (gap, reading, nbytes) ends at 1 MB/s, and the seconds of work."""
+    queues: dict[bool, list[list[float]]] = {True: [], False: []}  # (which, work that is left)
+    ends, now_s, busy_s = [0.0] * len(arrivals), 0.0, 0.0
+
+    def go_on(until_s: float) -> None:
+        nonlocal now_s, busy_s
+        while any(queues.values()):
+            firsts = [queue[0] for queue in queues.values() if queue]
+            speed = together if len(firsts) == 2 else 1.0
+            span_s = min(min(first[1] for first in firsts) / speed, until_s - now_s)
+            now_s, busy_s = now_s + span_s, busy_s + span_s
+            for first in firsts:
+                first[1] -= span_s * speed
+            for queue in queues.values():
+                if queue and queue[0][1] <= 1e-9:
+                    ends[int(queue.pop(0)[0])] = now_s
+            if now_s >= until_s:
+                break
+        now_s = max(now_s, until_s) if until_s < math.inf else now_s
+
+    for which, (gap_s, reading, nbytes) in enumerate(arrivals):
+        go_on(now_s + gap_s)
+        queues[reading].append([which, nbytes / 1e6])
+    go_on(math.inf)
+    return ends, busy_s
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 5), st.booleans(), st.integers(4096, 10**7)), min_size=1, max_size=20
+    ),
+    st.floats(0.25, 1),
+)
+def test_lanes_go_on_as_their_work_that_is_left_tells(
+    arrivals: list[tuple[float, bool, int]], together: float
+) -> None:
+    one = world(together)
+    flights = []
+    for gap_s, reading, nbytes in arrivals:
+        one.compute(gap_s)
+        lane = one.reads if reading else one.writes
+        ends = ("file", "host") if reading else ("host", "file")
+        flights.append(one.submit(lane, Label("x", "state", *ends), nbytes))
+    one.drain()
+    expected, busy_s = ends_of(arrivals, together)
+    assert [flight.ended_s for flight in flights] == pytest.approx(expected, abs=1e-6)
+    assert one.drive_busy_s == pytest.approx(busy_s, abs=1e-6)
 
 
 def test_clean_pages_give_way_to_what_is_needed() -> None:

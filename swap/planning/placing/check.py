@@ -14,7 +14,7 @@ from offload.swap.planning.placing.choices import PHASES, REBUILD, Phase, steppe
 from offload.swap.planning.placing.network import COMPUTE, Network
 from offload.swap.planning.placing.placement import ClassPlacement, Placement
 from offload.swap.planning.placing.schedule import Move, Schedule, schedule_of
-from offload.swap.planning.placing.work import StatePrecision, Work
+from offload.swap.planning.placing.work import Work
 
 # Of a budget or a time: what the solver's tolerances and sums of fractions may come to.
 TOLERANCE = 1e-7
@@ -25,7 +25,6 @@ def check(
     work: Work,
     network: Network,
     *,
-    precisions: tuple[StatePrecision, ...] = (),
     packings: Mapping[str, Packing] | None = None,
 ) -> None:
     """Raise unless the placement keeps every promise.
@@ -40,13 +39,13 @@ def check(
     Raises:
         ValueError: tells all that is wrong.
     """
-    if problems := list(_misplaced(placement, work, network, precisions)):
+    if problems := list(_misplaced(placement, work, network)):
         raise ValueError("\n".join(problems))
-    schedule = schedule_of(placement, work, network, precisions)
+    schedule = schedule_of(placement, work, network)
     problems = [
         *_over_budget(schedule, work, network),
         *_late(schedule),
-        *_mistimed(placement, schedule, work, network, precisions),
+        *_mistimed(placement, schedule, work, network),
     ]
     if problems:
         raise ValueError("\n".join(problems))
@@ -54,12 +53,7 @@ def check(
         check_packing(packing, schedule.lifetimes(tier))
 
 
-def _misplaced(
-    placement: Placement,
-    work: Work,
-    network: Network,
-    precisions: tuple[StatePrecision, ...],
-) -> Iterator[str]:
+def _misplaced(placement: Placement, work: Work, network: Network) -> Iterator[str]:
     expected: dict[tuple[int, str, str | None], int] = {}
     for number, kind in enumerate(work.kinds):
         sizes = {
@@ -75,7 +69,6 @@ def _misplaced(
     if found != expected or len(placement.classes) != len(expected):
         yield f"classes are {found}, and should be {expected}"
     stepping = {None, *(one.name for one in network.steppers)}
-    known = {"full", *(one.name for one in precisions)}
     for one in placement.classes:
         whole = math.fsum(share.fraction for share in one.shares)
         if abs(whole - 1) > TOLERANCE or any(share.fraction < 0 for share in one.shares):
@@ -83,8 +76,6 @@ def _misplaced(
         for share in one.shares:
             if share.where not in network.budgets and (one.role, share.where) != ("saved", REBUILD):
                 yield f"{_name(one)}: {share.where} is no place for it"
-            if share.precision not in known or (one.role != "states" and share.precision != "full"):
-                yield f"{_name(one)}: no precision is called {share.precision}"
             if share.stepper not in stepping:
                 yield f"{_name(one)}: {share.stepper} steps it, nobody of that name can"
     yield from _disagreeing(placement)
@@ -164,13 +155,9 @@ def _staged(move: Move, schedule: Schedule) -> bool:
 
 
 def _mistimed(
-    placement: Placement,
-    schedule: Schedule,
-    work: Work,
-    network: Network,
-    precisions: tuple[StatePrecision, ...],
+    placement: Placement, schedule: Schedule, work: Work, network: Network
 ) -> Iterator[str]:
-    seconds, exposed_s = lane_seconds(placement, schedule, work, network, precisions)
+    seconds, exposed_s = lane_seconds(placement, schedule, work, network)
     if not math.isclose(exposed_s, placement.exposed_s, rel_tol=TOLERANCE, abs_tol=1e-12):
         yield f"{exposed_s} s are exposed, the plan says {placement.exposed_s}"
     for said, least in zip(
@@ -200,11 +187,7 @@ def phase_seconds(
 
 
 def lane_seconds(
-    placement: Placement,
-    schedule: Schedule,
-    work: Work,
-    network: Network,
-    precisions: tuple[StatePrecision, ...],
+    placement: Placement, schedule: Schedule, work: Work, network: Network
 ) -> tuple[dict[tuple[Phase, str], float], float]:
     """Seconds of each lane in each phase, and what is exposed."""
     seconds: dict[tuple[Phase, str], float] = defaultdict(float)
@@ -217,27 +200,37 @@ def lane_seconds(
         for lane, s_per_byte in route.items():
             seconds[_phase(move, work, network), lane] += move.times * move.nbytes * s_per_byte
     for number in work.order:
-        seconds["forward", COMPUTE] += work.passes * work.kinds[number].forward_s
-        seconds["backward", COMPUTE] += work.passes * work.kinds[number].backward_s
-    for kind, fraction, name in schedule.rebuilt:
-        part = next(part for part in work.kinds[kind].saved if part.name == name)
+        kind = work.kinds[number]
+        seconds["forward", COMPUTE] += work.passes * kind.forward_s
+        seconds["backward", COMPUTE] += work.passes * kind.backward_s
+    for which, fraction, name in schedule.rebuilt:
+        part = next(part for part in work.kinds[which].saved if part.name == name)
         seconds["backward", COMPUTE] += work.passes * fraction * (part.rebuild_s or 0.0)
+    _add_stepping(seconds, placement, work, network)
+    return seconds, exposed_s
+
+
+def _add_stepping(
+    seconds: dict[tuple[Phase, str], float], placement: Placement, work: Work, network: Network
+) -> None:
+    """What the optimizer takes, and what changes forms for it."""
     stepping: Phase = "backward" if work.step_in_backward else "step"
-    codecs = {one.name: one.codec_s_per_byte for one in precisions}
     for one in placement.classes:
         for share in one.shares:
-            nbytes = one.blocks * one.nbytes * share.fraction
             if share.stepper is None:
                 continue
             stepper = network.stepper(share.stepper)
-            touched = nbytes if one.role == "gradients" else 2 * nbytes
+            nbytes = one.blocks * one.nbytes * share.fraction
+            touched = one.blocks * share.fraction * work.kinds[one.kind].stepped_nbytes(one.role)
+            touched *= 1 if one.role == "gradients" else 2
             seconds[stepping, stepper.lane] += touched * stepper.s_per_byte
-            seconds[stepping, stepper.lane] += nbytes * codecs.get(share.precision, 0.0)
             if one.role == "gradients" and share.where != network.compute:
                 adder = next((s for s in network.steppers if s.tier == "host"), stepper)
                 added = 3 * (work.passes - 1) * nbytes
                 seconds["backward", adder.lane] += added * adder.s_per_byte
-    return seconds, exposed_s
+    for number in work.order:
+        recoded = work.kinds[number].recoded
+        seconds[stepping, network.host_lane] += recoded.seconds if recoded is not None else 0.0
 
 
 def _phase(move: Move, work: Work, network: Network) -> Phase:

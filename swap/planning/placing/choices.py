@@ -13,7 +13,8 @@ that copies take from compute are left out.
 [Note: who steps what] Of a block's trained elements a share is stepped by each stepper. Their
 weights, gradients and states come from wherever they are to the stepper's tier, and weights and
 states go back. So each choice of these classes names its stepper, and the shares of the classes of
-one stepper agree.
+one stepper agree. Where a form has to be changed on the way (``Recoded``), or where tiles are put
+together in host memory in any case (``Rules.staged``), the way leads through host memory.
 """
 
 from collections import defaultdict
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from offload.swap.planning.placing.network import COMPUTE, Network, Stepper
-from offload.swap.planning.placing.work import FULL, BlockWork, Role, StatePrecision, Work
+from offload.swap.planning.placing.work import STEPPED, BlockWork, Role, Work
 
 Phase: TypeAlias = Literal["forward", "backward", "step"]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "step")
@@ -42,7 +43,6 @@ class Choice:
         role: the class; ``part`` tells which of the saved ones.
         where: a tier, or ``rebuild``.
         stepper: who steps it; None for what nobody steps.
-        precision: of states.
         whole: it holds for all of a block's bytes or none.
     """
 
@@ -51,7 +51,6 @@ class Choice:
     where: str
     part: int = 0
     stepper: str | None = None
-    precision: StatePrecision = FULL
     whole: bool = False
 
 
@@ -89,23 +88,31 @@ class Rules:
 
     Attributes:
         ahead: whether there is room for one block ahead; see [Note: the time model].
-        precisions: forms of states to choose from; all but the full one are lossy.
         rebuild: whether backward may compute saved tensors again.
         homes: by role, the tiers that may hold it; all where the role is missing.
+        recoded_homes: the tiers that may hold recoded states; None: those of all states.
         steppers: names of those who may step; all where empty.
+        even: whether each stepper has the same share of every kind of block.
+        shares: by stepper, the share that it steps of every kind; free where it is missing.
+        staged: whether tiles are put together in host memory, whoever steps them.
         grain: shares are multiples of ``1 / grain``; None: any.
     """
 
     ahead: bool = True
-    precisions: tuple[StatePrecision, ...] = (FULL,)
     rebuild: bool = True
     homes: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
+    recoded_homes: tuple[str, ...] | None = None
     steppers: tuple[str, ...] = ()
+    even: bool = False
+    shares: Mapping[str, float] = field(default_factory=dict)
+    staged: bool = False
     grain: int | None = None
 
-    def tiers(self, role: Role, network: Network) -> tuple[str, ...]:
-        """That may hold ``role``."""
+    def tiers(self, role: Role, kind: BlockWork, network: Network) -> tuple[str, ...]:
+        """That may hold ``role`` of ``kind``."""
         allowed = self.homes.get(role)
+        if role == "states" and kind.recoded is not None and self.recoded_homes is not None:
+            allowed = self.recoded_homes
         return tuple(tier for tier in network.budgets if allowed is None or tier in allowed)
 
     def stepping(self, network: Network) -> tuple[Stepper, ...]:
@@ -119,38 +126,38 @@ def choices_of(work: Work, network: Network, rules: Rules) -> Iterator[Choice]:
     """Every choice there is, in an order that is always the same."""
     for at, kind in enumerate(work.kinds):
         if kind.frozen_nbytes:
-            for tier in rules.tiers("frozen", network):
+            for tier in rules.tiers("frozen", kind, network):
                 yield Choice(kind=at, role="frozen", where=tier)
         for role in stepped_roles(kind):
-            yield from _stepped_choices(at, role, network, rules)
+            for stepper in rules.stepping(network):
+                for tier in rules.tiers(role, kind, network):
+                    yield Choice(kind=at, role=role, where=tier, stepper=stepper.name)
         for number, part in enumerate(kind.saved):
-            for tier in rules.tiers("saved", network):
+            for tier in rules.tiers("saved", kind, network):
                 yield Choice(kind=at, role="saved", where=tier, part=number)
             if rules.rebuild and part.rebuild_s is not None:
                 whole = not part.rowwise
                 yield Choice(kind=at, role="saved", where=REBUILD, part=number, whole=whole)
 
 
-def _stepped_choices(kind: int, role: Role, network: Network, rules: Rules) -> Iterator[Choice]:
-    forms = rules.precisions if role == "states" else (FULL,)
-    for stepper in rules.stepping(network):
-        for tier in rules.tiers(role, network):
-            for form in forms:
-                yield Choice(kind=kind, role=role, where=tier, stepper=stepper.name, precision=form)
-
-
 def stepped_roles(kind: BlockWork) -> list[Role]:
     """The classes of a kind that the optimizer touches."""
-    sizes: tuple[tuple[Role, int], ...] = (
-        ("weights", kind.trained_nbytes),
-        ("gradients", kind.gradients_nbytes),
-        ("states", kind.states_nbytes),
-    )
-    return [role for role, nbytes in sizes if nbytes]
+    return [role for role in STEPPED if class_nbytes(kind, role)]
+
+
+def class_nbytes(kind: BlockWork, role: Role, part: int = 0) -> int:
+    """Of one block of ``kind``, in the form in which it is kept."""
+    sizes = {
+        "frozen": kind.frozen_nbytes,
+        "weights": kind.trained_nbytes,
+        "gradients": kind.gradients_nbytes,
+        "states": kind.states_nbytes,
+    }
+    return kind.saved[part].nbytes if role == "saved" else sizes[role]
 
 
 def constant_cost(work: Work, network: Network) -> Cost:
-    """What every plan takes: compute, workspaces, what is there all the time, the store."""
+    """What every plan takes: compute, workspaces, what is there all the time, the store, forms."""
     cost = Cost(work.ticks)
     for tier, nbytes in work.fixed_nbytes.items():
         cost.hold(tier, nbytes, 0, work.step_tick)
@@ -161,6 +168,8 @@ def constant_cost(work: Work, network: Network) -> Cost:
         cost.hold(network.compute, kind.backward_workspace_nbytes, backward, backward)
         cost.seconds["forward", COMPUTE] += work.passes * kind.forward_s
         cost.seconds["backward", COMPUTE] += work.passes * kind.backward_s
+        if kind.recoded is not None:
+            cost.seconds[stepping_phase(work), network.host_lane] += kind.recoded.seconds
         if work.store is not None:
             durable = kind.frozen_nbytes + work.slots * kind.trained_nbytes
             cost.hold(work.store, durable, 0, work.step_tick)
@@ -177,9 +186,11 @@ def cost_of(choice: Choice, work: Work, network: Network, rules: Rules) -> Cost:
         elif choice.role == "gradients":
             _gradients(cost, choice, kind.gradients_nbytes, block, work, network, rules)
         elif choice.role == "states":
-            _states(cost, choice, kind.states_nbytes, work, network)
+            _states(cost, choice, kind.states_nbytes, work)
         else:
             _saved(cost, choice, kind, block, work, network, rules)
+        if choice.stepper is not None:
+            _step(cost, choice, kind, work, network, rules)
     return cost
 
 
@@ -205,9 +216,6 @@ def _weights(
         cost.move("forward", route, (work.passes - exposed) * nbytes)
         if block < work.blocks - 1:  # the last one is still there
             cost.move("backward", route, work.passes * nbytes)
-    if choice.stepper is not None:
-        stepper = network.stepper(choice.stepper)
-        _step(cost, home, stepper, nbytes, work, network, touches=2, writes=True)
 
 
 def _gradients(
@@ -240,43 +248,34 @@ def _gradients(
             host = next((one for one in network.steppers if one.tier == "host"), stepper)
             adding = 3 * (passes - 1) * nbytes * host.s_per_byte
             cost.seconds["backward", host.lane] += adding
-    _step(cost, home, stepper, nbytes, work, network, touches=1, writes=False)
 
 
-def _states(cost: Cost, choice: Choice, full_nbytes: int, work: Work, network: Network) -> None:
-    assert choice.stepper is not None
-    stepper = network.stepper(choice.stepper)
-    nbytes = full_nbytes * choice.precision.scale
+def _states(cost: Cost, choice: Choice, nbytes: int, work: Work) -> None:
     if work.store is not None:
         cost.hold(work.store, work.slots * nbytes, 0, work.step_tick)
     if choice.where != work.store:
         cost.hold(choice.where, nbytes, 0, work.step_tick)
-    _step(cost, choice.where, stepper, nbytes, work, network, touches=0, writes=True)
-    phase = stepping_phase(work)
-    cost.seconds[phase, stepper.lane] += 2 * full_nbytes * stepper.s_per_byte
-    cost.seconds[phase, stepper.lane] += full_nbytes * choice.precision.codec_s_per_byte
 
 
 def _step(
-    cost: Cost,
-    home: str,
-    stepper: Stepper,
-    nbytes: float,
-    work: Work,
-    network: Network,
-    *,
-    touches: int,
-    writes: bool,
+    cost: Cost, choice: Choice, kind: BlockWork, work: Work, network: Network, rules: Rules
 ) -> None:
-    """The optimizer reads and, where ``writes``, changes ``nbytes`` whose home is ``home``."""
-    phase = stepping_phase(work)
-    cost.move(phase, network.route(home, stepper.tier), nbytes)
-    cost.seconds[phase, stepper.lane] += touches * nbytes * stepper.s_per_byte
+    """The optimizer reads and, but for gradients, changes it; see [Note: who steps what]."""
+    assert choice.stepper is not None
+    stepper, home, phase = network.stepper(choice.stepper), choice.where, stepping_phase(work)
+    writes = choice.role != "gradients"
+    kept, stepped = class_nbytes(kind, choice.role), kind.stepped_nbytes(choice.role)
+    staged = rules.staged or kind.recoded is not None
+    staging = "host" if staged else stepper.tier
+    cost.seconds[phase, stepper.lane] += (1 + writes) * stepped * stepper.s_per_byte
+    cost.move(phase, network.route(home, staging), kept)
+    cost.move(phase, network.route(staging, stepper.tier), stepped)
     if writes:
-        cost.move(phase, network.route(stepper.tier, home), nbytes)
+        cost.move(phase, network.route(stepper.tier, staging), stepped)
+        cost.move(phase, network.route(staging, home), kept)
         if work.commits and work.store not in {None, home}:
             assert work.store is not None
-            cost.move(phase, network.route(stepper.tier, work.store), nbytes)
+            cost.move(phase, network.route(staging, work.store), kept)
 
 
 def _saved(

@@ -79,6 +79,11 @@ class Network:
                 "offload doctor -o machine.json"
             ) from None
 
+    @property
+    def host_lane(self) -> str:
+        """What the host's processor keeps busy."""
+        return next((one.lane for one in self.steppers if one.tier == "host"), CPU)
+
     def stepper(self, name: str) -> Stepper:
         """The stepper of that name."""
         return next(one for one in self.steppers if one.name == name)
@@ -182,7 +187,7 @@ def _route(
 def _limits(
     machine: Machine, lanes: Mapping[tuple[str, str], float], steppers: Sequence[Stepper]
 ) -> Iterator[Limit]:
-    for name in dict.fromkeys([COMPUTE, *(stepper.lane for stepper in steppers)]):
+    for name in dict.fromkeys([COMPUTE, CPU, *(stepper.lane for stepper in steppers)]):
         yield Limit(name=name, lanes={name: 1.0})
     media: dict[str, list[str]] = {}
     for source, target in lanes:

@@ -12,13 +12,14 @@ from offload.swap.planning.placing.choices import (
     Phase,
     Rules,
     add,
+    class_nbytes,
     constant_cost,
     limit_seconds,
 )
 from offload.swap.planning.placing.network import Network
-from offload.swap.planning.placing.work import BlockWork, Role, Work
+from offload.swap.planning.placing.work import Role, Work
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2 shares have no precision: the settings decide it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +31,11 @@ class Share:
         fraction: of the class, the same in each block of its kind; of what is rebuilt as a whole,
             the fraction of blocks.
         stepper: who steps it; None for what nobody steps.
-        precision: of optimizer states; ``full`` is exact.
     """
 
     where: str
     fraction: float
     stepper: str | None = None
-    precision: str = "full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +45,7 @@ class ClassPlacement:
     Attributes:
         kind: number of the kind; ``blocks`` of them are in the model.
         part: which of the saved ones, by name.
-        nbytes: of one block, at full precision.
+        nbytes: of one block, in the form in which it is kept.
         shares: their fractions are 1 together.
     """
 
@@ -103,6 +102,7 @@ class Placement:
         kinds: names of the kinds of blocks; ``order`` is the kind of each block.
         passes: micro-batches of a step.
         ahead: whether the next block's bytes are moved while one computes.
+        staged: whether tiles of the step pass through host memory, whoever steps them.
         exposed_s: what nothing hides: the first fetch, the last gradients.
     """
 
@@ -111,6 +111,7 @@ class Placement:
     passes: int
     tokens: int
     ahead: bool
+    staged: bool
     classes: tuple[ClassPlacement, ...]
     phases: tuple[PhaseTime, ...]
     exposed_s: float
@@ -143,7 +144,7 @@ class Placement:
         return ()
 
     def nbytes(self, role: Role, where: str) -> int:
-        """Bytes of a class in one place, of all blocks, at full precision."""
+        """Bytes of a class in one place, of all blocks, as they are kept."""
         found = (one for one in self.classes if one.role == role)
         return round(sum(one.blocks * one.nbytes * one.fraction(where) for one in found))
 
@@ -175,23 +176,13 @@ def make_placement(
         passes=work.passes,
         tokens=work.tokens,
         ahead=rules.ahead,
+        staged=rules.staged,
         classes=_classes(work, shares),
         phases=tuple(_phase(network, total, phase, ahead=rules.ahead) for phase in PHASES),
         exposed_s=total.exposed_s,
         uses=tuple(_use(work, network, total, tier) for tier in network.budgets),
         prices=prices,
     )
-
-
-def class_nbytes(kind: BlockWork, role: Role, part: int) -> int:
-    """Of one block of ``kind``."""
-    sizes = {
-        "frozen": kind.frozen_nbytes,
-        "weights": kind.trained_nbytes,
-        "gradients": kind.gradients_nbytes,
-        "states": kind.states_nbytes,
-    }
-    return kind.saved[part].nbytes if role == "saved" else sizes[role]
 
 
 def _classes(
@@ -201,14 +192,7 @@ def _classes(
     for choice, _, fraction in shares:
         found = grouped.setdefault((choice.kind, choice.role, choice.part), [])
         if fraction:
-            found.append(
-                Share(
-                    where=choice.where,
-                    fraction=fraction,
-                    stepper=choice.stepper,
-                    precision=choice.precision.name,
-                )
-            )
+            found.append(Share(where=choice.where, fraction=fraction, stepper=choice.stepper))
     return tuple(
         ClassPlacement(
             kind=kind,

@@ -14,11 +14,13 @@ no single kernel, or what was saved can't be told apart, it is all or nothing fo
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from offload.swap.planning.placing.work import BlockWork, SavedPart
-from offload.swap.planning.program import Operation, Program, What
+from offload.swap.planning.placing.work import BlockWork, Recoded, SavedPart
+from offload.swap.planning.program import Operation, Program, StateForm, What
+from offload.swap.planning.sim_pieces import SteppedWeight, stepped_weights
+from offload.swap.states import SMALL_NUMEL
 
 _SAME_TIME = 0.1  # blocks that differ less are one kind
 _RANDOM = frozenset({"native_dropout", "bernoulli_", "rand", "randn", "rand_like", "randn_like"})
@@ -41,14 +43,17 @@ class _Stage:
 
 
 def reduce_program(
-    program: Program, seconds: Callable[[Operation], float]
+    program: Program,
+    seconds: Callable[[Operation], float],
+    recoding_s: Callable[[StateForm, int], float],
 ) -> tuple[tuple[BlockWork, ...], tuple[int, ...]]:
     """(kinds, order) of the blocks of ``program``; equal blocks are one kind.
 
     Args:
         seconds: of one operation, on the processor that computes.
+        recoding_s: of the host, for so many numbers that change from a form and back.
     """
-    stages = list(_Cutting(program, seconds).stages())
+    stages = list(_Cutting(program, seconds, recoding_s).stages())
     members: list[list[BlockWork]] = []
     order: list[int] = []
     for stage in stages:
@@ -74,7 +79,7 @@ def _bytes_of(work: BlockWork) -> tuple[object, ...]:
         (part.name, part.nbytes, part.rebuild_s is None, part.rowwise) for part in work.saved
     )
     weights = work.trained_nbytes, work.frozen_nbytes, work.gradients_nbytes, work.states_nbytes
-    return *weights, parts
+    return *weights, work.recoded, parts
 
 
 def _times_of(work: BlockWork) -> tuple[float, ...]:
@@ -111,8 +116,19 @@ def _general(name: str) -> str:
 class _Cutting:
     """Walks through the events once."""
 
-    def __init__(self, program: Program, seconds: Callable[[Operation], float]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        seconds: Callable[[Operation], float],
+        recoding_s: Callable[[StateForm, int], float],
+    ) -> None:
         self._program = program
+        self._recoding_s = recoding_s
+        sizes = {weight.name: weight.nbytes for weight in program.census.weights}
+        self._numels = {name: size // program.itemsizes[name] for name, size in sizes.items()}
+        self._stepped: Mapping[str, SteppedWeight] = {}
+        if program.stepping is not None:
+            self._stepped = stepped_weights(program.stepping, sizes, self._numels)
         self._seconds = [seconds(operation) for operation in program.operations]
         self._blocks = block_names([weight.name for weight in program.census.weights])
         self._names = [weight.name for weight in program.census.weights]
@@ -215,31 +231,60 @@ class _Cutting:
                 stage.backward_peak = max(stage.backward_peak, self._unsaved_nbytes)
 
     def _work(self, number: int, stage: _Stage) -> BlockWork:
-        trained = frozen = states = 0
+        frozen = 0
+        trained: dict[str, int] = {}
+        states: dict[str, int] = {}
         stepping = self._program.stepping
         for weight in self._program.census.weights:
             if self._owners[weight.name] != number:
                 continue
             if weight.trainable:
-                trained += weight.nbytes
+                trained[weight.name] = weight.nbytes
                 sizes = stepping.states_nbytes.get(weight.name, ()) if stepping else ()
-                states += sum(sizes)
+                states[weight.name] = sum(sizes)
             else:
                 frozen += weight.nbytes
         saved = tuple(self._parts(number, stage))
         rebuilt = any(part.rebuild_s is not None for part in saved)
         return BlockWork(
             name=stage.name,
-            trained_nbytes=trained,
+            trained_nbytes=sum(trained.values()),
             frozen_nbytes=frozen,
-            gradients_nbytes=trained,
-            states_nbytes=states,
+            gradients_nbytes=sum(trained.values()),
+            states_nbytes=sum(states.values()),
+            recoded=self._recoded(trained, states),
             saved=saved,
             forward_s=stage.forward_s,
             backward_s=stage.backward_s,
             forward_workspace_nbytes=stage.forward_peak,
             backward_workspace_nbytes=max(
                 stage.backward_peak, stage.forward_peak if rebuilt else 0
+            ),
+        )
+
+    def _recoded(self, trained: Mapping[str, int], states: Mapping[str, int]) -> Recoded | None:
+        """As ``tile_parts`` makes it of a tile; small weights are stepped whole, as they are."""
+        stepping = self._program.stepping
+        by_tile = stepping.by_tile if stepping is not None else frozenset()
+        recoded = {
+            name: self._stepped[name]
+            for name in trained
+            if name in by_tile and self._numels[name] > SMALL_NUMEL
+        }
+        if not recoded:
+            return None
+        numels = self._numels
+        weights = {name: one.weight_nbytes * numels[name] for name, one in recoded.items()}
+        widened = {name: one.states_nbytes * numels[name] for name, one in recoded.items()}
+        weights_nbytes = sum({**trained, **weights}.values())
+        return Recoded(
+            weights_nbytes=weights_nbytes,
+            gradients_nbytes=weights_nbytes,
+            states_nbytes=sum({**states, **widened}.values()),
+            seconds=sum(
+                self._recoding_s(form, count * numels[name])
+                for name, one in recoded.items()
+                for form, count in one.recoded().items()
             ),
         )
 

@@ -12,7 +12,7 @@ from offload.allocator.lifetimes import Lifetime
 from offload.swap.planning.placing.choices import REBUILD
 from offload.swap.planning.placing.network import Network
 from offload.swap.planning.placing.placement import ClassPlacement, Placement, Share
-from offload.swap.planning.placing.work import StatePrecision, Work
+from offload.swap.planning.placing.work import Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +90,9 @@ class Schedule:
         ]
 
 
-def schedule_of(
-    placement: Placement, work: Work, network: Network, precisions: tuple[StatePrecision, ...] = ()
-) -> Schedule:
+def schedule_of(placement: Placement, work: Work, network: Network) -> Schedule:
     """Every holding, move and use of a step."""
-    walk = _Walk(placement, work, network, {one.name: one.scale for one in precisions})
+    walk = _Walk(placement, work, network)
     for one in placement.classes:
         for block in work.positions(one.kind):
             for number, share in enumerate(one.shares):
@@ -114,14 +112,12 @@ def _name(one: ClassPlacement) -> str:
 class _Walk:
     """Writes down what one share of one block does in a step."""
 
-    def __init__(
-        self, placement: Placement, work: Work, network: Network, scales: dict[str, float]
-    ) -> None:
+    def __init__(self, placement: Placement, work: Work, network: Network) -> None:
         self.work, self.network = work, network
         self.here = network.compute
         self.ahead = int(placement.ahead)
+        self.staged = placement.staged
         self.passes = placement.passes
-        self.scales = {"full": 1.0, **scales}
         self.holdings: list[Holding] = []
         self.moves: list[Move] = []
         self.uses: list[Use] = []
@@ -129,8 +125,6 @@ class _Walk:
 
     def place(self, one: ClassPlacement, share: Share, block: int, key: str) -> None:
         nbytes = one.nbytes * share.fraction
-        if one.role == "states":
-            nbytes *= self.scales[share.precision]
         if one.role in {"frozen", "weights"}:
             slots = self.work.slots if one.role == "weights" else 1
             self._weights(share, block, key, nbytes, slots=slots)
@@ -224,15 +218,18 @@ class _Walk:
     def _step(self, one: ClassPlacement, share: Share, key: str, nbytes: float) -> None:
         assert share.stepper is not None
         tier, tick = self.network.stepper(share.stepper).tier, self.work.step_tick
-        ways = [(share.where, tier)]
+        kind = self.work.kinds[one.kind]
+        stepped = share.fraction * kind.stepped_nbytes(one.role)
+        staging = "host" if self.staged or kind.recoded is not None else tier
+        ways = [(share.where, staging, nbytes), (staging, tier, stepped)]
         if one.role != "gradients":
-            ways.append((tier, share.where))
+            ways += [(tier, staging, stepped), (staging, share.where, nbytes)]
             if self.work.commits and self.work.store not in {None, share.where}:
                 assert self.work.store is not None
-                ways.append((tier, self.work.store))
+                ways.append((staging, self.work.store, nbytes))
         self.moves += [
-            Move(key=key, source=source, target=target, nbytes=nbytes, issued=tick, due=tick)
-            for source, target in ways
+            Move(key=key, source=source, target=target, nbytes=moved, issued=tick, due=tick)
+            for source, target, moved in ways
             if source != target
         ]
 

@@ -216,18 +216,24 @@ class _Program:
             key = choice.kind, choice.role, choice.part, choice.stepper
             groups[key][column] = self._share(choice)
         self._check_placeable({key[:3] for key in groups})
+        shared = self._steppers(program) if self.rules.even else None
         for at, kind in enumerate(self.work.kinds):
             if roles := stepped_roles(kind):
-                stepped = {
-                    one.name: program.column(upper=1.0) for one in self.rules.stepping(self.network)
-                }
-                program.row(1.0, dict.fromkeys(stepped.values(), 1.0), 1.0)
+                stepped = shared or self._steppers(program)
                 for role in roles:
                     for name, column in stepped.items():
                         program.row(0.0, {**groups[at, role, 0, name], column: -1.0}, 0.0)
         for (_, _, _, stepper), terms in groups.items():
             if stepper is None:
                 program.row(1.0, terms, 1.0)
+
+    def _steppers(self, program: LinearProgram) -> dict[str, int]:
+        """Columns of the shares that are stepped by each."""
+        stepped = {one.name: program.column(upper=1.0) for one in self.rules.stepping(self.network)}
+        program.row(1.0, dict.fromkeys(stepped.values(), 1.0), 1.0)
+        for name, share in self.rules.shares.items():
+            program.row(share, {stepped[name]: 1.0}, share)
+        return stepped
 
     def _check_placeable(self, placeable: set[tuple[int, str, int]]) -> None:
         for at, kind in enumerate(self.work.kinds):

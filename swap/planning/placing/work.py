@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 from offload.allocator.errors import ConfigError
 
 Role: TypeAlias = Literal["frozen", "weights", "gradients", "states", "saved"]
+STEPPED: tuple[Role, ...] = ("weights", "gradients", "states")  # the optimizer touches them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +29,33 @@ class SavedPart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Recoded:
+    """What the optimizer computes with where the store keeps another form of it; of one block.
+
+    Rounded states and masters become what the optimizer computes with in host memory, whoever steps
+    them, and are taken apart again there (``tile_parts``). So all of a block of which anything is
+    recoded passes through host memory: from and to its place in the form of the store, from and to
+    who steps it in this one.
+
+    Attributes:
+        weights_nbytes: as the optimizer computes with them, as are gradients and states.
+        seconds: of one thread of the host, for changing the form and back.
+    """
+
+    weights_nbytes: int
+    gradients_nbytes: int
+    states_nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockWork:
     """One block of the model, or what stands before, between or behind blocks; times of one pass.
 
     Attributes:
         trained_nbytes: weights that the optimizer steps; ``frozen_nbytes`` are the others.
-        states_nbytes: of the optimizer, at full precision.
+        states_nbytes: of the optimizer, in the form of the store, as weights and gradients are.
+        recoded: the same as the optimizer computes with it; None where that is no other form.
         forward_workspace_nbytes: results of kernels that autograd does not save, at their peak.
     """
 
@@ -42,29 +64,27 @@ class BlockWork:
     frozen_nbytes: int = 0
     gradients_nbytes: int = 0
     states_nbytes: int = 0
+    recoded: Recoded | None = None
     saved: tuple[SavedPart, ...] = ()
     forward_s: float = 0.0
     backward_s: float = 0.0
     forward_workspace_nbytes: int = 0
     backward_workspace_nbytes: int = 0
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StatePrecision:
-    """A form in which optimizer states are kept; any but the full one is lossy.
-
-    Attributes:
-        scale: bytes of this form for each byte at full precision.
-        codec_s_per_byte: what changing the form and back costs the processor that steps, for each
-            byte at full precision.
-    """
-
-    name: str
-    scale: float
-    codec_s_per_byte: float = 0.0
-
-
-FULL = StatePrecision(name="full", scale=1.0)
+    def stepped_nbytes(self, role: Role) -> int:
+        """Bytes of weights, gradients or states as the optimizer computes with them."""
+        kept = {
+            "weights": self.trained_nbytes,
+            "gradients": self.gradients_nbytes,
+            "states": self.states_nbytes,
+        }
+        if self.recoded is None or not kept[role]:
+            return kept[role]
+        return {
+            "weights": self.recoded.weights_nbytes,
+            "gradients": self.recoded.gradients_nbytes,
+            "states": self.recoded.states_nbytes,
+        }[role]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,10 +127,12 @@ class Work:
                 kind.trained_nbytes, kind.frozen_nbytes, kind.gradients_nbytes,
                 kind.states_nbytes, kind.forward_workspace_nbytes, kind.backward_workspace_nbytes,
                 *(part.nbytes for part in kind.saved),
+                *(kind.stepped_nbytes(role) for role in STEPPED),
             )  # fmt: skip
             times = (
                 kind.forward_s,
                 kind.backward_s,
+                kind.recoded.seconds if kind.recoded is not None else 0.0,
                 *(part.rebuild_s or 0.0 for part in kind.saved),
             )
             if min(*sizes, *times) < 0:
