@@ -10,12 +10,6 @@ Whether it was changed, its version counter tells; but ``p.grad.data`` and numpy
 without counting. So gradients still on their way when backward gives control to the user's code
 have a checksum taken there. Where parameters have hooks of the user's, which run inside backward,
 every gradient has one from the moment it leaves. Hooks of modules are not looked for.
-
-[Note: parts that come together] Where several backward passes run in turns, a gradient gets its
-parts one soon after the other. It stays in memory until the last has been added, and leaves once.
-That is no promise: where memory is short, and tiles of the step in backward can't make room, the
-oldest leave before. Later parts are added through the mapping, as behind any backward that has
-ended.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +24,7 @@ from offload.swap.copying import write_jobs
 from offload.swap.departures import Departure, Departures, checksum_of, has_user_hook
 from offload.swap.governor import Governor
 from offload.swap.gradient_homes import GradientHomes
+from offload.swap.incomplete import IncompleteGradients
 from offload.swap.known_norms import KnownNorms
 from offload.tiers.filetier import FileTier
 from offload.tiers.journal import Journal, Label
@@ -70,10 +65,7 @@ class GradientSwapper:
         self._names: dict[nn.Parameter, str] = {}
         self.places = GradientHomes(scratch, journal, governor, self._names)
         self._leaving = Departures()
-        self._incomplete: dict[nn.Parameter, torch.Tensor] = {}  # stay for the parts to come
-        self._expects_more: Callable[[nn.Parameter], bool] | None = None  # in turns only
-        self._most_nbytes = 0  # of incomplete ones
-        self._reserve_nbytes = 0  # for the next gradient and its weight
+        self._incomplete = IncompleteGradients(governor)
         self._kept: frozenset[nn.Parameter] = frozenset()
         self._begun: set[nn.Parameter] = set()  # their fresh gradients are made at home
         self._written: set[nn.Parameter] = set()  # some rows of their gradients were
@@ -91,7 +83,7 @@ class GradientSwapper:
         """Take charge of the gradients of ``parameter`` from now on."""
         if parameter.requires_grad and parameter.nbytes >= MIN_NBYTES:
             self._names[parameter] = name
-            self._reserve_nbytes = max(self._reserve_nbytes, 2 * parameter.nbytes)
+            self._incomplete.watch(parameter)
             self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
 
     def keep(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -219,22 +211,22 @@ class GradientSwapper:
         assert parameter.grad is not None
         address, home = parameter.grad.data_ptr(), self.homes.get(parameter)
         earlier = [left.tensor.data_ptr() for left in self._leaving.of(parameter)]
-        if parameter in self._incomplete:
-            earlier.append(self._incomplete[parameter].data_ptr())
+        if (incomplete := self._incomplete.of(parameter)) is not None:
+            earlier.append(incomplete.data_ptr())
         known = address in [*earlier, home.address if home is not None else None]
         fresh = begun or not known
         while self._leaving.of(parameter):
             self._await_oldest("drain")
         if not stepper.take(parameter, fresh=fresh):
             return False
-        self._incomplete.pop(parameter, None)
+        self._incomplete.drop(parameter)
         return True
 
     @contextmanager
     def in_turns(
         self, expects_more: Callable[[nn.Parameter], bool], most_nbytes: int
     ) -> Iterator[None]:
-        """Several backward passes run in turns inside; see [Note: parts that come together].
+        """Several backward passes run in turns inside; see ``incomplete``.
 
         Args:
             expects_more: whether more parts of a gradient are to come.
@@ -243,7 +235,7 @@ class GradientSwapper:
         Raises:
             TierIOError: a write failed.
         """
-        self._expects_more, self._most_nbytes = expects_more, most_nbytes
+        self._incomplete.expects_more, self._incomplete.most_nbytes = expects_more, most_nbytes
         self._is_hooked = any(map(has_user_hook, self._names))
         self.norms.skip()
         is_whole = False
@@ -251,7 +243,7 @@ class GradientSwapper:
             yield
             is_whole = True
         finally:
-            self._expects_more = None
+            self._incomplete.expects_more = None
             while self._incomplete:
                 self._release_oldest()
             self._note_bytes()
@@ -260,37 +252,24 @@ class GradientSwapper:
 
     def _stays_incomplete(self, parameter: nn.Parameter, gradient: torch.Tensor) -> bool:
         """Whether ``gradient`` stays in memory now, for more parts of it."""
-        self._incomplete.pop(parameter, None)
-        if self._expects_more is None or parameter in self._kept:
+        incomplete = self._incomplete
+        incomplete.drop(parameter)
+        if incomplete.expects_more is None or parameter in self._kept:
             return False
         if self._leaving.of(parameter):
             return False
-        if self.home_of(parameter) is not None or not self._expects_more(parameter):
+        if self.home_of(parameter) is not None or not incomplete.expects_more(parameter):
             return False
-        self._incomplete[parameter] = gradient
-        if self.stepper is not None and self._waiting_nbytes() <= self._most_nbytes:
-            self.stepper.make_room(self._wanted_nbytes())  # they go on anyway
-        while self._incomplete and self._is_short():
+        incomplete.put(parameter, gradient)
+        leaving, limit = self._leaving.nbytes, self.limit_nbytes
+        if self.stepper is not None and incomplete.nbytes <= incomplete.most_nbytes:
+            self.stepper.make_room(incomplete.wanted_nbytes(leaving, limit))  # they go on anyway
+        while incomplete and incomplete.is_short(self._leaving.nbytes, limit):
             self._release_oldest()
         return True
 
-    def _is_short(self) -> bool:
-        """Whether incomplete gradients must leave."""
-        if self._waiting_nbytes() > self._most_nbytes:
-            return True
-        return self.governor.room() < self._wanted_nbytes()
-
-    def _waiting_nbytes(self) -> int:
-        return sum(gradient.nbytes for gradient in self._incomplete.values())
-
-    def _wanted_nbytes(self) -> int:
-        """Room to leave: beyond their limit incomplete gradients take spare bytes only."""
-        is_within = self._waiting_nbytes() + self._leaving.nbytes <= self.limit_nbytes
-        return 0 if is_within else self._reserve_nbytes
-
     def _release_oldest(self) -> None:
-        parameter = next(iter(self._incomplete))
-        gradient = self._incomplete.pop(parameter)
+        parameter, gradient = self._incomplete.take_oldest()
         if parameter.grad is not None and parameter.grad.data_ptr() == gradient.data_ptr():
             self._send(parameter, gradient)
 
@@ -313,7 +292,7 @@ class GradientSwapper:
     def watch_backward(self) -> None:
         """Be called at the end of the backward that runs now, if one does."""
         task = torch._C._current_graph_task_id()
-        if self._expects_more is not None:
+        if self._incomplete.expects_more is not None:
             return  # others run when it ends, and ``in_turns`` knows when all have
         if task not in (-1, self._watched_task):
             if task > self._watched_task:

@@ -1,4 +1,4 @@
-"""Units of saved bytes leave memory while too many are in it, and come back before their use.
+"""Units of saved bytes leave memory while too many are in it.
 
 [Note: what is spilled] The oldest first, for backward uses the oldest last (Belady's rule); and
 last of all the ones that the previous pass of this kind used first, as many as fit the limit: the
@@ -12,43 +12,34 @@ the lane: so a storage that is saved, written, changed and saved again is told f
 merely saved again, even if the change went past the version counter (``.data``, numpy). A device
 has no such checksum, and writes again. Most storages that are saved twice are so by neighbours (the
 parts of a projection, a loss), so the newest units wait a little before they leave it.
-
-[Note: just in time] In backward a unit is fetched when its expected use is nearer than twice the
-time that the measured link needs for it and for what is queued before it; never beyond the limit.
 """
 
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-
-import torch
+from typing import TYPE_CHECKING
 
 from offload.allocator.errors import CapacityError
 from offload.allocator.units import format_nbytes
+from offload.swap.held_units import ROLE, HeldUnits, trip_of
 from offload.swap.homes import Home, allocate_in
-from offload.swap.links import Links
-from offload.swap.places import HostPlace, Place, Trip
+from offload.swap.places import Place
 from offload.swap.residency import Residency
-from offload.swap.saved import Graveyard, Part, Unit
+from offload.swap.saved import Unit
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Job  # noqa: TC001 (as all of ours)
 
-_ROLE = "activation"
+if TYPE_CHECKING:
+    from collections import deque
 
 
-class Spiller:
-    """Holds units within a limit; called by one thread at a time.
+class Spiller(HeldUnits):
+    """Holds units within a limit.
 
     Args:
         homes: where units go, in this order.
-        limit_nbytes: of units that stay in memory.
-        in_flight_nbytes: more, while they leave, and to fetch ahead; by default the limit again.
         room: bytes left in the budget, asked when no home takes a unit.
-        place: where units live between their uses; by default host memory.
-
-    Attributes:
-        absent: how many units have their bytes in their block only.
+        limit_nbytes, in_flight_nbytes, place: see ``HeldUnits``.
     """
 
     def __init__(
@@ -60,19 +51,8 @@ class Spiller:
         room: Callable[[], int] | None = None,
         place: Place | None = None,
     ) -> None:
-        self.place = place or HostPlace()
-        self.homes = tuple(homes)
-        self.journal = journal
-        self.limit_nbytes = limit_nbytes
-        self.peak_nbytes = 0
-        self.graveyard = Graveyard()
-        self._links = Links(home.name for home in homes)
-        self._kept_nbytes: int = 0  # of units in memory, arriving or leaving
-        self.absent = 0
-        self._order: deque[weakref.ref[Unit]] = deque()
-        self._staying: deque[weakref.ref[Unit]] = deque()
+        super().__init__(homes, journal, limit_nbytes, in_flight_nbytes, place)
         self._writing: list[Unit] = []
-        self._in_flight_nbytes = in_flight_nbytes
         self._room = room or (lambda: self._most_nbytes - self._kept_nbytes)
 
     @property
@@ -80,22 +60,6 @@ class Spiller:
         """Bytes of units in memory, leaving ones included."""
         more = self._in_flight_nbytes
         return self.limit_nbytes + (self.limit_nbytes if more is None else more)
-
-    @property
-    def kept_nbytes(self) -> int:
-        """Bytes of units in memory, arriving or leaving."""
-        self._bury()
-        return self._kept_nbytes
-
-    def take_peak(self) -> int:
-        """The most bytes of units that were in memory since the last call."""
-        peak, self.peak_nbytes = self.peak_nbytes, self.kept_nbytes
-        return peak
-
-    @property
-    def ahead_nbytes(self) -> int:
-        """Bytes of units in memory in backward: fetched ahead, or waiting for a second use."""
-        return max(self.limit_nbytes, self._in_flight_nbytes or 0)
 
     @property
     def is_over(self) -> bool:
@@ -114,16 +78,11 @@ class Spiller:
         if self._kept_nbytes > self.limit_nbytes:
             self.spill()
 
-    def _enqueue(self, unit: Unit) -> None:
-        (self._staying if unit.stays else self._order).append(weakref.ref(unit))
-
     @property
     def is_idle(self) -> bool:
         """Whether ``settle`` has nothing to do; asked for each saved tensor, twice."""
         grave = self.graveyard
         return not (self._writing or grave.dead or grave.buried or self._links.arriving)
-
-    # Out.
 
     def spill(self, sparing: Unit | None = None) -> None:
         """Let the oldest units leave until the rest fits.
@@ -227,7 +186,7 @@ class Spiller:
         if self.place.digest is not None:
             digest = partial(self.place.digest, memory.data_ptr(), memory.nbytes())
             before = [partial(_note_digest, weakref.ref(unit), digest)]
-        unit.transfer = self.place.send(_trip_of(unit), memory, before)
+        unit.transfer = self.place.send(trip_of(unit), memory, before)
         self._become(unit, Residency.WRITING)
         self._writing.append(unit)
 
@@ -239,7 +198,7 @@ class Spiller:
         assert self.place.digest is not None
         digest = partial(self.place.digest, memory.data_ptr(), memory.nbytes())
         job: Job = partial(_compare_digest, unit, digest)
-        label = Label(unit.name, _ROLE, "host", "host")
+        label = Label(unit.name, ROLE, "host", "host")
         unit.transfer = unit.home.writes.submit([job], label, 0, owner=memory)
         self._become(unit, Residency.WRITING)
         self._writing.append(unit)
@@ -264,15 +223,10 @@ class Spiller:
         if stayed:
             self.spill()  # it has to be written again
 
-    def _bury(self) -> None:
-        held_nbytes, absent = self.graveyard.bury()
-        self._kept_nbytes -= held_nbytes
-        self.absent -= absent
-
     def _await_written(self, unit: Unit, reason: str) -> None:
         assert unit.transfer is not None
         assert unit.home is not None
-        with self.journal.stall(unit.name, _ROLE, unit.home.writes.name, reason):
+        with self.journal.stall(unit.name, ROLE, unit.home.writes.name, reason):
             unit.transfer.settle()
         self._finish_write(unit)
 
@@ -298,140 +252,6 @@ class Spiller:
         unit.block = unit.home = unit.digest = None
         unit.doubtful = unit.changed = False
 
-    def _drop(self, unit: Unit) -> None:
-        for part in unit.living():
-            part.let_go()
-        self._count(-unit.nbytes)
-        self.absent += 1
-        self._become(unit, Residency.ABSENT)
-
-    # Back in.
-
-    def take_back(self, unit: Unit, part: Part, memory: torch.UntypedStorage) -> None:
-        """The user still holds the bytes of an absent unit of one ``part``: hold them too."""
-        if unit.residency is Residency.FETCHING:
-            unit.arriving = unit.transfer = None  # the transfer keeps its memory until it ends
-        else:
-            self._count(unit.nbytes)
-            self.absent -= 1
-        part.hold(memory)
-        unit.doubtful = True
-        self._become(unit, Residency.READY)
-        self._enqueue(unit)
-
-    def bring(self, unit: Unit) -> None:
-        """Have the bytes of ``unit`` in memory now.
-
-        Raises:
-            TierIOError: they could not be read back.
-        """
-        if unit.arrival is not None:
-            self._check_arrival(unit)
-        if unit.residency is Residency.ABSENT:
-            self._fetch(unit)
-        if unit.residency is not Residency.FETCHING:
-            return
-        assert unit.transfer is not None
-        assert unit.home is not None
-        if not self.place.order(unit.transfer):
-            unit.home.reads.expedite(unit.transfer)
-            with self.journal.stall(unit.name, _ROLE, unit.home.reads.name, "late"):
-                unit.transfer.settle()
-        self._arrive(unit)
-
-    def _fetch(self, unit: Unit) -> None:
-        if (living := unit.held_by_user()) is not None:
-            self.take_back(unit, *living)
-            return
-        unit.arriving, unit.transfer = self.place.fetch(_trip_of(unit))
-        self._count(unit.nbytes)
-        self.absent -= 1
-        self._become(unit, Residency.FETCHING)
-        self._enqueue(unit)
-
-    def _arrive(self, unit: Unit) -> None:
-        transfer, memory = unit.transfer, unit.arriving
-        assert transfer is not None
-        assert memory is not None
-        assert unit.home is not None
-        unit.transfer = unit.arriving = None
-        if transfer.done() and transfer.error is not None:
-            self._drop(unit)
-            transfer.wait()
-        if not transfer.done():  # a stream waits for it, and the host does not
-            unit.arrival = transfer
-        self._links.arrives(unit.home.name, transfer)
-        for part in unit.living():
-            whole = part.nbytes == unit.nbytes
-            part.hold(memory if whole else memory[part.offset : part.offset + part.nbytes])
-        self._become(unit, Residency.READY)
-
-    def _check_arrival(self, unit: Unit) -> None:
-        """A stream has waited for the bytes of ``unit``: this one must too, until they are there.
-
-        Raises:
-            TierIOError: they could not be read back.
-        """
-        arrival = unit.arrival
-        assert arrival is not None
-        if not arrival.done():
-            self.place.order(arrival)
-            return
-        unit.arrival = None
-        if arrival.error is not None:
-            self._drop(unit)
-            arrival.wait()
-
-    def fetch_ahead(self, upcoming: Iterable[tuple[Unit, float]]) -> None:
-        """Fetch what is used next; see [Note: just in time].
-
-        Args:
-            upcoming: units in the order of their use, with the seconds until then (0: unknown).
-        """
-        if not self.absent:
-            return
-        next_use_s: float | None = None
-        queued_nbytes = 0
-        for unit, due_s in upcoming:
-            next_use_s = due_s if next_use_s is None else next_use_s
-            if unit.residency is Residency.FETCHING:
-                queued_nbytes += unit.nbytes
-            if unit.residency is not Residency.ABSENT:
-                continue
-            assert unit.home is not None
-            queued_nbytes += unit.nbytes
-            lead_s = 2 * self._links.seconds(unit.home.name, queued_nbytes)
-            has_room = self._kept_nbytes + unit.nbytes <= self.ahead_nbytes
-            if due_s > lead_s + next_use_s or not has_room or not self._can_fetch(unit):
-                return
-
-    def prefetch(self, units: Iterable[Unit]) -> None:
-        """Fetch these, in this order, as far as the limit has room; never blocks."""
-        for unit in units:
-            if unit.residency is Residency.ABSENT:
-                has_room = self._kept_nbytes + unit.nbytes <= self.ahead_nbytes
-                if not has_room or not self._can_fetch(unit):
-                    return
-
-    def _can_fetch(self, unit: Unit) -> bool:
-        """Fetch ``unit`` ahead of its use, unless the place has no room for it now."""
-        try:
-            self._fetch(unit)
-        except CapacityError:
-            return False
-        return True
-
-    def _become(self, unit: Unit, residency: Residency) -> None:
-        old, unit.residency = unit.residency, residency
-        if old is residency:
-            return
-        self.journal.residency(unit.name, _ROLE, old.value, residency.value, unit.nbytes)
-
-    def _count(self, nbytes: int) -> None:
-        self._kept_nbytes += nbytes
-        if self._kept_nbytes > self.peak_nbytes:  # noqa: PLR1730 (max would be called for each)
-            self.peak_nbytes = self._kept_nbytes
-
     def close(self) -> None:
         """Wait for writes in flight; saved tensors that still live stay usable."""
         while self._writing:
@@ -448,13 +268,6 @@ def _note_digest(known: "weakref.ref[Unit]", digest: Callable[[], int]) -> None:
 
 def _compare_digest(unit: Unit, digest: Callable[[], int]) -> None:
     unit.changed = unit.changed or unit.digest != digest()
-
-
-def _trip_of(unit: Unit) -> Trip:
-    """The way between memory and its block."""
-    assert unit.home is not None
-    assert unit.block is not None
-    return Trip(home=unit.home, block=unit.block, nbytes=unit.nbytes, key=unit.name)
 
 
 def _is_done(unit: Unit) -> bool:

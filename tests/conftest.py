@@ -1,6 +1,7 @@
 """What all tests share: no deadline on a busy machine, no hub, no settings of the developer."""
 
 import dataclasses
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -33,6 +34,12 @@ for name in [name for name in os.environ if name.startswith("OFFLOAD_")]:
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now is no garbage, and collections in tests need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

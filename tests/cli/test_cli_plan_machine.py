@@ -3,14 +3,13 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from plan_verb import LAPTOP, SCRIPT, answer, refusal
 
+from forked import python
 from offload.allocator.errors import OffloadError
 from offload.cli import main
 from offload.doctor import examine
@@ -96,9 +95,8 @@ def test_a_recorded_run_corrects_the_plan(
         .replace("range(3)", "range(5)")
     )
     nvme, run, file = tmp_path / "nvme", tmp_path / "run", tmp_path / "machine.json"
-    words = ["--budget=1GiB", f"--nvme={nvme}", f"--record={run}", str(plain)]
-    code = f"import sys; from offload.cli import main; sys.exit(main(['run', *{words!r}]))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    options = ["--budget=1GiB", f"--nvme={nvme}", f"--record={run}"]
+    done = python("-m", "offload", "run", *options, plain)
     assert done.returncode == 0, done.stderr
     assert "plan against measured: at most 1.00 GiB, peak" in done.stderr
     write_machine(made_up(nvme, 1e9), file)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import Forked
+from forked import python as run
 from offload.cli import main
 from offload.tiers.machine import read_machine
 
@@ -52,17 +54,13 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def run(*command: object, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd)
-
-
 @pytest.mark.usefixtures("several_threads")
 def test_an_unmodified_script_gives_the_same_bits(script: Path, tmp_path: Path) -> None:
     plain = run(script, "7", "--flag")
     record = tmp_path / "record"
     options = ["--budget=8GiB", "--nvme", tmp_path / "nvme", "--record", record]
-    offloaded = run("-m", "offload", "run", *options, script, "7", "--flag")
+    command = [sys.executable, "-m", "offload", "run", *options, script, "7", "--flag"]
+    offloaded = subprocess.run(command, capture_output=True, text=True, check=False)
     assert offloaded.returncode == plain.returncode == 7
     assert offloaded.stdout == plain.stdout
     assert f"offload report {record}" in offloaded.stderr
@@ -198,17 +196,13 @@ def test_interrupts_end_cleanly_and_the_run_continues(
         )
     )
     options = ["--budget=8GiB", "--nvme", str(tmp_path), "--record", str(tmp_path / "record")]
-    command = [sys.executable, "-m", "offload", "run", *options, str(script), "0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        for _ in range(4):
-            process.stdout.readline()
-        os.kill(process.pid, number)
-        _, errors = process.communicate()
-    assert process.returncode == code
-    assert "Traceback" not in errors
+    child = Forked("-m", "offload", "run", *options, script, "0")
+    for _ in range(4):
+        child.output.readline()
+    os.kill(child.pid, number)
+    done = child.wait()
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
     record = json.loads(
         (tmp_path / "offload-store" / "commit.json").read_bytes().partition(b"\n")[2]
     )
@@ -242,5 +236,5 @@ def test_help_is_instant_because_torch_stays_out() -> None:
         "import sys\nfrom offload.cli import build_parser\nbuild_parser().format_help()\n"
         "print('torch' in sys.modules)"
     )
-    assert run("-c", code).stdout == "False\n"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
     assert "report" in run("-m", "offload", "--help").stdout

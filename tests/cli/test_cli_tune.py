@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from forked import Forked, python
 from offload.cli import main
 from offload.config import make_config
 from offload.planner import machines
@@ -147,8 +146,7 @@ def test_a_script_is_tuned_end_to_end(
     header = "".join(line for line in text.splitlines() if line.startswith("#"))
     for words_in_it in (f"offload tune {script}", "-- 100", "Machine: this machine", "a step"):
         assert words_in_it in header
-    command = [sys.executable, "-m", "offload", "run", "--config", str(file), str(script), "2"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = python("-m", "offload", "run", "--config", file, script, "2")
     assert done.returncode == 0, done.stderr
     assert "plan against measured: at most 8.00 GiB" in done.stderr
 
@@ -321,15 +319,14 @@ def test_signals_end_trial_and_store(
     calibrated(
         nvme, care="full", again=True, say=print, measure=lambda path, _care: made_up(path, 1e9)
     )
-    command = [sys.executable, "-m", "offload", "tune", str(script), "--config", str(settings)]
-    command += ["--nvme", str(nvme), "-o", str(tmp_path / "best.yaml"), "--", "5"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        child = int(pipe.read_text())
-        assert list(nvme.iterdir())
-        process.send_signal(number)
-        _, errors = process.communicate()
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
-    assert "Traceback" not in errors
+    options = ["--config", settings, "--nvme", nvme, "-o", tmp_path / "best.yaml"]
+    search = Forked("-m", "offload", "tune", script, *options, "--", 5)
+    child = int(pipe.read_text())
+    assert list(nvme.iterdir())
+    os.kill(search.pid, number)
+    done = search.wait()
+    assert done.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in done.stderr
     assert list(nvme.iterdir()) == []
     assert not Path(f"/proc/{child}").exists()
     assert not (tmp_path / "best.yaml").exists()

@@ -3,8 +3,6 @@
 import copy
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from device_runs import assert_same, computing_on
 from torch import nn
 
 import offload
+from forked import python
 from offload.allocator.errors import BudgetError
 from offload.tiers.accelerator import Accelerator
 from offload.tiers.cpudevice import CpuAccelerator
@@ -240,11 +239,8 @@ torch.save(model.state_dict(), sys.argv[5])
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     def run(name: str, kill: int) -> int:
-        return subprocess.run(
-            [sys.executable, "-c", SCRIPT, Path(__file__).parent, tmp_path / name, "5", str(kill),
-             tmp_path / f"{name}.pt"],
-            check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        ).returncode  # fmt: skip
+        words = [Path(__file__).parent, tmp_path / name, 5, kill, tmp_path / f"{name}.pt"]
+        return python("-c", SCRIPT, *words, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
 
     assert run("whole", -1) == 0
     assert run("killed", 3) == -signal.SIGKILL

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import offload
-from forked import Forked
+from forked import Forked, python
 from offload.allocator.errors import (
     BudgetError,
     CapacityError,
@@ -75,10 +75,7 @@ def test_the_command_line_says_3_when_it_does_not_fit(tmp_path: Path) -> None:
         "import torch\nm = torch.nn.Linear(999, 999)\no = torch.optim.SGD(m.parameters(), 0.1)\n"
         "m(torch.ones(1, 999)).sum().backward(); o.step()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "offload", "run", "--budget=9MiB", f"--nvme={tmp_path}", script],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = python("-m", "offload", "run", "--budget=9MiB", f"--nvme={tmp_path}", script)
     assert done.returncode == 3
     assert "smallest budget that fits" in done.stderr
     assert "Traceback" not in done.stderr
@@ -91,10 +88,7 @@ def test_a_store_in_use_is_refused_here_and_in_another_process(tmp_path: Path) -
         with pytest.raises(StoreInUseError, match=f"in use by process {os.getpid()}"):
             offload.attach(other, adamw(other), budget="8GiB", nvme=tmp_path)
         code = f"import offload; offload.init(budget='8GiB', nvme={str(tmp_path)!r})"
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
-        assert "StoreInUseError" in done.stderr
+        assert "StoreInUseError" in python("-c", code).stderr
     offload.init(budget="8GiB", nvme=tmp_path).runtime.close()  # free again
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import offload
+from forked import python
 from offload.allocator.errors import StoreCorruptError, TierIOError
 from offload.tiers.engines.registry import choose_engine, wrapping
 from offload.tiers.filetier import Lanes
@@ -256,8 +257,7 @@ def test_a_failing_disk_ends_the_training_and_the_last_step_is_kept(
 def test_a_process_lost_in_a_write_continues_from_its_last_step(
     number: int, tmp_path: Path, expected: Any
 ) -> None:
-    words = [sys.executable, "-c", SCRIPT, tmp_path, str(number), Path(__file__).parent]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = python("-c", SCRIPT, tmp_path, number, Path(__file__).parent)
     assert done.returncode == -signal.SIGKILL, done.stderr
     resume_and_finish(tmp_path, expected)
 
@@ -265,6 +265,7 @@ def test_a_process_lost_in_a_write_continues_from_its_last_step(
 def test_a_run_by_aiofiles_that_just_ends_is_closed_in_good_order(tmp_path: Path) -> None:
     """When it ends, the executors of the standard library take no more work."""
     words = [sys.executable, "-c", SCRIPT, tmp_path, "-1", Path(__file__).parent]
-    environment = {**os.environ, "OFFLOAD_IO_ENGINE": "aiofiles"}
+    tests = str(Path(__file__).parents[1])
+    environment = {**os.environ, "OFFLOAD_IO_ENGINE": "aiofiles", "PYTHONPATH": tests}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (0, "")

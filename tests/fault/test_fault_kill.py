@@ -1,8 +1,6 @@
 """kill -9 at random moments, again and again: the end is as if nothing had happened."""
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -69,10 +67,8 @@ def words_of(place: Path, steps: int, paths: int, step: str) -> list[str]:
 
 
 def finish(place: Path, steps: int, paths: int, step: str) -> str:
-    """The last line of a run in a process that nothing is known of."""
-    command = [sys.executable, *words_of(place, steps, paths, step)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.splitlines()[-1]
+    """The last line of a run in a process that nothing happens to."""
+    return Forked(*words_of(place, steps, paths, step)).finish().splitlines()[-1]
 
 
 def killed_and_resumed(place: Path, steps: int, paths: int, step: str, kills: int) -> str:

@@ -3,14 +3,13 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from store_files import read_commit
 
+from forked import Forked
 from offload.tiers import commit as commit_module
 from offload.tiers.filetier import Lanes
 from offload.tiers.hostmem import PAGE
@@ -240,14 +239,11 @@ for step in range(1, 1_000_000):
 
 
 def test_kill_minus_nine_leaves_the_last_reported_commit_or_a_later_one(tmp_path, lanes):
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, tmp_path], stdout=subprocess.PIPE, text=True
-    )
-    with child:
-        reported = [int(child.stdout.readline()) for _ in range(25)]
-        child.send_signal(signal.SIGKILL)
-        reported += [int(line) for line in child.stdout if line.endswith("\n")]
-    assert child.returncode == -signal.SIGKILL
+    child = Forked("-c", CHILD, tmp_path)
+    reported = [int(child.output.readline()) for _ in range(25)]
+    child.process.kill()
+    reported += [int(line) for line in child.output if line.endswith("\n")]
+    assert child.wait().returncode == -signal.SIGKILL
     step, tensors = read_commit(tmp_path)
     assert step in {reported[-1], reported[-1] + 1}
     whole = torch.full((100_000,), step).numpy().tobytes()

@@ -1,0 +1,72 @@
+"""Steps on the device inside backward: no gradient goes to scratch."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from device_runs import computing_on
+from device_steps import (
+    IN_BACKWARD,
+    Elsewhere,
+    attach,
+    unclipped,
+    weights_and_states,
+)
+from exact_models import Net, adamw, loss_of, tokens_of
+
+from offload.allocator.errors import (
+    ConsumedGradientError,
+)
+from offload.engine import Engine
+from offload.tiers.cpudevice import CpuAccelerator
+from offload.tiers.events import Move
+
+
+@pytest.mark.parametrize(
+    ("who", "recompute"), [("host", None), ("host", True), ("device", None), ("device", False)]
+)
+def test_a_step_in_backward(who: str, recompute: bool | None, same: Any) -> None:
+    engine, accelerator = same(lambda: Net(recompute), loop=unclipped, who=who, config=IN_BACKWARD)
+    gradients = [move for move in engine._journal.recorder.events if moves_gradient(move)]
+    assert {move.src for move in gradients} == {accelerator.name}
+    assert {move.dst for move in gradients} == {"host"}  # none goes to scratch
+
+
+def moves_gradient(event: Any) -> bool:
+    return isinstance(event, Move) and event.role == "gradient"
+
+
+def test_a_shared_step_in_backward_after_several_passes(same: Any) -> None:
+    run = partial(unclipped, passes=3, steps=4)
+
+    def both(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
+        return weights_and_states(run, engine, model, optimizer)
+
+    same(loop=both, who=0.5, config={**IN_BACKWARD, "accumulation_steps": 3})
+
+
+@pytest.mark.usefixtures("other_kernels")
+def test_a_step_in_backward_has_the_devices_bits(same: Any) -> None:
+    def run(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
+        if engine is None:
+            optimizer = Elsewhere(optimizer)
+        return weights_and_states(unclipped, engine, model, optimizer)
+
+    same(loop=run, config=IN_BACKWARD)
+
+
+def test_a_gradient_that_a_step_has_used_up(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, accelerator = Net(), CpuAccelerator()
+    optimizer = adamw(model)
+    with (
+        attach(model, optimizer, tmp_path, accelerator=accelerator, config=IN_BACKWARD) as engine,
+        computing_on(accelerator, engine),
+    ):
+        loss_of(model, tokens_of(4, 32)).backward()
+        with pytest.raises(ConsumedGradientError, match="has used up already"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with pytest.raises(ConsumedGradientError, match="has used up already"):
+            loss_of(model, tokens_of(4, 32)).backward()  # names no accumulation_steps
