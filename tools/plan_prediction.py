@@ -139,6 +139,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw it; needs matplotlib")
     parser.add_argument("--least-tokens", type=int, default=0, help="only steps of so many")
     parser.add_argument("--rebuilt", action="store_true", help="token-wise recompute alone")
+    parser.add_argument("--usual", action="store_true", help="only float32, on one drive")
     options = parser.parse_args()
     result = Result("Predictions of the planner against real runs")
     measure(
@@ -147,6 +148,7 @@ def main() -> int:
         nvme=options.nvme,
         least_tokens=options.least_tokens,
         rebuilt=options.rebuilt,
+        usual=options.usual,
     )
     if options.plot is not None:
         draw(result.rows, options.plot)
@@ -154,11 +156,18 @@ def main() -> int:
 
 
 def measure(
-    result: Result, *, quick: bool, nvme: Path, least_tokens: int = 0, rebuilt: bool = False
+    result: Result,
+    *,
+    quick: bool,
+    nvme: Path,
+    least_tokens: int = 0,
+    rebuilt: bool = False,
+    usual: bool = False,
 ) -> None:
     """Predict and train every configuration of so many tokens, with stores in ``nvme``."""
     cases = [case for case in (QUICK if quick else FULL) if case.tokens >= least_tokens]
     cases = [case for case in cases if case.alpha is not None] if rebuilt else cases
+    cases = [case for case in cases if case.settings == "-"] if usual else cases
     nvme.mkdir(parents=True, exist_ok=True)
     links = bench_links([nvme], effort=Effort()).machine
     drive, baseline = file_tier_name(nvme), measure_baseline()
