@@ -38,7 +38,13 @@ _APART = frozenset(
     }
 )  # fmt: skip
 _DEFAULTS = OffloadConfig()
-_UNKNOWN = ("io_threads", "recompute", "nvme_write_budget", "accumulation_steps")
+_UNKNOWN = (
+    "io_threads",
+    "recompute",
+    "nvme_write_budget",
+    "accumulation_steps",
+    "step_in_forward",
+)
 
 
 def unpredicted(config: OffloadConfig) -> list[str]:
