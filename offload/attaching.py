@@ -15,7 +15,13 @@ from offload.config import OffloadConfig, make_config
 from offload.engine import Engine
 from offload.interrupts import deliver_lost_interrupts
 from offload.runtime import Runtime
-from offload.sharing import check_optimizer, check_steps_on_host, move_states, size_on_device
+from offload.sharing import (
+    check_optimizer,
+    check_steps_in_forward,
+    check_steps_on_host,
+    move_states,
+    size_on_device,
+)
 from offload.swap.census import take_census
 from offload.swap.device_plan import DevicePlan
 from offload.swap.optim_kinds import kind_of
@@ -112,6 +118,10 @@ def attach_in(
         on_device = _plan_device(
             model if called is None else called, optimizer, runtime, accelerator
         )
+        if runtime.config.step_in_forward:
+            check_steps_in_forward(
+                model if called is None else called, optimizer, on_device=on_device is not None
+            )
         runtime.governor.shed()
         census = take_census(
             model, whole_gradients=is_compiled(model if called is None else called)
@@ -130,6 +140,7 @@ def attach_in(
             baseline_nbytes=baseline,
             chunk_numel=runtime.chunk_numel,
             step_in_backward=runtime.config.step_in_backward,
+            step_in_forward=runtime.config.step_in_forward,
         )
         if on_device is not None:
             move_states(optimizer)

@@ -63,6 +63,11 @@ class OffloadConfig(BaseModel):
     Saves the gradient's trip to the drive and hides the step behind backward. Nothing can use
     gradients between backward and step then: no clipping, no loss scale.
     """
+    step_in_forward: bool = False
+    """Put the step off until the next forward, and make it there, each weight before its use.
+
+    Hides a part of the step behind forward. A step is durable when that forward has ended.
+    """
     accumulation_steps: int = Field(default=1, ge=1)
     """Backward passes that make one step, where ``step_in_backward`` can't see their end."""
     optimizer_device: float | Literal["host", "device", "auto"] = "host"
@@ -165,6 +170,10 @@ class OffloadConfig(BaseModel):
     def _check_step(self) -> Self:
         if "accumulation_steps" in self.model_fields_set and not self.step_in_backward:
             raise ValueError("only step_in_backward uses accumulation_steps: set that too")
+        if self.step_in_forward and self.step_in_backward:
+            raise ValueError("a step is either in backward or in the next forward: set one of both")
+        if self.step_in_forward and self.state_precision == "8bit":
+            raise ValueError("step_in_forward has no state_precision='8bit': set 'bf16' or 'exact'")
         return self
 
     @field_validator("io_engine")

@@ -33,7 +33,7 @@ from offload.saving import make_homes, open_cache
 from offload.sharing import open_device_step
 from offload.steplog import Stats, StepLog
 from offload.swap.buckets import Form
-from offload.swap.census import take_census
+from offload.swap.census import tables_of, take_census
 from offload.swap.device_plan import DevicePlan
 from offload.swap.gradient_stream import GradientStream
 from offload.swap.gradients import GradientSwapper
@@ -51,7 +51,7 @@ class Engine(Attachment):
     """Made by ``attach``; a context manager that detaches on exit.
 
     Attributes:
-        step: optimizer steps finished, those before a resume included.
+        step: optimizer steps taken, those before a resume included.
         resumed: whether the store held a commit that was continued.
         extra: what the last commit carried for the script.
         computing: the device, if the model computes on one; None on the CPU.
@@ -169,9 +169,11 @@ class Engine(Attachment):
             check_step=self._check_step,
             before_step=self._before_step,
             after_step=self._after_step,
+            tables=tables_of(self.model),
             device=open_device_step(optimizer, self.computing, self._runtime),
         )
         self._replanner.memory = optimizing.streamed.memory
+        self._hooks.in_forward = optimizing.in_forward
         return optimizing
 
     def _set_limits(self, plan: Plan) -> None:
@@ -201,7 +203,7 @@ class Engine(Attachment):
 
     def _before_pass(self, form: Form) -> None:
         if self._optimizing is not None:
-            self._optimizing.before_pass()
+            self._optimizing.before_pass(trains=form.trains)
         self.gradients.poll()
         self._replanner.begin_pass(form)
 
@@ -222,17 +224,14 @@ class Engine(Attachment):
         """The step's updates are in the store; ``stall_s`` is what the optimizer waited."""
         self.step += 1
         began_s = self._journal.now()
-        if self._runtime.config.commit == "step":
-            self.commit()
-        else:
-            self._runtime.lanes.drain()  # errors that nobody waited for
+        self._commits.after_step(self.step, self.extra)
         if self._write_budget is not None:
-            self._write_budget.finish_step(self._owed_nbytes())
+            self._write_budget.finish_step(self._commits.owed_nbytes())
         self._steps.finish(
             self.step,
             optimizer_s=optimizer_s,
             optimizer_stall_s=stall_s,
-            commit_s=self._journal.now() - began_s,
+            commit_s=self._journal.now() - began_s + self._commits.take_late_s(),
             resident_nbytes={
                 "weight": self.weights.resident_nbytes(),
                 "activation": self.activations.kept_nbytes,
@@ -243,12 +242,6 @@ class Engine(Attachment):
         self._replanner.finish_step()
         if self.computing is not None:
             self.computing.finish_step()
-
-    def _owed_nbytes(self) -> int:
-        """What the next commit writes beside what the steps until then do."""
-        if self._runtime.config.commit == "never" or self._optimizing is None:
-            return 0
-        return self.weights.dirty_nbytes() + self._optimizing.keeper.held_nbytes(dirty=True)
 
     # The public surface.
 
@@ -290,6 +283,7 @@ class Engine(Attachment):
             raise ConfigError("the engine was detached: accumulate in a loop")
         listed = list(batches)
         refuse_turns(self._runtime.config, len(listed), on_device=self.computing is not None)
+        self._finish_step()
         return self._vertical.run(listed, forward, backward, blocks)
 
     def commit(self, extra: Mapping[str, Any] | None = None) -> None:
@@ -306,8 +300,21 @@ class Engine(Attachment):
         if self._runtime.config.commit == "never":
             raise ConfigError("commit='never' keeps no slot to commit to: attach with 'manual'")
         kept = dict(self.extra if extra is None else extra)
+        self._finish_step()
         self._commits.commit(self.step, kept)
         self.extra = kept
+
+    @property
+    def step_pending(self) -> bool:
+        """Whether the last step is still to be made, in the next forward (``step_in_forward``).
+
+        A process that is killed before that continues from the step before it.
+        """
+        return self._optimizing is not None and self._optimizing.is_pending
+
+    def _finish_step(self) -> None:
+        if self._optimizing is not None:
+            self._optimizing.finish()
 
     @property
     def device(self) -> torch.device:
@@ -331,6 +338,7 @@ class Engine(Attachment):
 
     def keep_streaming(self) -> None:
         """Keep nothing resident from now on, whatever the budget has to spare."""
+        self._finish_step()
         self._replanner.keep_streaming()
 
     def state_dict(self) -> dict[str, Any]:
@@ -348,6 +356,7 @@ class Engine(Attachment):
             ConfigError: masters are asked for, but not kept.
             TierIOError: the directory can't be written.
         """
+        self._finish_step()
         halves = self._masters().low_halves() if masters else {}
         self.weights.evict_streaming()
         save_pretrained(self.model, Path(directory), halves)
@@ -358,6 +367,7 @@ class Engine(Attachment):
         Raises:
             ConfigError: no masters are kept, or none of that name.
         """
+        self._finish_step()
         weight = dict(self.model.named_parameters()).get(name)
         return self._masters().master(name, weight)
 
@@ -367,6 +377,12 @@ class Engine(Attachment):
         return self._optimizing
 
     def _end(self, status: str) -> None:
+        try:
+            self._finish_step()
+        finally:  # where it could not be, the last commit is the one before
+            self._leave(status)
+
+    def _leave(self, status: str) -> None:
         leave(self.gradient_stream)
         if self._optimizing is not None:
             self._optimizing.remove()

@@ -12,7 +12,7 @@ the first of them (``in_turns``). Whether a call is an outermost one is known fo
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from offload.swap.selective import SavedTensors, put_on, take_off
 from offload.swap.uncompiled import uncompiled
 from offload.swap.weights import Weight
 from offload.swap.window import Window
+
+if TYPE_CHECKING:
+    from offload.swap.forward_step import ForwardStep
 
 
 def in_backward() -> bool:
@@ -53,6 +56,9 @@ class ModelHooks:
         saved: takes what autograd saves, on top of ``activations``; by default that itself.
         computing: the device, if it computes on one.
         on_pass: called as a pass begins, with the form of its inputs.
+
+    Attributes:
+        in_forward: steps weights right before their use; None where nothing does.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class ModelHooks:
         self._activations = activations
         self._on_pass = on_pass
         self._saved = saved
+        self.in_forward: ForwardStep | None = None
         self._here = _Here()
         self._in_turns = False
         self._handles: list[RemovableHandle] = []
@@ -84,9 +91,17 @@ class ModelHooks:
 
         @uncompiled
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._enter(name, (args, kwargs))
-            if weights:
-                self._weights.use(weights)
+            if self.in_forward is None:
+                self._enter(name, (args, kwargs))
+                if weights:
+                    self._weights.use(weights)
+                return
+            with self.in_forward.guards.aside():
+                self._enter(name, (args, kwargs))
+                self.in_forward.need(weights)
+                if weights:
+                    self._weights.use(weights)
+                self.in_forward.go_on()
 
         @uncompiled
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -171,6 +186,8 @@ class ModelHooks:
         if here.depth == 0:
             return  # a global hook failed before ours: this call never entered
         here.depth -= 1
+        if here.depth == 0 and self.in_forward is not None:
+            self.in_forward.finish()
         if here.depth == 0 and here.pushed:
             here.pushed = False
             take_off()

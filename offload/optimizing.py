@@ -14,6 +14,7 @@ from offload.sharing import pack_share, settle_share, unpack_share
 from offload.stepping import StepHooks
 from offload.swap.backward_step import BackwardStep
 from offload.swap.device_step import DeviceStep
+from offload.swap.forward_step import ForwardStep
 from offload.swap.gradients import GradientSwapper
 from offload.swap.loading import ExactLoading
 from offload.swap.masters import master_of
@@ -35,12 +36,14 @@ class Optimizing:
         check_step: called when the gradients are complete, or the first is; may refuse the step.
         before_step: called when they are complete; checks, too.
         after_step: called with (seconds in the optimizer, seconds of it spent waiting).
+        tables: weights of which modules look single rows up.
         device: steps the share of the tiles that ``settle_share`` gives it.
 
     Attributes:
         keeper: of the states.
         streamed: steps by tiles, and in memory what the plan keeps there.
         in_backward: steps while backward runs; None unless that was asked for.
+        in_forward: steps while the next forward runs; None unless that was asked for.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Optimizing:
         check_step: Callable[[], None],
         before_step: Callable[[], None],
         after_step: Callable[[float, float], None],
+        tables: frozenset[str],
         device: DeviceStep | None = None,
     ) -> None:
         self.optimizer = optimizer
@@ -98,7 +102,17 @@ class Optimizing:
                 room=runtime.governor.room,
                 before_step=check_step,
             )
-        self._hooks = StepHooks(optimizer, self.streamed, before_step, after_step, self.in_backward)
+        self.in_forward: ForwardStep | None = None
+        if config.step_in_forward:
+            self.in_forward = ForwardStep(self.streamed, tables=tables)
+        self._hooks = StepHooks(
+            optimizer,
+            self.streamed,
+            before_step,
+            after_step,
+            self.in_backward,
+            self.in_forward,
+        )
 
     def set_limits(self, plan: Plan) -> None:
         """Let tiles and gradients wait as ``plan`` has room for them."""
@@ -106,14 +120,15 @@ class Optimizing:
         if self.in_backward is not None:
             self.in_backward.limit_nbytes = plan.gradients_nbytes
 
-    def before_pass(self) -> None:
-        """A pass begins.
+    def before_pass(self, *, trains: bool) -> None:
+        """A pass begins, one with gradients if it ``trains``.
 
         Raises:
             StepInterruptedError: backward was interrupted in its steps.
         """
-        if self.in_backward is not None:
-            self.in_backward.check_whole()
+        self._check_inside()
+        if self.in_forward is not None:
+            self.in_forward.begin_pass(trains=trains)
         self._hooks.be_innermost()
 
     def check_whole(self) -> None:
@@ -122,18 +137,35 @@ class Optimizing:
         Raises:
             StepInterruptedError: the last step, or backward in its steps, was interrupted.
         """
-        if self.in_backward is not None:
-            self.in_backward.check_whole()
+        self._check_inside()
         self.streamed.memory.check_whole()
 
-    def record(self) -> dict[str, Any]:
-        """Write the states that the store has not; returns the entries of the commit record."""
+    def _check_inside(self) -> None:
+        if (inside := self.in_backward or self.in_forward) is not None:
+            inside.check_whole()
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a step has been put off until the next forward, and is not finished."""
+        return self.in_forward is not None and self.in_forward.is_pending
+
+    def finish(self) -> None:
+        """Finish a step that was put off.
+
+        Raises:
+            TierIOError: a read or write failed.
+        """
+        if self.in_forward is not None:
+            self.in_forward.finish()
+
+    def settings(self) -> dict[str, Any]:
+        """Write the states that the store has not; returns what a commit keeps beside states."""
         self.keeper.absorb_all()
-        return {
-            "optimizer": self.keeper.record(),
-            "groups": pack_groups(self.optimizer),
-            **pack_share(self.streamed),
-        }
+        return {"groups": pack_groups(self.optimizer), **pack_share(self.streamed)}
+
+    def states(self) -> dict[str, Any]:
+        """What a commit keeps of states, all of which the store has."""
+        return {"optimizer": self.keeper.record()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from the entries of a commit record."""
@@ -173,6 +205,8 @@ class Optimizing:
 
     def remove(self) -> None:
         """Let the optimizer step by itself again."""
+        if self.in_forward is not None:
+            self.in_forward.remove()
         self._hooks.remove()
         self._loading.remove()
 

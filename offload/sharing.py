@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from offload.allocator.errors import ConfigError, UnsupportedError
@@ -19,6 +20,7 @@ from offload.swap.optim_kinds import Kind, kind_of
 from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.step_rates import measure_rates
 from offload.swap.tile_share import TileShare, best_share, parse_share
+from offload.swap.uncompiled import is_compiled
 from offload.swap.visits import VisitSize, beside_backward, visit_size
 
 if TYPE_CHECKING:
@@ -61,6 +63,25 @@ def move_states(optimizer: Optimizer | None) -> None:
         for name, value in state.items():
             if isinstance(value, torch.Tensor):
                 state[name] = value.to("cpu")
+
+
+def check_steps_in_forward(
+    model: nn.Module, optimizer: Optimizer | None, *, on_device: bool
+) -> None:
+    """Raise if the step of ``optimizer`` can't be put off until the next forward of ``model``.
+
+    Raises:
+        UnsupportedError: naming the reason.
+    """
+    if on_device:
+        reason = "the model computes on a device, whose copies of weights are made before forward"
+    elif is_compiled(model):
+        reason = "the model is compiled, and compiled code takes weights as they are when it begins"
+    elif optimizer is not None and kind_of(optimizer) is not Kind.ELEMENTWISE:
+        reason = f"{type(optimizer).__name__} steps whole parameters, not tiles of them"
+    else:
+        return
+    raise UnsupportedError(f"step_in_forward is not possible: {reason}. Leave it out")
 
 
 def size_on_device(optimizer: Optimizer | None, runtime: Runtime) -> VisitSize | None:

@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from offload.swap.backward_step import BackwardStep
+from offload.swap.forward_step import ForwardStep
 from offload.swap.optimizer import StreamedOptimizer
 from offload.swap.torch_seams import scale_on_host
 
@@ -24,6 +25,7 @@ class StepHooks:
         before_step: called when the gradients are complete; may refuse the step.
         after_step: called with (seconds in the optimizer, seconds of it spent waiting).
         in_backward: has stepped most parameters by the time that ``step`` is called.
+        in_forward: steps most parameters when ``step`` has returned.
     """
 
     def __init__(
@@ -33,12 +35,14 @@ class StepHooks:
         before_step: Callable[[], None],
         after_step: Callable[[float, float], None],
         in_backward: BackwardStep | None = None,
+        in_forward: ForwardStep | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._streamed = streamed
         self._before_step = before_step
         self._after_step = after_step
         self._in_backward = in_backward
+        self._in_forward = in_forward
         self._groups: list[dict[str, Any]] | None = None
         self._times = (0.0, 0.0)
         self._stepping = False
@@ -66,6 +70,8 @@ class StepHooks:
                 (args[0], lambda: loss),
                 {key: value for key, value in kwargs.items() if key != "closure"},
             )
+        if self._in_forward is not None:
+            self._in_forward.finish()
         self._before_step()
         scale_on_host(optimizer)
         journal = self._streamed.weights.journal
@@ -73,12 +79,13 @@ class StepHooks:
         self._streamed.weights.trace.end()
         self._streamed.gradients.poll()
         spent_s = stalled_s = 0.0
-        if self._in_backward is None:
+        inside = self._in_backward or self._in_forward
+        if inside is None:
             self._streamed.weights.evict_streaming()
         else:
-            self._in_backward.check_whole()
+            inside.check_whole()
             self._streamed.weights.settle()  # a step must not meet a fetch of its weight
-            spent_s, stalled_s = self._in_backward.end_step()
+            spent_s, stalled_s = inside.end_step()
         self._streamed.step()
         self._times = (
             spent_s + time.perf_counter() - began_s,
@@ -94,6 +101,8 @@ class StepHooks:
         self._stepping = False
         optimizer.param_groups, self._groups = self._groups, None
         self._after_step(*self._times)
+        if self._in_forward is not None:
+            self._in_forward.start()
 
     def remove(self) -> None:
         """Take the hooks off."""

@@ -119,6 +119,18 @@ def uses_rows_only(module: nn.Module) -> bool:
     return isinstance(module, _LOOKUPS) and getattr(module, "max_norm", None) is None
 
 
+def tables_of(model: nn.Module) -> frozenset[str]:
+    """The weights of which a module reads single rows, whether or not another uses all of it."""
+    names = {one: name for name, parameters in named_weights(model) for one in parameters}
+    return frozenset(
+        names[parameter]
+        for module in model.modules()
+        if uses_rows_only(module)
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+
+
 def gives_rows(module: nn.Module) -> bool:
     """Whether the gradient of a lookup can be made of the rows that it looked up alone.
 

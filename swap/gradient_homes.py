@@ -95,6 +95,10 @@ class GradientHomes:
         """Whether the user holds a tensor over the bytes of ``home``."""
         return storage_use_count(home.tensor) > self._owners[home]
 
+    def is_alone(self, home: MappedTensor) -> bool:
+        """Whether nobody holds the bytes of ``home``, which is a gradient, beside ``p.grad``."""
+        return storage_use_count(home.tensor) == self._owners[home] + 1
+
     def _reclaim(self) -> None:
         """Give back the room of old gradients that the user has let go of."""
         for home in [home for home in self._outlived if not self._is_kept(home)]:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
-from offload.swap.copying import write_jobs
+from offload.swap.copying import storage_use_count, write_jobs
 from offload.swap.departures import Departure, Departures, checksum_of, has_user_hook
 from offload.swap.governor import Governor
 from offload.swap.gradient_homes import GradientHomes
@@ -71,6 +71,7 @@ class GradientSwapper:
         self._written: set[nn.Parameter] = set()  # some rows of their gradients were
         self.by_rows: set[nn.Parameter] = set()  # as their last ones were, too
         self.stepper: Stepper | None = None  # uses gradients up as they arrive
+        self.before_backward: Callable[[], None] = lambda: None  # called at its first gradient
         self.before_end: Callable[[], None] = lambda: None  # called as a backward ends
         # Of gradients that come from a device (``device_gradients``):
         self.guard: AbstractContextManager[Any] = nullcontext()  # entered on each gradient
@@ -295,6 +296,7 @@ class GradientSwapper:
         if self._incomplete.expects_more is not None:
             return  # others run when it ends, and ``in_turns`` knows when all have
         if task not in (-1, self._watched_task):
+            self.before_backward()
             if task > self._watched_task:
                 self.norms.begin()
             else:
@@ -371,6 +373,12 @@ class GradientSwapper:
     def home_of(self, parameter: nn.Parameter) -> MappedTensor | None:
         """The mapping behind ``parameter.grad``, or None if the gradient is ordinary memory."""
         return self.places.of(parameter)
+
+    def is_alone(self, parameter: nn.Parameter) -> bool:
+        """Whether nobody holds the bytes of ``parameter.grad`` but itself."""
+        home, gradient = self.home_of(parameter), parameter.grad
+        assert gradient is not None
+        return self.places.is_alone(home) if home is not None else storage_use_count(gradient) == 2
 
     def stop(self) -> None:
         """Stop watching."""

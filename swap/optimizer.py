@@ -42,6 +42,7 @@ class StreamedOptimizer:
     Attributes:
         memory: steps in memory what the plan keeps there.
         masters: keeps those of bfloat16 weights.
+        put_off: takes parameters whose tiles it steps later; returns those to be stepped now.
 
     Raises:
         UnsupportedError: the optimizer's step can't be cut, or its states not be rounded.
@@ -70,6 +71,9 @@ class StreamedOptimizer:
         self.masters = MasterKeeper(keeper, weights)
         self._by_parameter = by_parameter
         self._known: set[torch.Tensor] | None = None  # had a state as the step began
+        self.put_off: Callable[[dict[str, Any], list[nn.Parameter]], Sequence[nn.Parameter]] = (
+            lambda _group, parameters: parameters
+        )
         self.pipeline = TilePipeline(
             weights.store.tier,
             gradients,
@@ -183,7 +187,7 @@ class StreamedOptimizer:
             ]
             chosen.update(streamed)
             if self.kind is Kind.ELEMENTWISE:
-                self._step_tiled(group, streamed, held)
+                self._step_tiled(group, self.put_off(group, streamed), held)
             else:
                 for parameter in streamed:
                     self._step_whole(group, parameter)

@@ -104,6 +104,11 @@ class TilePipeline:
         """Whether any tile is not written yet."""
         return bool(self._waiting or self._reading or self._visiting or self._writing)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a tile waits for staging memory to be read to."""
+        return bool(self._waiting)
+
     def add(self, group: Mapping[str, Any], targets: Sequence[Target]) -> None:
         """Line up the tiles of ``targets``, all of the optimizer's ``group``."""
         parameters = [target.parameter for target in targets]
@@ -140,6 +145,21 @@ class TilePipeline:
             self._step_first()
         elif self._writing:  # room is needed, or the step is ending
             self._retire()
+
+    def finish_target(self, target: Target) -> None:
+        """Return when all tiles of ``target`` are written; others go on as far as they are read.
+
+        Raises:
+            TierIOError: a read or write failed.
+        """
+        while True:
+            self._move_on()
+            if not target.unwritten_numel:
+                return
+            if target.unstepped_numel or self._has_read():
+                self.advance_one()
+            else:
+                self._retire()
 
     def finish(self) -> None:
         """Return when every tile has been written; no staging is kept.
@@ -186,6 +206,8 @@ class TilePipeline:
     def _step_first(self) -> None:
         tile = self._reading[0]
         self._await(tile.transfer, "late")
+        for part in tile.parts:
+            part.target.arrive()
         if tile.on_device:
             self._send(tile)
             return

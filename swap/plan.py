@@ -45,6 +45,7 @@ class Plan:
             stepped in place.
         resident_states_nbytes: bytes of these gradients and states.
         step_in_backward: tiles of the step are in flight while backward runs.
+        step_in_forward: they are while forward runs.
         tile_nbytes: of one tile of the optimizer step.
         in_turns_nbytes: weights of one block that micro-batches use in turns; 0 if none do. Where
             there is room the window holds all of them, and so many gradients wait for all parts.
@@ -62,14 +63,20 @@ class Plan:
     resident_states: tuple[str, ...] = ()
     resident_states_nbytes: int = 0
     step_in_backward: bool = False
+    step_in_forward: bool = False
     tile_nbytes: int = 0
     in_turns_nbytes: int = 0
+
+    @property
+    def steps_beside(self) -> bool:
+        """Whether tiles need memory beside what a pass needs."""
+        return self.step_in_backward or self.step_in_forward
 
     @property
     def ahead_nbytes(self) -> int:
         """Bytes that the plan allows only so that moves overlap with compute and each other."""
         window = self.window_nbytes - self.working_nbytes // 2
-        staging = self.staging_nbytes - self.tile_nbytes if self.step_in_backward else 0
+        staging = self.staging_nbytes - self.tile_nbytes if self.steps_beside else 0
         return window + self.gradients_nbytes + staging
 
     @property
@@ -99,28 +106,30 @@ def make_plan(
     baseline_nbytes: int,
     chunk_numel: int,
     step_in_backward: bool = False,
+    step_in_forward: bool = False,
 ) -> Plan:
     """Share ``budget_nbytes`` out for the first step.
 
     The first step keeps no weight resident and has little room to move ahead of time: what its
     activations and kernels need is not known before it has run. Its peak tells, and ``grow`` hands
-    out what turned out to be spare. A step in backward needs its tiles beside weights, gradients
-    and activations, a step behind it can have their room.
+    out what turned out to be spare. A step in backward or in forward needs its tiles beside
+    weights, gradients and activations, a step between them can have their room.
 
     Raises:
         BudgetError: the largest module does not fit; names the smallest budget that does.
     """
     working = census.working_set_nbytes()
     fixed = baseline_nbytes + OVERHEAD_NBYTES
-    if budget_nbytes < fixed + _at_once(working, chunk_numel, step_in_backward):
-        needed = _smallest_budget(fixed, working, chunk_numel, step_in_backward)
+    beside = step_in_backward or step_in_forward
+    if budget_nbytes < fixed + _at_once(working, chunk_numel, beside):
+        needed = _smallest_budget(fixed, working, chunk_numel, beside)
         by_module = census.module_nbytes()
         largest = max(by_module, key=lambda name: by_module[name], default="none")
         raise BudgetError(
             f"the host budget of {format_nbytes(budget_nbytes)} is too small: the process holds "
             f"{format_nbytes(baseline_nbytes)} before training, its largest layer "
             f"({largest}) needs {format_nbytes(working)} for weights and gradients, "
-            f"{'beside it' if step_in_backward else 'then'} a "
+            f"{'beside it' if beside else 'then'} a "
             f"tile of the optimizer step {format_nbytes(_tile(chunk_numel))}, the runtime "
             f"{format_nbytes(OVERHEAD_NBYTES)}. The smallest budget that fits is "
             f"host={_mib_ceil(needed + VARIATION_NBYTES)}MiB",
@@ -128,7 +137,7 @@ def make_plan(
             budget_nbytes=budget_nbytes,
         )
     staging, spare = budget_nbytes - fixed, budget_nbytes - fixed - working
-    if step_in_backward:
+    if beside:
         staging = _tile(chunk_numel)
         spare -= staging
     bare = Plan(
@@ -140,6 +149,7 @@ def make_plan(
         activations_nbytes=spare // 4,
         staging_nbytes=min(staging, _staging(chunk_numel)),
         step_in_backward=step_in_backward,
+        step_in_forward=step_in_forward,
         tile_nbytes=_tile(chunk_numel),
     )
     return _move_ahead(bare, census, spare // 4)
@@ -154,7 +164,7 @@ def enough_nbytes(plan: Plan, peak_nbytes: int) -> int:
     missing = max(peak_nbytes + MARGIN_NBYTES - plan.budget_nbytes, 0)
     enough = plan.budget_nbytes + 2 * missing
     tile = _tile(choose_chunk_numel(_mib_ceil(enough) << 20))
-    if plan.step_in_backward and tile > plan.tile_nbytes:
+    if plan.steps_beside and tile > plan.tile_nbytes:
         larger = dataclasses.replace(plan, tile_nbytes=tile)
         return enough_nbytes(larger, peak_nbytes + tile - plan.tile_nbytes)
     return enough
@@ -183,6 +193,8 @@ def grow(
             memory, whether or not they are there yet.
     """
     spare = plan.budget_nbytes - MARGIN_NBYTES - peak_nbytes
+    if plan.step_in_forward:  # the first step has none, so its forward's peak is without a tile
+        spare -= plan.tile_nbytes
     before, plan = plan, _move_ahead(plan, census, max(spare, 0))
     spare -= plan.ahead_nbytes - before.ahead_nbytes
     weights_nbytes = {weight.name: weight.nbytes for weight in census.weights}
@@ -249,7 +261,7 @@ def _move_ahead(plan: Plan, census: Census, spare_nbytes: int) -> Plan:
     lacking = min(max(plan.in_turns_nbytes - plan.window_nbytes, 0), spare_nbytes)
     spare_nbytes -= lacking
     staging = plan.staging_nbytes
-    if plan.step_in_backward:
+    if plan.steps_beside:
         staging = min(staging + spare_nbytes // 5, _TILES_IN_FLIGHT * plan.tile_nbytes)
     if plan.in_turns_nbytes:
         window_most = max(window_most, plan.in_turns_nbytes + most // 2)
@@ -269,7 +281,7 @@ def _move_ahead(plan: Plan, census: Census, spare_nbytes: int) -> Plan:
 
 
 def _move_nothing_ahead(plan: Plan) -> Plan:
-    staging = plan.tile_nbytes if plan.step_in_backward else plan.staging_nbytes
+    staging = plan.tile_nbytes if plan.steps_beside else plan.staging_nbytes
     return dataclasses.replace(
         plan, window_nbytes=plan.working_nbytes // 2, gradients_nbytes=0, staging_nbytes=staging
     )
@@ -299,20 +311,18 @@ def _tile(chunk_numel: int) -> int:
     return _staging(chunk_numel) // _TILES_IN_FLIGHT
 
 
-def _at_once(working_nbytes: int, chunk_numel: int, step_in_backward: bool) -> int:
-    """What backward of the largest module and a tile of the step hold, in turn or together."""
+def _at_once(working_nbytes: int, chunk_numel: int, beside: bool) -> int:
+    """What backward of the largest module and a tile of the step hold, in turn or beside it."""
     both = (working_nbytes, _tile(chunk_numel))
-    return sum(both) if step_in_backward else max(both)
+    return sum(both) if beside else max(both)
 
 
-def _smallest_budget(
-    fixed_nbytes: int, working_nbytes: int, chunk_numel: int, step_in_backward: bool
-) -> int:
+def _smallest_budget(fixed_nbytes: int, working_nbytes: int, chunk_numel: int, beside: bool) -> int:
     """Bytes that fit with the tiles that ``choose_chunk_numel`` picks for the budget to name."""
-    needed = fixed_nbytes + _at_once(working_nbytes, chunk_numel, step_in_backward)
+    needed = fixed_nbytes + _at_once(working_nbytes, chunk_numel, beside)
     while True:
         chosen = choose_chunk_numel(_mib_ceil(needed + VARIATION_NBYTES) << 20)
-        fitting = fixed_nbytes + _at_once(working_nbytes, chosen, step_in_backward)
+        fitting = fixed_nbytes + _at_once(working_nbytes, chosen, beside)
         if fitting <= needed:
             return needed
         needed = fitting

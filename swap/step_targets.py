@@ -44,6 +44,7 @@ class Target:
             themselves only by name, their bytes go to ``states``.
         written: called when all its tiles are written, not yet published.
         stepped: called when all its tiles are stepped: nobody reads its gradient any more.
+        arrive: called before a tile is stepped: has a weight in memory that is still on its way.
     """
 
     parameter: nn.Parameter
@@ -55,6 +56,7 @@ class Target:
     states: dict[str, Version]
     written: Callable[["Target"], None]
     stepped: Callable[["Target"], None] = lambda _target: None
+    arrive: Callable[[], None] = lambda: None
     rounding: Mapping[str, Rounding] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
     unstepped_numel: int = field(init=False)
@@ -62,6 +64,11 @@ class Target:
 
     def __post_init__(self) -> None:
         self.unstepped_numel = self.unwritten_numel = self.gradient.numel()
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the weight is stepped where it is, or will be, in memory."""
+        return self.weight.in_memory or self.weight.is_coming
 
     @property
     def has_master(self) -> bool:
@@ -75,7 +82,7 @@ class Target:
 
     def staging(self, piece: Piece) -> list[int]:
         """Staging bytes of a piece: its parameter, its gradient, each per-element state."""
-        weight = 0 if self.weight.in_memory else self.parameter.element_size()
+        weight = 0 if self.in_place else self.parameter.element_size()
         gradient = 0 if self.home is None else self.gradient.element_size()
         sizes = [page_ceil(piece.numel * itemsize) for itemsize in (weight, gradient)]
         if self.widens_gradient:  # where it will be widened to is the weight before and after

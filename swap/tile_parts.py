@@ -54,7 +54,7 @@ class Part:
     def place(cls, target: Target, piece: Piece, buffer: HostBuffer, offset: int) -> Self:
         """Lay it out in ``buffer`` from ``offset`` on, as ``target.staging`` counts."""
         weight_nbytes, gradient_nbytes, *state_nbytes = target.staging(piece)
-        if target.weight.in_memory:  # stepped in place: memory is the newest copy
+        if target.in_place:  # stepped in place: memory is the newest copy
             weight = target.weight.mapped.tensor.view(-1)[piece.start : piece.stop]
         else:
             weight = buffer.tensor(target.parameter.dtype, (piece.numel,), offset=offset)
@@ -96,7 +96,7 @@ class Part:
     def reads(self) -> Iterator[Move]:
         """What is read from the store; the gradient is not of it."""
         target, piece = self.target, self.piece
-        if not target.weight.in_memory:
+        if not target.in_place:
             yield Move(target.version, piece.start * self.weight.element_size(), self.weight)
         for name, version in target.states.items():
             if name in target.before:

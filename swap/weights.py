@@ -51,6 +51,11 @@ class Weight:
         return self.residency in (Residency.READY, Residency.DIRTY)
 
     @property
+    def is_coming(self) -> bool:
+        """Whether it is on its way to memory, where a step will change it."""
+        return self.held and self.residency is Residency.FETCHING
+
+    @property
     def dirty(self) -> bool:
         """Whether a step in memory has changed it since it was stored."""
         return self.residency is Residency.DIRTY
@@ -110,21 +115,36 @@ class WeightSwapper(Window[Weight]):
                 table.mapped.shed()
                 file.uncache(block.extent.offset, block.extent.nbytes)
 
-    def hold(self, weight: Weight) -> None:
+    def hold(self, weight: Weight, *, wait: bool = True) -> None:
         """Keep ``weight`` where it is until ``let_go``: in memory, or in its file alone.
 
         A step changes a held weight: what is in memory is changed there, what is not has its tiles
         read, and must not be fetched while a new version is written. One that is used meanwhile
         is read through its mapping.
 
+        Args:
+            wait: until ``weight`` is here, if it is on its way; else ``arrive`` does.
+
         Raises:
             TierIOError: a read that was on its way failed.
         """
         weight.held = True
+        if wait:
+            self.arrive(weight)
+
+    def arrive(self, weight: Weight) -> None:
+        """Wait for ``weight`` if it is on its way.
+
+        Raises:
+            TierIOError: its read failed.
+        """
         self._await(weight, "late")
 
-    def bring(self, weight: Weight) -> None:
+    def bring(self, weight: Weight, *, wait: bool = True) -> None:
         """Have ``weight`` in memory now, unless a step holds it in its file.
+
+        Args:
+            wait: until it is there.
 
         Raises:
             TierIOError: a read failed.
@@ -132,7 +152,18 @@ class WeightSwapper(Window[Weight]):
         if weight.residency is Residency.ABSENT and not weight.held:
             self._make_room(weight, force=True)
             self._fetch(weight, urgent=True)
-        self._await(weight, "late")
+        if wait:
+            self.arrive(weight)
+
+    def fetch_ahead(self, weight: Weight) -> bool:
+        """Begin to fetch ``weight`` if the window has room for it; whether it is here or coming.
+
+        Raises:
+            TierIOError: what had to go could not be stored.
+        """
+        if weight.residency is Residency.ABSENT and not weight.held and self._make_room(weight):
+            self._fetch(weight)
+        return weight.residency is not Residency.ABSENT
 
     def let_go(self, weight: Weight) -> None:
         """``weight`` may be fetched and evicted again."""

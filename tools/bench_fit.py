@@ -10,7 +10,8 @@ Efficiency = max(compute time of the step with everything resident, bytes moved 
 step time. Resident compute is measured on a model of the same width with few blocks and scaled
 by block; the disk limit is measured with the same proportion of reads to writes. Both are taken
 right after the run that they are compared with. At the comfortable limit the optimizer steps
-behind backward, as by default, and then in it (``step_in_backward``).
+behind backward, as by default, then in it (``step_in_backward``), and in the next forward
+(``step_in_forward``).
 """
 
 import json
@@ -52,6 +53,8 @@ SIZES = (
     Size("3B", 2_947_000_000, 1536),
 )
 _BEHIND, _IN_BACKWARD = "optimizer behind backward", "optimizer in backward"
+_IN_FORWARD = "optimizer in forward"
+_FLAGS = {_BEHIND: [], _IN_BACKWARD: ["--step-in-backward"], _IN_FORWARD: ["--step-in-forward"]}
 _ADVICE = re.compile(r"host=(\d+)MiB")
 _MOST_ADVICE = 4  # errors in a row; each names a larger budget than the one before
 # Gradients, and weights and states in one slot or in the two that commits take, with some air.
@@ -90,7 +93,8 @@ def _measure(size: Size, directory: Path, result: Result, *, quick: bool) -> Non
     if not quick:
         limits.append(_smallest_limit_mib(size, commit, directory))
     passed: list[dict[str, Any]] = []
-    for limit_mib, step in [(mib, _BEHIND) for mib in limits] + [(limits[0], _IN_BACKWARD)]:
+    ways = [(limits[0], _IN_BACKWARD), (limits[0], _IN_FORWARD)]
+    for limit_mib, step in [(mib, _BEHIND) for mib in limits] + ways:
         done = _run(size, limit_mib, commit, directory, step)
         if done.returncode != 0:
             result.notes.append(f"{size.name} in {limit_mib} MiB, {step}: {_why(done)}")
@@ -165,7 +169,7 @@ def _run(size: Size, limit_mib: int, commit: str, directory: Path, step: str) ->
     try:
         with MemoryCgroup("offload-fit", limit_mib * _MIB) as group:
             command = [*_command(size, budget, store), "--commit", commit]
-            return group.run([*command, *(["--step-in-backward"] if step == _IN_BACKWARD else [])])
+            return group.run([*command, *_FLAGS[step]])
     finally:
         shutil.rmtree(store, ignore_errors=True)
 

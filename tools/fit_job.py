@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--commit", choices=["step", "never"], default="step")
     parser.add_argument("--record", type=Path)
     parser.add_argument("--step-in-backward", action="store_true")
+    parser.add_argument("--step-in-forward", action="store_true")
     parser.add_argument("--compute", action="store_true", help="measure resident compute only")
     arguments = parser.parse_args()
     if arguments.compute:
@@ -144,7 +145,10 @@ def main() -> None:
             optimizer,
             record=arguments.record,
             commit=arguments.commit,
-            config={"step_in_backward": arguments.step_in_backward},
+            config={
+                "step_in_backward": arguments.step_in_backward,
+                "step_in_forward": arguments.step_in_forward,
+            },
         )
     losses = []
     step_s = []

@@ -72,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="step each parameter as soon as its gradient is complete; excludes gradient clipping",
     )
     parser.add_argument(
+        "--step-in-forward",
+        action="store_true",
+        default=None,
+        help="put the step off until the next forward, which it then overlaps with",
+    )
+    parser.add_argument(
         "--accumulation-steps",
         metavar="N",
         help="backward passes that make one step, with --step-in-backward (default: 1)",
@@ -132,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         nvme_write_budget=arguments.nvme_write_budget,
         nvme_endurance=arguments.nvme_endurance,
         step_in_backward=arguments.step_in_backward,
+        step_in_forward=arguments.step_in_forward,
         accumulation_steps=arguments.accumulation_steps,
         optimizer_device=arguments.optimizer_device,
         state_precision=arguments.state_precision,

@@ -38,7 +38,7 @@ _APART = frozenset(
     }
 )  # fmt: skip
 _DEFAULTS = OffloadConfig()
-_UNKNOWN = ("io_threads", "recompute", "accumulation_steps")
+_UNKNOWN = ("io_threads", "recompute", "accumulation_steps", "step_in_forward")
 
 
 def unpredicted(config: OffloadConfig) -> list[str]:

@@ -40,12 +40,12 @@ class Candidate:
 
 # The settings that a factor decides: none of them may be the user's.
 _TOGETHER = {
-    "step_in_backward": {"step_in_backward", "accumulation_steps"},
+    "step_in_backward": {"step_in_backward", "accumulation_steps", "step_in_forward"},
     "recompute": {"recompute", "alpha", "relaxed", "blocks"},
     "io_threads": {"io_threads"},
     "io_engine": {"io_engine"},
     "commit": {"commit"},
-    "state_precision": {"state_precision"},
+    "state_precision": {"state_precision", "step_in_forward"},
 }
 BASELINE = Candidate(name=BASELINE_NAME, factor="", changes={})
 

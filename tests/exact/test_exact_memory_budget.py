@@ -39,7 +39,7 @@ print(json.dumps({
     "states": len(plan.resident_states), "baseline_nbytes": plan.baseline_nbytes,
 }))
 """
-BACKWARD_SCRIPT = """
+SLOW_WRITES_SCRIPT = """
 import json, sys
 import torch, xxhash
 from torch import nn
@@ -52,7 +52,7 @@ class SlowWrites(ThrottledEngine):
     def read(self, offset, address, nbytes):
         return self.inner.read(offset, address, nbytes)
 
-budget, place, in_backward = sys.argv[1:]
+budget, place, way = sys.argv[1:]
 torch.manual_seed(0)
 torch.set_num_threads(1)
 slow = Link(bytes_per_s=150e6)
@@ -63,7 +63,7 @@ with init:
         nn.Embedding(4096, 2048), *(nn.Linear(2048, 2048) for _ in range(4)), nn.Linear(2048, 4096)
     )
 optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-config = {"step_in_backward": in_backward == "in backward"}
+config = {"step_in_backward": way == "in backward", "step_in_forward": way == "in forward"}
 with offload.attach(model, optimizer, commit="never", config=config) as engine:
     for step in range(3):
         x = torch.randint(4096, (16,), generator=torch.Generator().manual_seed(step))
@@ -115,10 +115,11 @@ def test_more_budget_keeps_more_and_none_is_exceeded(kernels: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_step_in_backward_waits_where_writes_are_slow(tmp_path: Path) -> None:
-    """Gradients, their held weights and tiles wait in memory, and the largest gradient is last."""
-    ample = run(4096, tmp_path / "ample", "behind", text=BACKWARD_SCRIPT)
+@pytest.mark.parametrize("way", ["in backward", "in forward"])
+def test_a_step_beside_a_pass_waits_where_writes_are_slow(way: str, tmp_path: Path) -> None:
+    """Held weights and tiles wait in memory, in backward gradients, too, the largest one last."""
+    ample = run(4096, tmp_path / "ample", "behind", text=SLOW_WRITES_SCRIPT)
     budget_mib = ample["baseline_nbytes"] // MIB + 130
-    result = run(budget_mib, tmp_path / "tight", "in backward", text=BACKWARD_SCRIPT)
+    result = run(budget_mib, tmp_path / "tight", way, text=SLOW_WRITES_SCRIPT)
     assert result["digest"] == ample["digest"]
     assert result["peak_nbytes"] <= budget_mib * MIB

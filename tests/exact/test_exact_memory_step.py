@@ -367,10 +367,10 @@ def test_a_resumed_run_continues_bit_for_bit(
             )
             if commit == "manual":
                 engine.commit()
-                assert not engine._owed_nbytes()
+                assert not engine._commits.owed_nbytes()
                 if steps.start == 0:  # these are of no commit
                     train(model, optimizer, range(90, 92))
-                    assert engine._owed_nbytes()
+                    assert engine._commits.owed_nbytes()
     assert losses == expected
     assert_same(plain, plain_optimizer, model, optimizer)
 

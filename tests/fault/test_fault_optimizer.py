@@ -14,7 +14,7 @@ import offload
 from offload.allocator.errors import UnsupportedError
 from offload.engine import Engine
 
-MODES = pytest.mark.parametrize("in_backward", [False, True])
+MODES = pytest.mark.parametrize("way", ["behind", "step_in_backward", "step_in_forward"])
 
 
 def make_model(hidden: int = 300) -> nn.Sequential:
@@ -26,8 +26,8 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), 1e-3)
 
 
-def attach(model: nn.Module, optimizer: Any, directory: Path, *, in_backward: bool) -> Engine:
-    config = {"step_in_backward": in_backward}
+def attach(model: nn.Module, optimizer: Any, directory: Path, *, way: str) -> Engine:
+    config = {} if way == "behind" else {way: True}
     return offload.attach(model, optimizer, budget="8GiB", nvme=directory, config=config)
 
 
@@ -45,14 +45,14 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 @MODES
-def test_a_group_that_is_added_later(in_backward: bool, tmp_path: Path) -> None:
+def test_a_group_that_is_added_later(way: str, tmp_path: Path) -> None:
     """Layers that are unfrozen one after the other, say."""
     plain = make_model()
     twin = copy.deepcopy(plain)
     for model in (plain, twin):
         optimizer = torch.optim.AdamW(model[2].parameters(), 1e-3)
         if model is twin:
-            engine = attach(model, optimizer, tmp_path, in_backward=in_backward)
+            engine = attach(model, optimizer, tmp_path, way=way)
         train(model, optimizer)
         model.zero_grad()
         optimizer.add_param_group({"params": model[0].parameters(), "lr": 1e-2})
@@ -87,11 +87,11 @@ CHANGES: dict[str, tuple[Callable[[Any, Any], None], str]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @MODES
 def test_other_parameters_are_refused_before_the_step(
-    change: str, in_backward: bool, tmp_path: Path
+    change: str, way: str, tmp_path: Path
 ) -> None:
     model = make_model()
     optimizer = adamw(model)
-    engine = attach(model, optimizer, tmp_path, in_backward=in_backward)
+    engine = attach(model, optimizer, tmp_path, way=way)
     train(model, optimizer)
     finished = copy.deepcopy(make_model().state_dict() | model.state_dict())
     make_change, message = CHANGES[change]
@@ -100,19 +100,19 @@ def test_other_parameters_are_refused_before_the_step(
         train(model, optimizer, 1)
     engine.detach()
     fresh = make_model()
-    with attach(fresh, adamw(fresh), tmp_path, in_backward=in_backward) as again:
+    with attach(fresh, adamw(fresh), tmp_path, way=way) as again:
         assert again.step == 2
         assert all(torch.equal(value, finished[k]) for k, value in fresh.state_dict().items())
 
 
 @MODES
-def test_a_state_of_another_model(in_backward: bool, tmp_path: Path) -> None:
+def test_a_state_of_another_model(way: str, tmp_path: Path) -> None:
     foreign = make_model(hidden=200)
     its_optimizer = adamw(foreign)
     train(foreign, its_optimizer)
     model = make_model()
     optimizer = adamw(model)
-    engine = attach(model, optimizer, tmp_path, in_backward=in_backward)
+    engine = attach(model, optimizer, tmp_path, way=way)
     train(model, optimizer)
     own = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(its_optimizer.state_dict())
@@ -130,11 +130,11 @@ def test_a_state_of_another_model(in_backward: bool, tmp_path: Path) -> None:
 
 
 @MODES
-def test_sparse_gradients_where_the_optimizer_takes_none(in_backward: bool, tmp_path: Path) -> None:
+def test_sparse_gradients_where_the_optimizer_takes_none(way: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Embedding(300, 256, sparse=True)
     optimizer = torch.optim.Adam(model.parameters())
-    with attach(model, optimizer, tmp_path, in_backward=in_backward):
+    with attach(model, optimizer, tmp_path, way=way):
         model(torch.arange(5)).sum().backward()
         with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
             optimizer.step()
@@ -142,14 +142,14 @@ def test_sparse_gradients_where_the_optimizer_takes_none(in_backward: bool, tmp_
 
 @MODES
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none(value: float, in_backward: bool, tmp_path: Path) -> None:
+def test_numbers_that_are_none(value: float, way: str, tmp_path: Path) -> None:
     """They go where they go in memory."""
     plain = make_model()
     twin = copy.deepcopy(plain)
     for model in (plain, twin):
         optimizer = adamw(model)
         if model is twin:
-            engine = attach(model, optimizer, tmp_path, in_backward=in_backward)
+            engine = attach(model, optimizer, tmp_path, way=way)
         (model(torch.ones(4, 256)) * value).sum().backward()
         optimizer.step()
     mine, theirs = (torch.cat([p.flatten() for p in one.parameters()]) for one in (plain, twin))
