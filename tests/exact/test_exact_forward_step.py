@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_exact_backward_step import Tied
+from test_exact_backward_step import Tied, adamw, loss_of
 from test_exact_optimizers import OPTIMIZERS, make_model, two_groups
 from torch import nn
 from torch.nn import functional as F
@@ -44,14 +44,6 @@ def put_off(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
     monkeypatch.setattr(ForwardStep, "start", counting)
     return counted
-
-
-def adamw(model: nn.Module) -> Any:
-    return torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-
-
-def loss_of(model: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.mse_loss(model(x) * model.scale, x) + model.empty.sum()
 
 
 def loop(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
