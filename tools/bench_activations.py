@@ -182,7 +182,7 @@ def saved_tensors(model: Model, tokens: torch.Tensor) -> list[torch.Tensor]:
     return saved
 
 
-def hook_s(swap: ActivationSwap, saved: list[torch.Tensor], repeats: int = 200) -> float:
+def hook_s(swap: ActivationSwap, saved: list[torch.Tensor], repeats: int = 50) -> float:
     """Seconds to pack and unpack one of ``saved``, and to let go of it; nothing moves."""
     cache = swap.cache
 
