@@ -15,7 +15,7 @@ does the death of a handle, which can happen on any thread (``saved.Graveyard``)
 """
 
 import threading
-import weakref
+import weakref  # noqa: TC003 (as all of them)
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -222,7 +222,7 @@ class ActivationCache:
         if nbytes >= self.min_nbytes:
             self._add_unit([part], nbytes)
         else:
-            self._batch.append(weakref.ref(part))
+            self._batch.append(part.ref)
             self._batch_nbytes += nbytes
             if self._batch_nbytes >= BATCH_NBYTES:
                 self._close_batch()
@@ -256,7 +256,7 @@ class ActivationCache:
         """The small storages that still live move as one from now on, if they are enough."""
         living = [part for known in self._batch if (part := known()) is not None]
         self._batch_nbytes = sum(part.nbytes for part in living)
-        self._batch = [weakref.ref(part) for part in living]
+        self._batch = [part.ref for part in living]
         if self._batch_nbytes < BATCH_NBYTES // 2:
             return
         self._batch, self._batch_nbytes = [], 0

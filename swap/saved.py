@@ -119,8 +119,8 @@ class Part:
     """The bytes behind saved views: one storage, from its first ``pack`` to its last handle."""
 
     __slots__ = (
-        "__weakref__", "_known", "_tidy_at", "_weak", "key", "memory", "nbytes", "offset", "unit",
-        "views",
+        "__weakref__", "_known", "_tidy_at", "_weak", "key", "memory", "nbytes", "offset", "ref",
+        "unit", "views",
     )  # fmt: skip
 
     def __init__(
@@ -135,7 +135,7 @@ class Part:
         self._tidy_at = _TIDY_AT
         self._known = known
         self._weak: int | None = None
-        known[key] = weakref.ref(self)
+        self.ref = known[key] = weakref.ref(self)  # the one that others keep, too
 
     def view(self, tensor: torch.Tensor) -> View:
         """The handle of ``tensor``, which stands on the bytes in memory."""
@@ -156,7 +156,7 @@ class Part:
         if memory._cdata != self.key or self._weak is not None:
             self._forget_key()
             self.key = memory._cdata
-            self._known[self.key] = weakref.ref(self)
+            self._known[self.key] = self.ref
         for view in self.living_views():
             view.let_go()  # of other memory
         self.memory = memory
@@ -177,8 +177,7 @@ class Part:
         return storage
 
     def _forget_key(self) -> None:
-        known = self._known.get(self.key)
-        if known is not None and known() in (None, self):
+        if self._known.get(self.key) is self.ref:
             del self._known[self.key]
         if self._weak is not None:
             torch.UntypedStorage._free_weak_ref(self._weak)
@@ -205,7 +204,7 @@ class Unit:
     )  # fmt: skip
 
     def __init__(self, parts: list[Part], nbytes: int, index: int, graveyard: "Graveyard") -> None:
-        self.parts = [weakref.ref(part) for part in parts]
+        self.parts = [part.ref for part in parts]
         self.nbytes = nbytes
         self.index = index  # in the order of packing
         self.origin: object = None  # the pass that packed it
