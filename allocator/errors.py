@@ -13,6 +13,7 @@
     ├── StaleBlockError (RuntimeError) a block was used after its release
     ├── StepInterruptedError (RuntimeError) a step in backward is neither done nor undone
     ├── ConsumedGradientError (RuntimeError) a gradient was used after the step in backward
+    ├── ForkedProcessError (RuntimeError) a child process has no threads that move bytes
     └── UnsupportedError (TypeError)  something Offload can't do exactly, so it refuses
 
 A message says what, how many bytes, where, and the smallest change that mends it.
@@ -91,6 +92,10 @@ class StepInterruptedError(OffloadError, RuntimeError):
 
 class ConsumedGradientError(OffloadError, RuntimeError):
     """A gradient was used after a step in backward had used it up."""
+
+
+class ForkedProcessError(OffloadError, RuntimeError):
+    """A process was forked from the one that trains, and needs bytes that only that can move."""
 
 
 class UnsupportedError(OffloadError, TypeError):

@@ -1,6 +1,10 @@
-"""How long a model is attached: until ``detach``, the end of a ``with``, or the interpreter's."""
+"""How long a model is attached: until ``detach``, the end of a ``with``, or the interpreter's.
+
+A process that is forked meanwhile ends nothing: store, files and threads are its parent's.
+"""
 
 import atexit
+import os
 import sys
 import weakref
 from abc import ABC, abstractmethod
@@ -26,6 +30,7 @@ class Attachment(ABC):
     def _hold(self) -> None:
         """Everything stands: from now on there is something to end."""
         self._attached = True
+        self._process = os.getpid()
         attached_models.add(self.model)
         self._at_exit = weakref.WeakMethod(self._exit)
         atexit.register(_call, self._at_exit)
@@ -51,6 +56,8 @@ class Attachment(ABC):
     def _detach(self, status: str) -> None:
         if self._attached:
             self._attached = False
+            if self._process != os.getpid():
+                return
             attached_models.discard(self.model)
             self._end(status)
 

@@ -12,8 +12,12 @@ one transfer may be in several queues; it is done when the last of them has ende
 [Note: one after the other] A transfer may begin when another has ended, on whichever lane: a read
 into memory that is still being written from. The thread that ends the other one queues it, so
 nobody has to come by.
+
+[Note: forked processes] A process that is forked has the lanes, and not their threads: whoever
+waited for a transfer there would wait for ever. It is told so.
 """
 
+import os
 import threading
 import time
 from collections import deque
@@ -21,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from offload.allocator.errors import ForkedProcessError
 from offload.tiers.journal import Journal, Label
 
 Job: TypeAlias = Callable[[], None]
@@ -48,6 +53,7 @@ class Transfer:
         "_followers",
         "_left",
         "_lock",
+        "_process",
         "ended_s",
         "error",
         "label",
@@ -65,6 +71,7 @@ class Transfer:
         self.observed = False  # somebody has been told of the error
         self.started_s: float | None = None
         self.ended_s: float | None = None
+        self._process = os.getpid()
         self._left = jobs
         self._followers: list[Callable[[], None]] = []
         self._lock = threading.Lock()
@@ -84,16 +91,23 @@ class Transfer:
         return self._event.is_set()
 
     def settle(self) -> None:
-        """Block until done, well or not."""
-        self._event.wait()
+        """Block until done, well or not.
+
+        Raises:
+            ForkedProcessError: it isn't done, and this process was forked meanwhile.
+        """
+        if not self._event.is_set():
+            check_process(self._process)
+            self._event.wait()
 
     def wait(self) -> None:
         """Block until done.
 
         Raises:
             BaseException: what the first failing job raised, on this thread.
+            ForkedProcessError: as ``settle``.
         """
-        self._event.wait()
+        self.settle()
         if self.error is not None:
             self.observed = True
             raise self.error
@@ -119,6 +133,20 @@ class Transfer:
                 self._followers.append(call)
                 return
         call()
+
+
+def check_process(pid: int) -> None:
+    """Raise unless this is the process ``pid``; see [Note: forked processes].
+
+    Raises:
+        ForkedProcessError: it is a child of it.
+    """
+    if os.getpid() != pid:
+        raise ForkedProcessError(
+            f"process {os.getpid()} was forked from process {pid}, where Offload keeps this model: "
+            "bytes that are not in memory can only be moved there. Make copies for the child "
+            "before it is forked, or start it with multiprocessing's 'spawn'"
+        )
 
 
 def _no_job() -> None:
@@ -164,6 +192,7 @@ class Lane:
         self.name = name
         self.journal = journal
         self.failed: list[Transfer] = []
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._queues = [_Queue(self._lock) for _ in range(queues)]
         self._idle = threading.Condition(self._lock)
@@ -194,7 +223,11 @@ class Lane:
         ``urgent`` goes to the head of its queues: somebody is already waiting for it. ``owner``
         is kept alive until the last job has ended. None of the jobs begins, and the transfer is
         not done, before ``after`` is ([Note: one after the other]).
+
+        Raises:
+            ForkedProcessError: its threads are in the process that this one was forked from.
         """
+        check_process(self._process)
         if after is not None:
             jobs = jobs or [_no_job]
         transfer = Transfer(label, nbytes, len(jobs), owner)
@@ -237,6 +270,7 @@ class Lane:
 
     def settle(self) -> None:
         """Wait until the lane is idle; errors stay with their transfers, and for ``drain``."""
+        check_process(self._process)
         with self._idle:
             self._idle.wait_for(lambda: self._pending == 0)
 
@@ -246,6 +280,7 @@ class Lane:
         Raises:
             BaseException: the first error of a transfer that nobody waited for.
         """
+        check_process(self._process)
         with self._idle:
             self._idle.wait_for(lambda: self._pending == 0)
             failed, self.failed = self.failed, []

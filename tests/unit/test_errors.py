@@ -11,6 +11,7 @@ BUILTINS = {
     "CheckpointError": ValueError,
     "ConfigError": ValueError,
     "ConsumedGradientError": RuntimeError,
+    "ForkedProcessError": RuntimeError,
     "OffloadError": Exception,
     "StaleBlockError": RuntimeError,
     "StepInterruptedError": RuntimeError,

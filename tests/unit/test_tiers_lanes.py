@@ -1,12 +1,14 @@
 """Lanes run jobs in order, and no error on them is ever lost."""
 
 import gc
+import os
 import threading
 import weakref
 from functools import partial
 
 import pytest
 
+from offload.allocator.errors import ForkedProcessError
 from offload.tiers.events import ListRecorder, Move
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Lane, QueuedJob
@@ -392,3 +394,23 @@ def test_a_lane_is_not_idle_while_a_transfer_of_it_waits_for_another(make_lane):
         thread.join(PATIENCE_S)
         assert not thread.is_alive()
     assert done == ["read"]
+
+
+def test_a_forked_process_is_told_that_it_has_no_threads(lane, monkeypatch):
+    before = lane.submit([lambda: None], LABEL, 0)
+    before.wait()
+    gate = Gate(lane)
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: 0)  # all that a child's lane knows of the fork
+        for use in (
+            lambda: lane.submit([], LABEL, 0),
+            lane.settle,
+            lane.drain,
+            gate.transfer.settle,
+            gate.transfer.wait,
+        ):
+            with pytest.raises(ForkedProcessError, match="was forked from process"):
+                use()
+        before.wait()  # it had ended: the child has its bytes
+    gate.open()
+    gate.transfer.wait()
