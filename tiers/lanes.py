@@ -12,6 +12,12 @@ one transfer may be in several queues; it is done when the last of them has ende
 [Note: one after the other] A transfer may begin when another has ended, on whichever lane: a read
 into memory that is still being written from. The thread that ends the other one queues it, so
 nobody has to come by.
+
+[Note: who wakes whom] To wake a thread is a system call, and the kernel may give the woken thread
+the processor of the one that called, which is the training thread, in the middle of its work. So
+``submit`` wakes one worker at most for each queue, none while one is still waking up, and after it
+has given up the lock, which the woken one wants first of all. A worker that takes a job and leaves
+others behind wakes the next worker.
 """
 
 import threading
@@ -121,6 +127,11 @@ class Transfer:
         call()
 
 
+def _ring(bells: Sequence[threading.Lock]) -> None:
+    for bell in bells:
+        bell.release()
+
+
 def _no_job() -> None:
     """Nothing has to move, but not before another transfer has ended."""
 
@@ -141,13 +152,37 @@ def wait_for_all(transfers: Sequence[Transfer]) -> None:
 
 
 class _Queue:
-    """The jobs of one path that wait, and the workers' call to them."""
+    """The jobs of one path that wait, and the workers that wait for them ([Note: who wakes whom]).
 
-    __slots__ = ("jobs", "wake")
+    Everything here is done under the lane's lock.
+    """
 
-    def __init__(self, lock: threading.Lock) -> None:
+    __slots__ = ("_asleep", "_is_waking", "jobs")
+
+    def __init__(self) -> None:
         self.jobs: deque[tuple[Transfer, Job]] = deque()
-        self.wake = threading.Condition(lock)
+        self._asleep: list[threading.Lock] = []  # of each worker its own, which it waits for
+        self._is_waking = False  # a worker has been called and has not come yet
+
+    def sleep(self, bell: threading.Lock) -> None:
+        """A worker goes to wait for ``bell``, which it holds."""
+        self._asleep.append(bell)
+
+    def come(self) -> None:
+        """A worker has come."""
+        self._is_waking = False
+
+    def call(self) -> "threading.Lock | None":
+        """What is to be released to wake a worker; None if none need be."""
+        if not self.jobs or not self._asleep or self._is_waking:
+            return None
+        self._is_waking = True
+        return self._asleep.pop()
+
+    def call_all(self) -> list[threading.Lock]:
+        """What is to be released to wake every worker."""
+        called, self._asleep = self._asleep, []
+        return called
 
 
 class Lane:
@@ -165,7 +200,7 @@ class Lane:
         self.journal = journal
         self.failed: list[Transfer] = []
         self._lock = threading.Lock()
-        self._queues = [_Queue(self._lock) for _ in range(queues)]
+        self._queues = [_Queue() for _ in range(queues)]
         self._idle = threading.Condition(self._lock)
         self._closed = False
         self._pending = 0  # jobs that wait or run
@@ -198,14 +233,16 @@ class Lane:
         if after is not None:
             jobs = jobs or [_no_job]
         transfer = Transfer(label, nbytes, len(jobs), owner)
+        bells: list[threading.Lock] = []
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"lane {self.name} is closed")
             if after is None:
-                self._enqueue(transfer, jobs, urgent=urgent)
+                bells = self._enqueue(transfer, jobs, urgent=urgent)
             else:
                 self._following += 1
             self._pending += len(jobs)
+        _ring(bells)
         if after is not None:
             after.then(lambda: self._follow(transfer, jobs))
         return transfer
@@ -213,18 +250,22 @@ class Lane:
     def _follow(self, transfer: Transfer, jobs: Sequence[Job]) -> None:
         with self._lock:
             self._following -= 1
-            self._enqueue(transfer, jobs)
+            bells = self._enqueue(transfer, jobs)
             if self._closed:
-                self._wake_all()
+                bells += self._all_bells()
+        _ring(bells)
 
-    def _enqueue(self, transfer: Transfer, jobs: Sequence[Job], *, urgent: bool = False) -> None:
+    def _enqueue(
+        self, transfer: Transfer, jobs: Sequence[Job], *, urgent: bool = False
+    ) -> list[threading.Lock]:
+        """Queue them; what is to be released when the lock is given up."""
         for job in reversed(jobs) if urgent else jobs:
             queue = self._queues[job.queue if isinstance(job, QueuedJob) else 0]
             if urgent:
                 queue.jobs.appendleft((transfer, job))
             else:
                 queue.jobs.append((transfer, job))
-            queue.wake.notify()
+        return [bell for queue in self._queues if (bell := queue.call()) is not None]
 
     def expedite(self, transfer: Transfer) -> None:
         """Move what is still queued of ``transfer`` to the head of its queues."""
@@ -257,21 +298,39 @@ class Lane:
         """Finish what is queued and end the workers; safe to call twice."""
         with self._lock:
             self._closed = True
-            self._wake_all()
+            bells = self._all_bells()
+        _ring(bells)
         for thread in self._threads:
             thread.join()
 
-    def _wake_all(self) -> None:
-        for queue in self._queues:
-            queue.wake.notify_all()
+    def _all_bells(self) -> list[threading.Lock]:
+        return [bell for queue in self._queues for bell in queue.call_all()]
+
+    def _take(self, queue: _Queue, bell: threading.Lock) -> tuple[Transfer, Job] | None:
+        """The next job, as soon as there is one; None when there will be no more."""
+        is_called = False
+        while True:
+            with self._lock:
+                if is_called:
+                    queue.come()
+                if queue.jobs:
+                    taken = queue.jobs.popleft()
+                    other = queue.call()
+                    break
+                if self._closed and not self._following:
+                    return None
+                queue.sleep(bell)
+            bell.acquire()
+            is_called = True
+        _ring([] if other is None else [other])
+        return taken
 
     def _work(self, queue: _Queue) -> None:
-        while True:
-            with queue.wake:
-                queue.wake.wait_for(lambda: queue.jobs or (self._closed and not self._following))
-                if not queue.jobs:
-                    return
-                transfer, job = queue.jobs.popleft()
+        bell = threading.Lock()
+        bell.acquire()
+        while (taken := self._take(queue, bell)) is not None:
+            transfer, job = taken
+            del taken
             self._run(transfer, job)
             # Release before sleeping: a job may own the last reference to a big tensor.
             del transfer, job
