@@ -15,8 +15,16 @@ nobody has to come by.
 
 [Note: forked processes] A process that is forked has the lanes, and not their threads: whoever
 waited for a transfer there would wait for ever. It is told so.
+
+[Note: who wakes whom] To wake a thread is a system call, and the kernel may give the woken thread
+the processor of the one that called, which is the training thread, in the middle of its work. So
+``submit`` wakes one worker at most for each queue, none while one is still waking up, and after it
+has given up the lock, which the woken one wants first of all. A worker that takes a job and leaves
+others behind wakes the next worker. Ctrl-C may come before the call was made: so it is made again
+by the next ``submit`` after a while, and by whoever waits for the lane or closes it.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -29,6 +37,8 @@ from offload.allocator.errors import ForkedProcessError
 from offload.tiers.journal import Journal, Label
 
 Job: TypeAlias = Callable[[], None]
+
+_LOST_S = 0.1  # a worker that was called and has not come for so long may not have been called
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +159,12 @@ def check_process(pid: int) -> None:
         )
 
 
+def _ring(bells: Sequence[threading.Lock]) -> None:
+    for bell in bells:
+        with contextlib.suppress(RuntimeError):  # it has been rung, and nobody has come yet
+            bell.release()
+
+
 def _no_job() -> None:
     """Nothing has to move, but not before another transfer has ended."""
 
@@ -169,13 +185,40 @@ def wait_for_all(transfers: Sequence[Transfer]) -> None:
 
 
 class _Queue:
-    """The jobs of one path that wait, and the workers' call to them."""
+    """The jobs of one path that wait, and the workers that wait for them ([Note: who wakes whom]).
 
-    __slots__ = ("jobs", "wake")
+    Everything here is done under the lane's lock.
+    """
 
-    def __init__(self, lock: threading.Lock) -> None:
+    __slots__ = ("_asleep", "_called_s", "jobs")
+
+    def __init__(self) -> None:
         self.jobs: deque[tuple[Transfer, Job]] = deque()
-        self.wake = threading.Condition(lock)
+        self._asleep: list[threading.Lock] = []  # of each worker its own, which it waits for
+        self._called_s: float | None = None  # when one was called that has not come yet
+
+    def sleep(self, bell: threading.Lock) -> None:
+        """A worker goes to wait for ``bell``, which it holds."""
+        self._asleep.append(bell)
+
+    def come(self, bell: threading.Lock) -> None:
+        """The worker that waited for ``bell`` has come."""
+        self._asleep.remove(bell)
+        self._called_s = None
+
+    def call(self) -> "threading.Lock | None":
+        """What is to be released to wake a worker; None if none need be."""
+        if not self.jobs or not self._asleep:
+            return None
+        now_s = time.monotonic()
+        if self._called_s is not None and now_s - self._called_s < _LOST_S:
+            return None
+        self._called_s = now_s
+        return self._asleep[-1]
+
+    def call_all(self) -> list[threading.Lock]:
+        """What is to be released to wake every worker."""
+        return list(self._asleep)
 
 
 class Lane:
@@ -194,7 +237,7 @@ class Lane:
         self.failed: list[Transfer] = []
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._queues = [_Queue(self._lock) for _ in range(queues)]
+        self._queues = [_Queue() for _ in range(queues)]
         self._idle = threading.Condition(self._lock)
         self._closed = False
         self._pending = 0  # jobs that wait or run
@@ -231,14 +274,16 @@ class Lane:
         if after is not None:
             jobs = jobs or [_no_job]
         transfer = Transfer(label, nbytes, len(jobs), owner)
+        bells: list[threading.Lock] = []
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"lane {self.name} is closed")
             if after is None:
-                self._enqueue(transfer, jobs, urgent=urgent)
+                bells = self._enqueue(transfer, jobs, urgent=urgent)
             else:
                 self._following += 1
             self._pending += len(jobs)
+        _ring(bells)
         if after is not None:
             after.then(lambda: self._follow(transfer, jobs))
         return transfer
@@ -246,18 +291,22 @@ class Lane:
     def _follow(self, transfer: Transfer, jobs: Sequence[Job]) -> None:
         with self._lock:
             self._following -= 1
-            self._enqueue(transfer, jobs)
+            bells = self._enqueue(transfer, jobs)
             if self._closed:
-                self._wake_all()
+                bells += self._all_bells()
+        _ring(bells)
 
-    def _enqueue(self, transfer: Transfer, jobs: Sequence[Job], *, urgent: bool = False) -> None:
+    def _enqueue(
+        self, transfer: Transfer, jobs: Sequence[Job], *, urgent: bool = False
+    ) -> list[threading.Lock]:
+        """Queue them; what is to be released when the lock is given up."""
         for job in reversed(jobs) if urgent else jobs:
             queue = self._queues[job.queue if isinstance(job, QueuedJob) else 0]
             if urgent:
                 queue.jobs.appendleft((transfer, job))
             else:
                 queue.jobs.append((transfer, job))
-            queue.wake.notify()
+        return [bell for queue in self._queues if (bell := queue.call()) is not None]
 
     def expedite(self, transfer: Transfer) -> None:
         """Move what is still queued of ``transfer`` to the head of its queues."""
@@ -270,9 +319,7 @@ class Lane:
 
     def settle(self) -> None:
         """Wait until the lane is idle; errors stay with their transfers, and for ``drain``."""
-        check_process(self._process)
-        with self._idle:
-            self._idle.wait_for(lambda: self._pending == 0)
+        self._wait_until_idle()
 
     def drain(self) -> None:
         """Wait until the lane is idle.
@@ -280,33 +327,58 @@ class Lane:
         Raises:
             BaseException: the first error of a transfer that nobody waited for.
         """
-        check_process(self._process)
-        with self._idle:
-            self._idle.wait_for(lambda: self._pending == 0)
+        self._wait_until_idle()
+        with self._lock:
             failed, self.failed = self.failed, []
         for transfer in failed:
             if not transfer.observed:
                 transfer.wait()
 
+    def _wait_until_idle(self) -> None:
+        check_process(self._process)
+        with self._lock:
+            bells = self._all_bells() if self._pending else []
+        _ring(bells)
+        with self._idle:
+            self._idle.wait_for(lambda: self._pending == 0)
+
     def close(self) -> None:
         """Finish what is queued and end the workers; safe to call twice."""
         with self._lock:
             self._closed = True
-            self._wake_all()
+            bells = self._all_bells()
+        _ring(bells)
         for thread in self._threads:
             thread.join()
 
-    def _wake_all(self) -> None:
-        for queue in self._queues:
-            queue.wake.notify_all()
+    def _all_bells(self) -> list[threading.Lock]:
+        return [bell for queue in self._queues for bell in queue.call_all()]
+
+    def _take(self, queue: _Queue, bell: threading.Lock) -> tuple[Transfer, Job] | None:
+        """The next job, as soon as there is one; None when there will be no more."""
+        is_called = False
+        while True:
+            with self._lock:
+                if is_called:
+                    queue.come(bell)
+                if queue.jobs:
+                    taken = queue.jobs.popleft()
+                    other = queue.call()
+                    break
+                if self._closed and not self._following:
+                    return None
+                queue.sleep(bell)
+            bell.acquire()
+            is_called = True
+        _ring([] if other is None else [other])
+        return taken
 
     def _work(self, queue: _Queue) -> None:
-        while True:
-            with queue.wake:
-                queue.wake.wait_for(lambda: queue.jobs or (self._closed and not self._following))
-                if not queue.jobs:
-                    return
-                transfer, job = queue.jobs.popleft()
+        bell = threading.Lock()
+        bell.acquire()
+        while (taken := self._take(queue, bell)) is not None:
+            transfer, job = taken
+            del taken
             self._run(transfer, job)
             # Release before sleeping: a job may own the last reference to a big tensor.
             del transfer, job

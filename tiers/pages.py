@@ -7,6 +7,9 @@ that move and the mapping of the tensor's file, its range reads as zeros for som
 The training thread is inside the eviction then; any other thread could see them. So pages are
 recycled only while no thread lives that could be running the user's code, and are given back to
 the kernel (atomically, see ``mapped`` [Note: stable addresses]) while one does.
+
+Tensors have many sizes. A range that none of its size waits for is cut from a larger one, between
+huge pages, which stay whole.
 """
 
 import threading
@@ -40,10 +43,23 @@ class PagePool:
     def take(self, nbytes: int) -> int | None:
         """The address of a private range of ``nbytes`` with undefined content, if one waits."""
         with self._lock:
-            if not self._free[nbytes]:
+            if not self._free[nbytes] and not self._cut(nbytes):
                 return None
             self.nbytes -= nbytes
             return self._free[nbytes].pop()
+
+    def _cut(self, nbytes: int) -> bool:
+        """Make a range of ``nbytes`` of the smallest that is larger, if there is one."""
+        if nbytes % hostmem.HUGE_PAGE:
+            return False
+        sizes = (size for size, free in self._free.items() if free and size > nbytes)
+        larger = min(sizes, default=0)
+        if not larger:
+            return False
+        address = self._free[larger].pop()
+        self._free[nbytes].append(address)
+        self._free[larger - nbytes].append(address + nbytes)
+        return True
 
     def move_from(self, address: int, nbytes: int) -> None:
         """Take the private pages at ``address``, which then reads as zeros."""

@@ -18,7 +18,6 @@ leaves the work itself.
 """
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -36,6 +35,7 @@ import offload
 from benchlib import Result, arguments, finish, quantiles
 from iolimit import DiskLimit
 from optimizer_job import IN_MEMORY, MASTERS, WAYS
+from stepmeter import processors_s
 
 REPEATS = 5
 WARM_UPS = 2  # states are made in the first step, pages are warm after the second
@@ -158,7 +158,6 @@ def beside(result: Result, size: str, folder: Path, ways: Sequence[str]) -> None
         compute_s = runs["plain"]["step_s"] - runs["plain"]["visible_s"]
         figures["cost_s"] = figures["step_s"] - compute_s
         figures["disk_s"] = _disk_s(limit, figures["read_nbytes"], figures["written_nbytes"])
-        figures["processors_s"] = figures.pop("processor_s") / len(os.sched_getaffinity(0))
         result.add(model=size, way=way, **figures)
     limit.close()
     if size != "tiny":
@@ -191,7 +190,7 @@ def _run(size: str, way: str, budget: str, folder: Path) -> tuple[dict[str, Any]
     return {
         "step_s": median("steps_s"),
         "visible_s": median("visible_s"),
-        "processor_s": median("processor_s"),
+        "processors_s": processors_s(job["processor_s"][WARM_UPS:]),
         "read_nbytes": int(median("read_nbytes")),
         "written_nbytes": int(median("written_nbytes")),
         "peak_nbytes": job["peak_nbytes"],

@@ -15,6 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+_MOST_COLUMNS = 15
+
 
 @dataclass(frozen=True)
 class Check:
@@ -91,13 +93,7 @@ def median_of(repeats: int, measure: Callable[[], float]) -> float:
 def finish(result: Result, path: Path | None) -> int:
     """Print the table and checks, write the JSON; the exit code."""
     console = Console(width=150)
-    table = Table(title=result.title)
-    names = list(dict.fromkeys(name for row in result.rows for name in row))
-    for name in names:
-        table.add_column(name)
-    for row in result.rows:
-        table.add_row(*(_text(name, row.get(name)) for name in names))
-    console.print(table)
+    console.print(_table(result))
     for check in result.checks:
         state = "holds" if check.holds else "DOES NOT HOLD"
         console.print(f"{check.name}: {check.value:.3g} ({check.target}) {state}")
@@ -115,6 +111,23 @@ def finish(result: Result, path: Path | None) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=2) + "\n")
     return 0 if all(check.holds for check in result.checks) else 1
+
+
+def _table(result: Result) -> Table:
+    """A line for each row; or, where these would be too wide to be read, for each figure."""
+    names = list(dict.fromkeys(name for row in result.rows for name in row))
+    cells = [[_text(name, row.get(name)) for name in names] for row in result.rows]
+    table = Table(title=result.title)
+    if len(names) > _MOST_COLUMNS:
+        head = ["", *(str(number) for number in range(1, len(cells) + 1))]
+        cells = [[name, *column] for name, *column in zip(names, *cells, strict=True)]
+    else:
+        head = names
+    for name in head:
+        table.add_column(name)
+    for line in cells:
+        table.add_row(*line)
+    return table
 
 
 def _text(name: str, value: Any) -> str:

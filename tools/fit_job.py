@@ -1,6 +1,7 @@
 """The job that ``bench_fit`` runs inside its memory limit: some steps of a decoder, any size.
 
-Prints one JSON object: the peak resident set and, under Offload, the steps' times and bytes.
+Prints one JSON object: the peak resident set, what each step cost the process (``stepmeter``) and,
+under Offload, its own account of the steps.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 import offload
 from offload.tiers.hostmem import peak_resident_nbytes
+from stepmeter import StepMeter
 
 VOCABULARY = 32_000
 SEQUENCE = 128
@@ -150,25 +152,23 @@ def main() -> None:
                 "step_in_forward": arguments.step_in_forward,
             },
         )
-    losses = []
-    step_s = []
+    losses, meter = [], StepMeter()
     for step in range(arguments.steps):
-        began_s = time.perf_counter()
         tokens = torch.randint(
             VOCABULARY, (1, SEQUENCE + 1), generator=torch.Generator().manual_seed(step)
         )
-        loss = loss_of(model, tokens)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        step_s.append(time.perf_counter() - began_s)
+        with meter.step():
+            loss = loss_of(model, tokens)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
     result = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "losses": losses,
         "built_s": built_s,
-        "steps_s": step_s,
         "peak_nbytes": peak_resident_nbytes(),
+        **asdict(meter),
     }
     if engine is not None:
         result |= {"stats": asdict(engine.stats), "plan": json.loads(engine.plan.to_json())}

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import offload
 from fit_job import VOCABULARY, Decoder, Shape, loss_of
 from offload.tiers.hostmem import peak_resident_nbytes
+from stepmeter import StepMeter
 
 SEQUENCE = 64
 SHAPES = {
@@ -119,13 +121,6 @@ def deepspeed_steps(shape: Shape, nvme: Path, *, pipelined: bool) -> Steps:
     return step
 
 
-def moved_nbytes() -> tuple[int, int]:
-    """Bytes that this process has read from drives and written to them."""
-    lines = Path("/proc/self/io").read_text().splitlines()
-    fields = {name: int(value) for name, value in (line.split(": ") for line in lines)}
-    return fields["read_bytes"], fields["write_bytes"]
-
-
 def main() -> None:
     """Train; print the JSON result."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -149,22 +144,15 @@ def main() -> None:
             "master_weights": "fp32" if way == MASTERS else "none",
         }
         step = offload_steps(shape, nvme, options.budget, config)
-    losses, steps_s, visible_s, processor_s, reads, writes = [], [], [], [], [], []
+    losses, visible_s, meter = [], [], StepMeter()
     for number in range(options.steps):
         seeded = torch.Generator().manual_seed(number)
         tokens = torch.randint(VOCABULARY, (1, SEQUENCE + 1), generator=seeded)
-        before, began_s = moved_nbytes(), time.perf_counter()
-        began_processor_s = time.process_time()
-        loss, seconds = step(tokens)
-        processor_s.append(time.process_time() - began_processor_s)
-        steps_s.append(time.perf_counter() - began_s)
-        after = moved_nbytes()
+        with meter.step():
+            loss, seconds = step(tokens)
         losses.append(loss)
         visible_s.append(seconds)
-        reads.append(after[0] - before[0])
-        writes.append(after[1] - before[1])
-    figures: dict[str, Any] = {"losses": losses, "steps_s": steps_s, "visible_s": visible_s}
-    figures |= {"read_nbytes": reads, "written_nbytes": writes, "processor_s": processor_s}
+    figures: dict[str, Any] = {"losses": losses, "visible_s": visible_s, **asdict(meter)}
     with torch.device("meta"):
         figures["parameters"] = sum(one.numel() for one in Decoder(shape).parameters())
     print(json.dumps({**figures, "peak_nbytes": peak_resident_nbytes()}))

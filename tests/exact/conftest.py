@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from step_runs import PutOff
 from torch import nn
 
 import offload
@@ -115,3 +116,18 @@ def assert_same_states(one: Any, other: Any) -> None:
             else:
                 assert value == found, (index, name)
     assert mine["param_groups"] == theirs["param_groups"]
+
+
+@pytest.fixture
+def put_off(monkeypatch: pytest.MonkeyPatch) -> PutOff:
+    """Counts while the test runs."""
+    from offload.swap.forward_step import ForwardStep
+
+    counted, start = PutOff(), ForwardStep.start
+
+    def counting(self: ForwardStep) -> None:
+        counted.count += len(self._put)
+        start(self)
+
+    monkeypatch.setattr(ForwardStep, "start", counting)
+    return counted

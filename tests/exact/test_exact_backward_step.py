@@ -2,14 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from step_runs import Tied, adamw, loss_of, scheduled_loop, tokens_loop
+from step_runs import loop as steps_of
 from test_exact_optimizers import OPTIMIZERS, make_model, two_groups
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import offload
 from offload.allocator.errors import (
@@ -21,33 +22,10 @@ from offload.allocator.errors import (
 from offload.engine import Engine
 from offload.tiers.events import Move
 
+pytestmark = pytest.mark.usefixtures("many_tiles")
 STEPS = 12
 IN_BACKWARD = {"step_in_backward": True}
-
-
-@pytest.fixture(autouse=True)
-def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an end that is off every grid: 300 * 257 = 77,100 elements."""
-    monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: 64 * 160)
-
-
-def adamw(model: nn.Module) -> Any:
-    return torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-
-
-def loss_of(model: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.mse_loss(model(x) * model.scale, x) + model.empty.sum()
-
-
-def loop(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
-    losses = []
-    for _ in range(STEPS):
-        loss = loss_of(model, torch.randn(32, 300))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+loop = partial(steps_of, steps=STEPS)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -106,21 +84,7 @@ def test_a_step_after_fewer_backwards_is_the_ordinary_one(compare: Any) -> None:
 
 
 def test_groups_schedules_and_unused_parameters(compare: Any) -> None:
-    def scheduled(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=STEPS + 1)
-        losses = []
-        for step in range(STEPS):
-            x = torch.randn(32, 300)
-            hidden = F.gelu(model[0](x))
-            loss = F.mse_loss(model[2](hidden), x) if step % 3 else hidden.square().mean()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-
-    compare(make_model, two_groups, scheduled, config=IN_BACKWARD)
+    compare(make_model, two_groups, partial(scheduled_loop, steps=STEPS), config=IN_BACKWARD)
 
 
 def test_gradients_that_are_dropped_in_the_middle(compare: Any) -> None:
@@ -138,50 +102,14 @@ def test_gradients_that_are_dropped_in_the_middle(compare: Any) -> None:
     compare(make_model, adamw, dropping, config={**IN_BACKWARD, "accumulation_steps": 3})
 
 
-class Tied(nn.Module):
-    """A weight of two uses, blocks that are recomputed, one parameter in no optimizer."""
-
-    def __init__(self, reentrant: bool | None) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-        self.embedding = nn.Embedding(400, 96)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 384), nn.GELU(), nn.Linear(384, 96))
-            for _ in range(3)
-        )
-        self.left_out = nn.Linear(96, 256)
-        self.head = nn.Linear(96, 400, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            if self.reentrant is None:
-                x = x + block(x)
-            else:
-                x = x + checkpoint(block, x, use_reentrant=self.reentrant)
-        out: torch.Tensor = self.head(x) + 0 * self.left_out(x).sum()
-        return out
-
-
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_tied_weights_and_recomputed_blocks(reentrant: bool | None, compare: Any) -> None:
-    def tokens_loop(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
-        losses = []
-        for _ in range(STEPS):
-            tokens = torch.randint(400, (4, 64))
-            loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
-            loss.backward()
-            optimizer.step()
-            model.zero_grad()
-            losses.append(loss.item())
-        return losses
-
     def chosen(model: Any) -> Any:
         left_out = set(model.left_out.parameters())
         return torch.optim.AdamW([p for p in model.parameters() if p not in left_out], 1e-3)
 
-    compare(lambda: Tied(reentrant), chosen, tokens_loop, config=IN_BACKWARD)
+    run = partial(tokens_loop, steps=STEPS)
+    compare(lambda: Tied(reentrant), chosen, run, config=IN_BACKWARD)
 
 
 def test_weights_are_new_where_backward_ends(starve: Any) -> None:

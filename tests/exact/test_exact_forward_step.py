@@ -2,63 +2,30 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from test_exact_backward_step import Tied, adamw, loss_of
+from step_runs import PutOff, Tied, adamw, loss_of, scheduled_loop, tokens_loop
+from step_runs import loop as steps_of
 from test_exact_optimizers import OPTIMIZERS, make_model, two_groups
 from torch import nn
 from torch.nn import functional as F
 
-from offload.allocator.errors import ConfigError, StepInterruptedError, UnsupportedError
+from offload.allocator.errors import ConfigError, UnsupportedError
 from offload.engine import Engine
 from offload.tiers.events import Move
 
+pytestmark = pytest.mark.usefixtures("many_tiles")  # a weight has several
 STEPS = 8
 IN_FORWARD = {"step_in_forward": True}
 WHOLE = ("adafactor", "third-party")
-
-
-@pytest.fixture(autouse=True)
-def few_elements(many_tiles: None) -> None:
-    """A weight has several tiles."""
-
-
-class Counted:
-    """How many parameters were put off, in all steps of a test."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-
-@pytest.fixture
-def put_off(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    from offload.swap.forward_step import ForwardStep
-
-    counted, start = Counted(), ForwardStep.start
-
-    def counting(self: ForwardStep) -> None:
-        counted.count += len(self._put)
-        start(self)
-
-    monkeypatch.setattr(ForwardStep, "start", counting)
-    return counted
-
-
-def loop(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
-    losses = []
-    for _ in range(STEPS):
-        loss = loss_of(model, torch.randn(32, 300))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+loop = partial(steps_of, steps=STEPS)
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in WHOLE])
-def test_each_optimizer_gives_the_same_bits(name: str, compare: Any, put_off: Counted) -> None:
+def test_each_optimizer_gives_the_same_bits(name: str, compare: Any, put_off: PutOff) -> None:
     same = compare(make_model, lambda m: OPTIMIZERS[name](m.parameters()), loop, config=IN_FORWARD)
     assert same.engine.step == STEPS
     first = 0 if name in ("sgd", "adagrad") else 1  # the others make their states in it
@@ -120,7 +87,7 @@ def test_a_weight_is_read_twice_and_a_state_once(starve: Any) -> None:
     assert moved("state", "dst") == 12 * numel  # {p, m, v}
 
 
-def test_groups_schedules_and_clipping(compare: Any, put_off: Counted) -> None:
+def test_groups_schedules_and_clipping(compare: Any, put_off: PutOff) -> None:
     """What changes behind the step is of the next one."""
 
     def scheduled(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
@@ -141,7 +108,7 @@ def test_groups_schedules_and_clipping(compare: Any, put_off: Counted) -> None:
     assert put_off.count
 
 
-def test_a_learning_rate_that_is_a_tensor(compare: Any, put_off: Counted) -> None:
+def test_a_learning_rate_that_is_a_tensor(compare: Any, put_off: PutOff) -> None:
     def scheduled(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
         for _ in range(STEPS):
             loss_of(model, torch.randn(32, 300)).backward()
@@ -157,7 +124,7 @@ def test_a_learning_rate_that_is_a_tensor(compare: Any, put_off: Counted) -> Non
     assert put_off.count
 
 
-def test_accumulation_evaluation_and_frozen_weights(compare: Any, put_off: Counted) -> None:
+def test_accumulation_evaluation_and_frozen_weights(compare: Any, put_off: PutOff) -> None:
     def frozen() -> nn.Module:
         model: Any = make_model()
         model.append(nn.GELU()).append(nn.Linear(300, 300))
@@ -184,166 +151,17 @@ def test_accumulation_evaluation_and_frozen_weights(compare: Any, put_off: Count
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_tied_weights_and_recomputed_blocks(
-    reentrant: bool | None, compare: Any, put_off: Counted
+    reentrant: bool | None, compare: Any, put_off: PutOff
 ) -> None:
-    def tokens_loop(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
-        losses = []
-        for _ in range(STEPS):
-            tokens = torch.randint(400, (4, 64))
-            loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
-            loss.backward()
-            optimizer.step()
-            model.zero_grad()
-            losses.append(loss.item())
-        return losses
-
-    compare(lambda: Tied(reentrant), adamw, tokens_loop, config=IN_FORWARD)
+    run = partial(tokens_loop, steps=STEPS)
+    compare(lambda: Tied(reentrant), adamw, run, config=IN_FORWARD)
     assert put_off.count == (STEPS - 1) * 7  # without the table
 
 
-def test_parts_of_a_model_and_parameters_that_are_not_used(compare: Any, put_off: Counted) -> None:
-    def in_parts(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
-        losses = []
-        for step in range(STEPS):
-            x = torch.randn(32, 300)
-            hidden = F.gelu(model[0](x))
-            loss = F.mse_loss(model[2](hidden), x) if step % 3 else hidden.square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-
-    compare(make_model, two_groups, in_parts, config=IN_FORWARD)
+def test_parts_of_a_model_and_parameters_that_are_not_used(compare: Any, put_off: PutOff) -> None:
+    run = partial(scheduled_loop, steps=STEPS)
+    compare(make_model, two_groups, run, config=IN_FORWARD)
     assert put_off.count
-
-
-def _norm(model: Any, _optimizer: Any) -> Any:
-    return float(model[0].weight.norm().detach())
-
-
-def _write(model: Any, _optimizer: Any) -> None:
-    model[2].weight.data.mul_(0.5)
-    with torch.no_grad():
-        model[0].weight.add_(1e-3)
-
-
-def _state(model: Any, optimizer: Any) -> Any:
-    state = optimizer.state[model[0].weight]
-    return [float(state["step"]), float(state["exp_avg_sq"].sum())]
-
-
-def _write_state(model: Any, optimizer: Any) -> None:
-    optimizer.state[model[2].weight]["exp_avg"].mul_(0.5)
-
-
-def _gradient(model: Any, _optimizer: Any) -> Any:
-    return float(model[0].weight.grad.abs().sum())
-
-
-def _change_gradient(model: Any, _optimizer: Any) -> None:
-    model[0].weight.grad.mul_(2.0)
-
-
-def _load(model: Any, optimizer: Any) -> None:
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    model.load_state_dict({name: value * 1.5 for name, value in model.state_dict().items()})
-
-
-def _freeze(model: Any, _optimizer: Any) -> None:
-    model[2].weight.requires_grad_(False)
-
-
-def _copy(model: Any, _optimizer: Any) -> Any:
-    twin = copy.deepcopy(model)
-    assert type(twin[0].weight) is nn.Parameter
-    return float((twin[0].weight.sum() + twin[2].weight.sum()).detach())
-
-
-def _zero(_model: Any, optimizer: Any) -> None:
-    optimizer.zero_grad(set_to_none=False)
-
-
-def _vector(model: Any, _optimizer: Any) -> Any:
-    return float(nn.utils.parameters_to_vector(model.parameters()).detach().sum())
-
-
-def _forget(_model: Any, optimizer: Any) -> None:
-    optimizer.state.clear()
-
-
-def _replace(model: Any, _optimizer: Any) -> None:
-    model[0].weight.grad = torch.ones_like(model[0].weight)
-
-
-BETWEEN: dict[str, Callable[[Any, Any], Any]] = {
-    "reads a weight": _norm,
-    "writes weights": _write,
-    "reads a state": _state,
-    "writes a state": _write_state,
-    "reads a gradient": _gradient,
-    "changes a gradient": _change_gradient,
-    "replaces a gradient": _replace,
-    "loads": _load,
-    "freezes": _freeze,
-    "copies": _copy,
-    "zeroes gradients": _zero,
-    "makes a vector": _vector,
-    "forgets states": _forget,
-}
-
-
-@pytest.mark.parametrize("use", BETWEEN)
-def test_what_happens_between_a_step_and_the_next_forward(
-    use: str, compare: Any, put_off: Counted
-) -> None:
-    def touching(model: Any, optimizer: Any, _engine: Engine | None) -> list[Any]:
-        values = []
-        for step in range(5):
-            loss = loss_of(model, torch.randn(32, 300))
-            loss.backward()
-            optimizer.step()
-            if step in (2, 3):
-                values.append(BETWEEN[use](model, optimizer))
-            optimizer.zero_grad()
-            values.append(loss.item())
-        return values
-
-    compare(make_model, adamw, touching, config=IN_FORWARD)
-    assert put_off.count
-
-
-HELD: dict[str, tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]] = {
-    "a view": (lambda m, _: m[0].weight.data.view(-1)[7:9], lambda v, _: v.tolist()),
-    "numpy": (lambda m, _: m[0].weight.detach().numpy(), lambda v, _: float(v.sum())),
-    "a state_dict": (lambda m, _: m.state_dict(), lambda v, _: float(v["0.weight"].sum())),
-    "a state": (
-        lambda m, optimizer: optimizer.state[m[0].weight]["exp_avg"],
-        lambda v, _: float(v.sum()),
-    ),
-    "all states": (
-        lambda _, optimizer: optimizer.state,
-        lambda v, model: float(v[model[0].weight]["step"]),
-    ),
-}
-
-
-@pytest.mark.parametrize("held", HELD)
-def test_what_the_user_has_held_since_before_the_step_is_new(held: str, compare: Any) -> None:
-    hold, look = HELD[held]
-
-    def holding(model: Any, optimizer: Any, _engine: Engine | None) -> list[Any]:
-        values: list[Any] = []
-        for _ in range(4):
-            loss = loss_of(model, torch.randn(32, 300))
-            loss.backward()
-            kept = hold(model, optimizer) if values else None
-            optimizer.step()
-            optimizer.zero_grad()
-            values += [loss.item(), look(kept, model) if values else None]
-        return values
-
-    compare(make_model, adamw, holding, config=IN_FORWARD)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -366,7 +184,7 @@ def test_a_loss_scale_and_skipped_steps(fused: bool, compare: Any) -> None:
     compare(make_model, make, scaled, config=IN_FORWARD)
 
 
-def test_a_closure_that_trains(compare: Any, put_off: Counted) -> None:
+def test_a_closure_that_trains(compare: Any, put_off: PutOff) -> None:
     def closing(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
         losses = []
         for _ in range(STEPS):
@@ -382,19 +200,6 @@ def test_a_closure_that_trains(compare: Any, put_off: Counted) -> None:
         return losses
 
     compare(make_model, adamw, closing, config=IN_FORWARD)
-    assert put_off.count
-
-
-def test_steps_without_a_forward_between_them(compare: Any, put_off: Counted) -> None:
-    def twice(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
-        for _ in range(STEPS):
-            loss_of(model, torch.randn(32, 300)).backward()
-            optimizer.step()
-            optimizer.step()  # with the same gradients
-            optimizer.zero_grad()
-        return []
-
-    compare(make_model, adamw, twice, config=IN_FORWARD)
     assert put_off.count
 
 
@@ -416,7 +221,7 @@ class Buffered(nn.Module):
         return out
 
 
-def test_a_weight_that_is_used_before_its_module(compare: Any, put_off: Counted) -> None:
+def test_a_weight_that_is_used_before_its_module(compare: Any, put_off: PutOff) -> None:
     compare(Buffered, adamw, loop, config=IN_FORWARD)
     assert put_off.count
 
@@ -452,7 +257,7 @@ def plain_and_late(
     "config", [{"state_precision": "bf16"}, {"master_weights": "fp32"}], ids=["bf16", "masters"]
 )
 def test_rounded_states_and_masters(
-    config: Any, starve: Any, tmp_path: Any, put_off: Counted
+    config: Any, starve: Any, tmp_path: Any, put_off: PutOff
 ) -> None:
     half = torch.bfloat16 if "master_weights" in config else torch.float32
 
@@ -461,50 +266,6 @@ def test_rounded_states_and_masters(
 
     plain_and_late(make, starve, tmp_path, config)
     assert put_off.count
-
-
-def test_a_gradient_that_an_older_forward_adds_to(starve: Any) -> None:
-    model: Any = nn.Linear(300, 300)
-    optimizer = adamw(model)
-    engine = starve(model, optimizer, config=IN_FORWARD)
-    engine._optimizing.streamed.pipeline.staging.limit_nbytes = 1  # a tile at a time
-    for _ in range(2):
-        optimizer.zero_grad()
-        losses = [model(torch.randn(8, 300)).square().mean() for _ in range(2)]
-        losses[0].backward()
-        optimizer.step()
-    with pytest.raises(StepInterruptedError, match=r"zero_grad\(\) behind"):
-        losses[1].backward()
-
-
-def test_a_backward_of_an_older_forward(compare: Any, put_off: Counted) -> None:
-    """It needs no weight, so torch allows it."""
-
-    def older(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
-        for _ in range(4):
-            losses = [model(torch.randn(8, 300)).square().mean() for _ in range(2)]
-            for loss in losses:
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        return []
-
-    compare(lambda: nn.Linear(300, 300), adamw, older, config=IN_FORWARD)
-    assert put_off.count
-
-
-def test_weights_of_an_older_forward_have_changed(starve: Any) -> None:
-    """As torch says of a step in memory."""
-    model: Any = make_model()
-    optimizer = adamw(model)
-    starve(model, optimizer, config=IN_FORWARD)
-    for _ in range(2):
-        optimizer.zero_grad()
-        losses = [loss_of(model, torch.randn(8, 300)) for _ in range(2)]
-        losses[0].backward()
-        optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        losses[1].backward()
 
 
 def test_what_the_engine_tells_and_commits(starve: Any, tmp_path: Any) -> None:

@@ -2,11 +2,12 @@
 
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from test_exact_backward_step import adamw, loop, loss_of
+from step_runs import adamw, loop, loss_of
 from test_exact_optimizers import make_model
 
 from offload.swap.pipeline import TilePipeline
@@ -74,7 +75,9 @@ def test_a_tile_in_the_memory_of_one_that_is_being_written(
 ) -> None:
     """The first step included: its tiles have nothing to read, and must wait all the same."""
     with wrapping(SlowWrites):
-        compare(make_model, adamw, loop, config={"step_in_backward": in_backward})
+        compare(
+            make_model, adamw, partial(loop, steps=12), config={"step_in_backward": in_backward}
+        )
     assert followers
 
 

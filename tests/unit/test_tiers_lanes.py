@@ -3,15 +3,17 @@
 import gc
 import os
 import threading
+import time
 import weakref
 from functools import partial
 
 import pytest
 
 from offload.allocator.errors import ForkedProcessError
+from offload.tiers import lanes
 from offload.tiers.events import ListRecorder, Move
 from offload.tiers.journal import Journal, Label
-from offload.tiers.lanes import Lane, QueuedJob
+from offload.tiers.lanes import Lane, QueuedJob, wait_for_all
 
 LABEL = Label("key", "weight", "file:/data", "host")
 PATIENCE_S = 60  # far above any wait of a right implementation; a deadlock fails loudly
@@ -58,6 +60,14 @@ class Gate:
 
 def fail(error):
     raise error
+
+
+def eventually(holds):
+    """Whether ``holds`` comes true; threads are on their way to it."""
+    until_s = time.monotonic() + PATIENCE_S
+    while not holds() and time.monotonic() < until_s:
+        time.sleep(1e-3)
+    return holds()
 
 
 def test_jobs_run_in_the_order_of_their_submission(lane):
@@ -414,3 +424,85 @@ def test_a_forked_process_is_told_that_it_has_no_threads(lane, monkeypatch):
         before.wait()  # it had ended: the child has its bytes
     gate.open()
     gate.transfer.wait()
+
+
+@pytest.fixture
+def rings(monkeypatch):
+    """The threads that woke a worker, in order."""
+    threads, ring = [], lanes._ring
+
+    def counting(bells):
+        threads.extend(threading.current_thread() for _ in bells)
+        ring(bells)
+
+    monkeypatch.setattr(lanes, "_ring", counting)
+    return threads
+
+
+def test_who_submits_wakes_one_worker_and_that_one_the_next(make_lane, rings):
+    lane = make_lane(workers=4)
+    queue = lane._queues[0]
+    assert eventually(lambda: len(queue._asleep) == 4)
+    together = threading.Barrier(5)
+    transfer = lane.submit([lambda: together.wait(PATIENCE_S)] * 4, LABEL, 0)
+    together.wait(PATIENCE_S)  # all four run at once
+    transfer.wait()
+    assert rings.count(threading.current_thread()) == 1
+    assert len(rings) == 4
+
+
+def test_a_worker_that_is_waking_up_is_not_called_again(make_lane, rings):
+    lane = make_lane(workers=2)
+    queue = lane._queues[0]
+    assert eventually(lambda: len(queue._asleep) == 2)
+    with lane._lock:
+        queue._called_s = time.monotonic()  # and it does not come
+    first = lane.submit([lambda: None], LABEL, 0)
+    assert not rings
+    with lane._lock:
+        queue._called_s = None
+    second = lane.submit([lambda: None], LABEL, 0)  # its worker takes both, or wakes the other
+    wait_for_all([first, second])
+    assert rings[0] is threading.current_thread()
+
+
+@pytest.mark.parametrize("whoever", ["submits", "waits", "closes"])
+def test_a_call_that_ctrl_c_cut_off_is_made_again(make_lane, monkeypatch, whoever):
+    lane, done = make_lane(workers=2), []
+    assert eventually(lambda: len(lane._queues[0]._asleep) == 2)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(lanes, "_ring", lambda _bells: fail(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            lane.submit([lambda: done.append("cut off")], LABEL, 0)
+    monkeypatch.setattr(lanes, "_LOST_S", 0.0)
+    if whoever == "submits":
+        lane.submit([lambda: done.append("next")], LABEL, 0).wait()
+    elif whoever == "waits":
+        lane.settle()
+    else:
+        lane.close()
+    assert done[0] == "cut off"
+
+
+def test_no_call_is_lost_among_many_threads(make_lane):
+    lane = make_lane(workers=3, queues=2)
+    transfers, lock = [], threading.Lock()
+
+    def submit(seed):
+        for number in range(500):
+            jobs = [QueuedJob((seed + number + job) % 2, lambda: None) for job in range(number % 4)]
+            after = transfers[-1] if transfers and number % 3 == 0 else None
+            transfer = lane.submit(jobs, LABEL, 0, urgent=number % 5 == 0, after=after)
+            with lock:
+                transfers.append(transfer)
+            if number % 7 == 0:
+                transfer.settle()
+
+    threads = [threading.Thread(target=submit, args=(seed,), daemon=True) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+    lane.drain()
+    assert all(transfer.done() for transfer in transfers)

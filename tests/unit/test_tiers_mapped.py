@@ -17,6 +17,7 @@ from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.hostmem import HUGE_PAGE, PAGE
 from offload.tiers.journal import Journal, Label
 from offload.tiers.mapped import FETCH_NBYTES, MappedTensor
+from offload.tiers.memory import memory_at
 from offload.tiers.pages import PagePool, alone
 
 LABEL = Label("w", "weight", "file", "host")
@@ -391,6 +392,45 @@ def test_a_trimmed_pool_keeps_at_most_its_limit(tier):
     pool.trim(-5)
     assert pool.nbytes == 0
     hostmem.unmap(source, 4 * nbytes)
+
+
+def test_a_range_is_cut_from_the_smallest_larger_one(tier):
+    pool = PagePool()
+    sizes = [8 * HUGE_PAGE, 3 * HUGE_PAGE]
+    source = hostmem.map_anonymous(sum(sizes))
+    pool.move_from(source, sizes[0])
+    pool.move_from(source + sizes[0], sizes[1])
+    first = pool.take(HUGE_PAGE)  # of three
+    assert pool.take(HUGE_PAGE + hostmem.PAGE) is None  # no huge page is cut
+    rest = pool.take(2 * HUGE_PAGE)
+    assert rest == first + HUGE_PAGE
+    assert first % HUGE_PAGE == 0
+    assert pool.nbytes == sizes[0]
+    assert pool.take(9 * HUGE_PAGE) is None
+    large = [pool.take(5 * HUGE_PAGE), pool.take(3 * HUGE_PAGE)]
+    assert pool.nbytes == 0
+    for address, nbytes in zip([first, rest, *large], [1, 2, 5, 3], strict=True):
+        memory_at(address, nbytes * HUGE_PAGE)[-1] = 1  # it is there
+        hostmem.unmap(address, nbytes * HUGE_PAGE)
+    hostmem.unmap(source, sum(sizes))
+
+
+def test_tensors_in_pages_of_larger_ones_have_their_own_bytes(tier):
+    large, small = numbered((2 * HUGE_PAGE,)), numbered((HUGE_PAGE // 4,), first=7)
+    victim, pool = filed(tier, large), PagePool()
+    fetch(tier, victim, pool)
+    victim.file_as(victim.block, pool)
+    mapped = [filed(tier, small + number) for number in range(8)]
+    for one in mapped:
+        fetch(tier, one, pool)
+    assert pool.nbytes == 0
+    assert torch.equal(victim.tensor, large)
+    for number, one in enumerate(mapped):
+        assert torch.equal(one.tensor, small + number)
+        one.file_as(one.block, pool)
+    assert pool.nbytes == 8 * HUGE_PAGE
+    pool.trim()
+    assert pool.nbytes == 0
 
 
 def test_a_kernel_that_can_not_move_pages_aside_recycles_none(tier, monkeypatch):

@@ -1,0 +1,85 @@
+"""The benchmark of training in little memory: what it states as the bound of a run."""
+
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import bench_fit
+from benchlib import Result, finish
+from cgroup import Finished
+from stepmeter import StepMeter, processors_s
+
+ROW = {"resident_compute_s": 10.0, "disk_s": 11.0}
+
+
+def finished(processor_s, returncode=0):
+    job = {"processor_s": processor_s, "stats": {"step_s": 14.0}}
+    return Finished(returncode, False, 0, json.dumps(job) if returncode == 0 else "", "")
+
+
+def test_a_step_is_measured_in_seconds_of_the_clock_and_of_the_processors(tmp_path):
+    meter = StepMeter()
+    with meter.step():
+        until_s = time.process_time() + 0.02
+        while time.process_time() < until_s:
+            pass
+    with meter.step():
+        time.sleep(0.02)
+    worked, slept = meter.processor_s
+    assert worked >= 0.02
+    assert slept < worked
+    assert all(step_s >= 0.02 for step_s in meter.steps_s)
+    assert {name: len(values) for name, values in asdict(meter).items()} == dict.fromkeys(
+        ("steps_s", "processor_s", "read_nbytes", "written_nbytes"), 2
+    )
+
+
+def test_a_step_that_fails_leaves_no_figures():
+    meter = StepMeter()
+    with pytest.raises(ArithmeticError), meter.step():
+        raise ArithmeticError
+    assert asdict(meter) == asdict(StepMeter())
+
+
+def test_bytes_are_those_of_the_drive(tmp_path):
+    meter, path = StepMeter(), tmp_path / "file"
+    with meter.step(), path.open("wb") as file:
+        file.write(bytes(1 << 20))
+        os.fsync(file.fileno())
+    assert meter.written_nbytes[0] in (0, pytest.approx(1 << 20, rel=0.1))  # 0 on tmpfs
+
+
+@pytest.mark.parametrize(
+    ("processor_s", "bound_s"), [([20.0, 20.0, 20.0], 11.0), ([90.0, 30.0, 26.0], None)]
+)
+def test_the_bound_is_the_longest_of_compute_disk_and_processors(processor_s, bound_s, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+    found = bench_fit._bound(ROW, finished(processor_s))
+    assert found["processors_s"] == processors_s(processor_s) == statistics.median(processor_s) / 2
+    assert found["bound_s"] == (bound_s or 15.0)
+    assert found["passive_step_s"] == 14.0
+
+
+def test_a_second_run_that_fails_takes_the_bound_alone_from_the_row():
+    assert bench_fit._bound(ROW, finished([], returncode=1)) == {}
+
+
+@pytest.mark.parametrize("columns", [3, 18])
+def test_every_name_and_figure_of_a_table_can_be_read(columns, capsys):
+    result = Result("title")
+    for row in range(2):
+        result.add(**{f"figure_{number}_of_it": f"{row}:{number}" for number in range(columns)})
+    assert finish(result, None) == 0
+    shown = capsys.readouterr().out
+    for number in range(columns):
+        assert all(
+            word in shown for word in (f"figure_{number}_of_it", f"0:{number}", f"1:{number}")
+        )
