@@ -41,7 +41,9 @@ _KERNELS: tuple[Work, ...] = (
 )
 _MOST_SLOWNESS = 2.0
 _FEW, _MANY = 128, 512  # tokens: of the first, moving takes more than computing
-_FEW_STEPS, _MANY_STEPS, _WARM = 7, 5, 2
+_STEPS = {_FEW: 7, _MANY: 5}
+_QUICK_STEPS = {_FEW: 5, _MANY: 4}
+_WARM = 2  # steps of each
 _WIDTH, _BLOCKS, _VOCABULARY = 512, 12, 4096
 _BUDGET = "host=64GiB"  # its weights stream in any case
 
@@ -62,18 +64,19 @@ class _Step(NamedTuple):
     commit_s: float
 
 
-def add_rehearsal(machine: Machine, directory: Path, drive: str) -> Machine:
+def add_rehearsal(machine: Machine, directory: Path, drive: str, *, quick: bool = False) -> Machine:
     """``machine``, which is this one, with the rates that only training shows.
 
     Args:
         directory: for the store of the small model; on the drive ``drive``.
+        quick: fewer steps, for who rehearses often.
 
     Raises:
         OffloadError: the child failed; with the end of what it said.
         ConfigError: other rates, or the links of the drive, are not measured yet.
     """
     with TemporaryDirectory(dir=directory, prefix="offload-rehearsal-") as store:
-        command = [sys.executable, "-m", __spec__.name, store]
+        command = [sys.executable, "-m", __spec__.name, store, *["--quick"] * quick]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
@@ -180,7 +183,7 @@ def _loss(model: "nn.Module", tokens: "torch.Tensor") -> "torch.Tensor":
     return cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
-def _rehearse(directory: str) -> list[_Step]:
+def _rehearse(directory: str, counts: Mapping[int, int]) -> list[_Step]:
     import torch
 
     import offload
@@ -194,7 +197,7 @@ def _rehearse(directory: str) -> list[_Step]:
     engine = offload.attach(model, optimizer, record=run)
     engine.keep_streaming()
     totals, moved = engine.gradients.journal.totals, []
-    lengths = [_FEW] * _FEW_STEPS + [_MANY] * _MANY_STEPS
+    lengths = [tokens for tokens, count in counts.items() for _ in range(count)]
     for tokens in lengths:
         before = totals.read_nbytes + totals.written_nbytes
         _loss(model, torch.randint(_VOCABULARY, (1, tokens))).backward()
@@ -215,4 +218,5 @@ if __name__ == "__main__":
     from offload.planner.recoding import measure_recoding
 
     recoding = measure_recoding()
-    sys.stdout.write(json.dumps({"steps": _rehearse(sys.argv[1]), "recoding": recoding}))
+    counts = _QUICK_STEPS if "--quick" in sys.argv else _STEPS
+    sys.stdout.write(json.dumps({"steps": _rehearse(sys.argv[1], counts), "recoding": recoding}))

@@ -68,6 +68,12 @@ def test_a_drive_is_not_faster_beside_the_optimizer_than_alone() -> None:
     assert Costs(faster, DRIVE).together == Costs(MACHINE, DRIVE).together
 
 
+def test_a_quick_rehearsal_has_steps_of_both_lengths_behind_the_warm_ones() -> None:
+    assert set(rehearsal._QUICK_STEPS) == set(rehearsal._STEPS)
+    for tokens, count in rehearsal._QUICK_STEPS.items():
+        assert rehearsal._WARM < count < rehearsal._STEPS[tokens]
+
+
 def test_a_failing_rehearsal_says_where_and_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
