@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from offload.tiers.events import StepFinished
 
 RECODED: tuple[Work, ...] = ("bf16 states", "8bit states", "masters")
-REHEARSED: tuple[Work, ...] = ("moves", "tiles", "flush", *RECODED)  # all that it measures
+REHEARSED: tuple[Work, ...] = (
+    "moves",
+    "tiles",
+    "flush",
+    "page writes",
+    *RECODED,
+)  # all that it measures
 _KERNELS: tuple[Work, ...] = (
     "matmul",
     "thin matmul",
@@ -87,13 +93,17 @@ def add_rehearsal(machine: Machine, directory: Path, drive: str, *, quick: bool 
     said = json.loads(done.stdout)
     steps = [_Step(*figures) for figures in said["steps"]]
     few, many = (_median(steps, tokens) for tokens in (_FEW, _MANY))
-    bare = _with(machine, {"flush": FLUSHES / few.commit_s})
+    alone: dict[Work, float] = {
+        "flush": FLUSHES / few.commit_s,
+        "page writes": said["page_writes"],
+        **said["recoding"],
+    }
+    bare = _with(machine, alone)
     alone_few, alone_many = (_simulated(bare, drive, tokens) for tokens in (_FEW, _MANY))
     slowness, lost_s = _solved(few, alone_few.compute_s, many, alone_many.compute_s)
     both = Costs(bare, drive).both_bytes_per_s
     found: dict[Work, float] = {
-        **said["recoding"],
-        "flush": FLUSHES / few.commit_s,
+        **alone,
         "tiles": both * alone_few.optimizer_s / few.optimizer_s,
     }
     if lost_s > 0.0:
@@ -215,8 +225,12 @@ def _rehearse(directory: str, counts: Mapping[int, int]) -> list[_Step]:
 
 
 if __name__ == "__main__":
+    from offload.planner.page_writes import measure_page_writes
     from offload.planner.recoding import measure_recoding
 
-    recoding = measure_recoding()
+    said = {
+        "recoding": measure_recoding(),
+        "page_writes": measure_page_writes(Path(sys.argv[1])),
+    }
     counts = _QUICK_STEPS if "--quick" in sys.argv else _STEPS
-    sys.stdout.write(json.dumps({"steps": _rehearse(sys.argv[1], counts), "recoding": recoding}))
+    sys.stdout.write(json.dumps({**said, "steps": _rehearse(sys.argv[1], counts)}))

@@ -83,6 +83,7 @@ class Costs:
         self.read_latency_s, self.write_latency_s = read.latency_s, write.latency_s
         self._read_bytes_per_s, self._write_bytes_per_s = read.bytes_per_s, write.bytes_per_s
         self.lost_s_per_byte = self._seconds_each("moves", 0.0)  # as if lanes took nothing from it
+        self.page_write_s = self._seconds_each("page writes", 0.0)
         self._flush_s = self._seconds_each("flush", write.latency_s)
 
     def _seconds_each(self, work: Work, unknown: float) -> float:

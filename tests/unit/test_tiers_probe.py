@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from open_files import open_files
 
 from offload.allocator.errors import CapacityError, TierIOError
+from offload.planner.rehearsal import REHEARSED
 from offload.swap.planning.cost import FRESH_NBYTES
 from offload.tiers import mempolicy
 from offload.tiers.file import TierFile
@@ -229,8 +230,7 @@ def test_without_time_the_smallest_call_of_each_kind_of_work_is_measured() -> No
     for dtype in ("float32", "bfloat16"):
         works = [rate.work for rate in rates if rate.dtype == dtype]
         assert len(works) == len(set(works))
-        rehearsed = {"moves", "tiles", "flush", "bf16 states", "8bit states", "masters"}
-        expected = set(get_args(Work)) - rehearsed
+        expected = set(get_args(Work)) - {*REHEARSED}
         once = {"first touch", "checksum", "dispatch"}
         assert set(works) == (expected if dtype == "float32" else expected - once)
     assert all(rate.per_s > 0 and rate.processor == "cpu" for rate in rates)
