@@ -5,14 +5,15 @@ child process (``plan_job``). Its budget is the least that is predicted to fit, 
 that small factors are hard on both. Peaks are the kernel's, building the model included: the
 highest of all runs. The machine must be quiet.
 
-A shared machine changes its speed within seconds, and more within minutes. So each run stands
-between two measurements of the rates, those of the processor and those of a rehearsal, and is
-repeated: rates, run, rates, run, rates. A run's time is the median of its steps behind the second;
-short steps are many, long ones few. The median of the runs is held against the median of what the
-rates around them predict. How far runs, and predictions, are apart is told beside: no prediction
-can be closer to a run than runs are to each other. What the very first rates said alone is told as
-well, for that is what a user gets. Links are measured once, at the start. Every run counts and none
-is done again; all rates are the measured ones, and nothing is fitted to a run.
+A shared machine changes its speed within seconds, and more within minutes. So a configuration runs
+several times, and the rates, those of the processor and those of a rehearsal, are measured before,
+between and behind: rates, run, rates, run, run, rates, which are also the first ones of the next
+configuration. A run's time is the median of its steps behind the second; short steps are many, long
+ones few. The median of the runs is held against the median of what the rates around them predict.
+How far runs, and predictions, are apart is told beside: no prediction can be closer to a run than
+runs are to each other. What the very first rates said alone is told as well, for that is what a
+user gets. Links are measured once, at the start. Every run counts and none is done again; all rates
+are the measured ones, and nothing is fitted to a run.
 """
 
 import json
@@ -108,6 +109,7 @@ def measure(
             continue
         row = trial.told()
         result.add(**trial.described(), **row)
+        sys.stderr.write(f"{case}: step {row['step_error']:+.0%}, peak {row['peak_error']:+.1%}\n")
         for name, found in errors.items():
             found.append(abs(row[f"{name}_error"]))
     for name, found, median, worst in (
@@ -185,15 +187,16 @@ class Trial:
         return predict(self._program, machine, self._settings(self.mib, drive), self._baseline)
 
     def repeat(self, repeats: int, directory: Path, measured: Callable[[], Machine]) -> Machine:
-        """Run, and measure the machine behind each run; what it was measured as at last.
+        """Run, and measure the machine behind runs; what it was measured as at last.
 
         Raises:
             OffloadError, RuntimeError: a run failed, or does not fit.
         """
-        for _ in range(repeats):
+        for number in range(repeats):
             self._runs.append(run_once(self._case, self.mib, directory))
-            machine = measured()
-            self._predicted.append(self.predict(machine))
+            if number % 2 == 0 or number == repeats - 1:
+                machine = measured()
+                self._predicted.append(self.predict(machine))
         return machine
 
     def described(self) -> dict[str, Any]:

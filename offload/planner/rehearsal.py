@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
@@ -48,8 +49,8 @@ _KERNELS: tuple[Work, ...] = (
 _MOST_SLOWNESS = 2.0
 _FEW, _MANY = 128, 512  # tokens: of the first, moving takes more than computing
 _STEPS = {_FEW: 7, _MANY: 5}
-_QUICK_STEPS = {_FEW: 5, _MANY: 4}
-_WARM = 2  # steps of each
+_QUICK_STEPS = {_FEW: 4, _MANY: 3}
+_WARM = 1  # steps of each: the first learns, and has no states to read
 _WIDTH, _BLOCKS, _VOCABULARY = 512, 12, 4096
 _BUDGET = "host=64GiB"  # its weights stream in any case
 
@@ -159,6 +160,7 @@ def _simulated(machine: Machine, drive: str, tokens: int) -> "StepFinished":
     return simulation.keep_streaming().step().finished
 
 
+@cache
 def _program(tokens: int) -> "Program":
     import torch
 

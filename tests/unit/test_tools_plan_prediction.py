@@ -13,6 +13,7 @@ from planning_models import BASELINE, DRIVE, machine, settings, trace
 import plan_prediction as bench
 from offload.planner.baseline import measure_baseline
 from offload.swap.planning.predict import Prediction, predict
+from offload.tiers.machine import Machine
 from plan_cases import FULL, QUICK, Case, program_of, spread, throttled
 
 
@@ -73,6 +74,26 @@ def test_the_median_of_the_runs_is_held_against_that_of_the_predictions() -> Non
 def _taking(found: Prediction, step_s: float) -> Prediction:
     last = replace(found.last, finished=replace(found.last.finished, step_s=step_s))
     return replace(found, steps=(*found.steps[:-1], last))
+
+
+@pytest.mark.parametrize(("repeats", "order"), [(1, "rm"), (2, "rmrm"), (3, "rmrrm")])
+def test_rates_are_measured_between_the_runs_and_behind_them(
+    repeats: int, order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def run(*_arguments: object) -> bench.Run:
+        seen.append("r")
+        return bench.Run(1.0, 1)
+
+    def measured() -> Machine:
+        seen.append("m")
+        return machine()
+
+    monkeypatch.setattr(bench, "run_once", run)
+    trial = bench.Trial(QUICK[0], BASELINE, DRIVE, machine())
+    trial.repeat(repeats, tmp_path, measured)
+    assert "".join(seen) == order
 
 
 @pytest.mark.slow
