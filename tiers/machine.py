@@ -108,6 +108,7 @@ Work: TypeAlias = Literal[
     "moves",  # bytes that lanes move while computing loses a second by it
     "tiles",  # bytes that lanes move in a second of a streamed step of the optimizer
     "flush",  # flushes of what a commit makes durable
+    "page writes",  # pages of a file that are written for the first time through its mapping
 ]
 
 

@@ -19,6 +19,8 @@ from offload.tiers.engines.registry import wrapping
 from offload.tiers.hostmem import peak_resident_nbytes
 from offload.tiers.wrappers import Link, ThrottledEngine
 
+WARM = 2  # steps: the first learns, the second has grown
+
 
 def _restart_peak() -> int:
     """The kernel's peak so far, and a new one from now on."""
@@ -46,7 +48,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--budget", required=True)
     parser.add_argument("--nvme", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="at most")
+    parser.add_argument(
+        "--enough-s", type=float, help="no more once those behind the second took so long"
+    )
     parser.add_argument("--bytes-per-s", type=float, help="throttle the drive")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--paths", type=int, default=1, help="directories of the store, in --nvme")
@@ -60,7 +65,8 @@ def main() -> None:
         link = Link(bytes_per_s=options.bytes_per_s)
         throttled = wrapping(lambda engine: ThrottledEngine(engine, link))
     stores = [options.nvme / str(number) for number in range(options.paths)]
-    steps_s, peaks = [], []
+    steps_s: list[float] = []
+    peaks: list[int] = []
     with throttled:
         with (
             offload.init(
@@ -75,6 +81,8 @@ def main() -> None:
         engine = offload.attach(model, optimizer, record=options.record)
         peaks.append(_restart_peak())  # of building the model
         for step in range(options.steps):
+            if options.enough_s and sum(steps_s[WARM:]) >= options.enough_s:
+                break
             began_s = time.perf_counter()
             seeded = torch.Generator().manual_seed(step)
             tokens = torch.randint(

@@ -175,5 +175,7 @@ def _rehearsal(machine: "Machine") -> "Iterator[Finding]":
     told = [f"{found['flush']:,.0f} flushes/s", f"tiles {format_rate(found['tiles'])}"]
     if "moves" in found:
         told.append(f"computing loses a second by {format_rate(found['moves'])[:-2]} moved")
+    if "page writes" in found:
+        told.append(f"{found['page writes']:,.0f} first writes to pages/s")
     told += [f"{work} {format_rate(found[work])}" for work in RECODED if work in found]
     yield Finding(subject="rehearsal", value=", ".join(told))

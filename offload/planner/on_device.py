@@ -26,6 +26,7 @@ _WORKSPACE_NBYTES = 64 << 20  # of the device's libraries, as attach counts on
 _DEVICE_SHARE, _HOST_SHARE = 0.9, 0.8  # of what is free, without a budget
 _MIB = 1 << 20
 _UNFUSED_PASSES = 2.5
+_KEY_BLOCK = 128  # of fused attention on a GPU (FlashAttention-2)
 _HALVINGS = 3  # of the batch, in search of the best micro-batch
 
 
@@ -118,7 +119,9 @@ class Placing:
         self._trace, self._known = trace, dict(known)
         self._baseline, self._commits = baseline, commits
         self.device = device_of(machine).name
-        self._costs = Costs(computing_on(machine, _processor(self.device)), drive)
+        self._costs = Costs(
+            computing_on(machine, _processor(self.device)), drive, key_block=_KEY_BLOCK
+        )
         self._recoding_s = Costs(machine, drive).recoding_s  # forms change in host memory
         self.budgets = dict(self._budgets(budgets))
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
     from offload.tiers.events import StepFinished
 
 RECODED: tuple[Work, ...] = ("bf16 states", "8bit states", "masters")
-REHEARSED: tuple[Work, ...] = ("moves", "tiles", "flush", *RECODED)  # all that it measures
+REHEARSED: tuple[Work, ...] = (
+    "moves",
+    "tiles",
+    "flush",
+    "page writes",
+    *RECODED,
+)  # all that it measures
 _KERNELS: tuple[Work, ...] = (
     "matmul",
     "thin matmul",
@@ -41,7 +48,9 @@ _KERNELS: tuple[Work, ...] = (
 )
 _MOST_SLOWNESS = 2.0
 _FEW, _MANY = 128, 512  # tokens: of the first, moving takes more than computing
-_FEW_STEPS, _MANY_STEPS, _WARM = 7, 5, 2
+_STEPS = {_FEW: 7, _MANY: 5}
+_QUICK_STEPS = {_FEW: 4, _MANY: 3}
+_WARM = 1  # steps of each: the first learns, and has no states to read
 _WIDTH, _BLOCKS, _VOCABULARY = 512, 12, 4096
 _BUDGET = "host=64GiB"  # its weights stream in any case
 
@@ -62,18 +71,19 @@ class _Step(NamedTuple):
     commit_s: float
 
 
-def add_rehearsal(machine: Machine, directory: Path, drive: str) -> Machine:
+def add_rehearsal(machine: Machine, directory: Path, drive: str, *, quick: bool = False) -> Machine:
     """``machine``, which is this one, with the rates that only training shows.
 
     Args:
         directory: for the store of the small model; on the drive ``drive``.
+        quick: fewer steps, for who rehearses often.
 
     Raises:
         OffloadError: the child failed; with the end of what it said.
         ConfigError: other rates, or the links of the drive, are not measured yet.
     """
     with TemporaryDirectory(dir=directory, prefix="offload-rehearsal-") as store:
-        command = [sys.executable, "-m", __spec__.name, store]
+        command = [sys.executable, "-m", __spec__.name, store, *["--quick"] * quick]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
@@ -84,13 +94,17 @@ def add_rehearsal(machine: Machine, directory: Path, drive: str) -> Machine:
     said = json.loads(done.stdout)
     steps = [_Step(*figures) for figures in said["steps"]]
     few, many = (_median(steps, tokens) for tokens in (_FEW, _MANY))
-    bare = _with(machine, {"flush": FLUSHES / few.commit_s})
+    alone: dict[Work, float] = {
+        "flush": FLUSHES / few.commit_s,
+        "page writes": said["page_writes"],
+        **said["recoding"],
+    }
+    bare = _with(machine, alone)
     alone_few, alone_many = (_simulated(bare, drive, tokens) for tokens in (_FEW, _MANY))
     slowness, lost_s = _solved(few, alone_few.compute_s, many, alone_many.compute_s)
     both = Costs(bare, drive).both_bytes_per_s
     found: dict[Work, float] = {
-        **said["recoding"],
-        "flush": FLUSHES / few.commit_s,
+        **alone,
         "tiles": both * alone_few.optimizer_s / few.optimizer_s,
     }
     if lost_s > 0.0:
@@ -146,6 +160,7 @@ def _simulated(machine: Machine, drive: str, tokens: int) -> "StepFinished":
     return simulation.keep_streaming().step().finished
 
 
+@cache
 def _program(tokens: int) -> "Program":
     import torch
 
@@ -180,7 +195,7 @@ def _loss(model: "nn.Module", tokens: "torch.Tensor") -> "torch.Tensor":
     return cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
-def _rehearse(directory: str) -> list[_Step]:
+def _rehearse(directory: str, counts: Mapping[int, int]) -> list[_Step]:
     import torch
 
     import offload
@@ -194,7 +209,7 @@ def _rehearse(directory: str) -> list[_Step]:
     engine = offload.attach(model, optimizer, record=run)
     engine.keep_streaming()
     totals, moved = engine.gradients.journal.totals, []
-    lengths = [_FEW] * _FEW_STEPS + [_MANY] * _MANY_STEPS
+    lengths = [tokens for tokens, count in counts.items() for _ in range(count)]
     for tokens in lengths:
         before = totals.read_nbytes + totals.written_nbytes
         _loss(model, torch.randint(_VOCABULARY, (1, tokens))).backward()
@@ -212,7 +227,12 @@ def _rehearse(directory: str) -> list[_Step]:
 
 
 if __name__ == "__main__":
+    from offload.planner.page_writes import measure_page_writes
     from offload.planner.recoding import measure_recoding
 
-    recoding = measure_recoding()
-    sys.stdout.write(json.dumps({"steps": _rehearse(sys.argv[1]), "recoding": recoding}))
+    said = {
+        "recoding": measure_recoding(),
+        "page_writes": measure_page_writes(Path(sys.argv[1])),
+    }
+    counts = _QUICK_STEPS if "--quick" in sys.argv else _STEPS
+    sys.stdout.write(json.dumps({**said, "steps": _rehearse(sys.argv[1], counts)}))

@@ -24,6 +24,8 @@ _VIEW_CALLS = 0.5
 _HOOK_CALLS = 6.0
 FLUSHES = 3  # of a commit: data, record, directory
 _LEAST_TOGETHER = 0.25
+# Torch's attention on a CPU computes whole blocks of so many keys, which a causal mask then cuts.
+_KEY_BLOCK = 512
 _COMMIT_CALLS = 12.0  # for each weight in the record
 # Which rates stand in for those of a type that nobody measured.
 _ALIKE = {"float16": "bfloat16", "float64": "float32"}
@@ -59,12 +61,14 @@ class Costs:
 
     Args:
         drive: the name of the file tier.
+        key_block: keys that causal attention computes at once, masked ones among them.
 
     Raises:
         ConfigError: a rate or a link that a step needs was not measured; names what measures it.
     """
 
-    def __init__(self, machine: Machine, drive: str) -> None:
+    def __init__(self, machine: Machine, drive: str, *, key_block: int = _KEY_BLOCK) -> None:
+        self._key_block = key_block
         self._machine = machine
         self._drive = drive
         self._curves: dict[tuple[Work, str], Curve] = {}
@@ -74,11 +78,12 @@ class Costs:
         self.call_s = 1 / self._curve("dispatch", "float32").rate(1)
         self.hook_s = _HOOK_CALLS * self.call_s
         self.checksum_bytes_per_s = self._curve("checksum", "float32").rate(PIECE_NBYTES)
-        self._fresh_bytes_per_s = self._curve("first touch", "float32").rate(PIECE_NBYTES)
+        self._curve("first touch", "float32")
         read, write = machine.link(drive, "host"), machine.link("host", drive)
         self.read_latency_s, self.write_latency_s = read.latency_s, write.latency_s
         self._read_bytes_per_s, self._write_bytes_per_s = read.bytes_per_s, write.bytes_per_s
         self.lost_s_per_byte = self._seconds_each("moves", 0.0)  # as if lanes took nothing from it
+        self.page_write_s = self._seconds_each("page writes", 0.0)
         self._flush_s = self._seconds_each("flush", write.latency_s)
 
     def _seconds_each(self, work: Work, unknown: float) -> float:
@@ -109,15 +114,24 @@ class Costs:
         if operation.kind == "heavy":
             moving_s = self._at("heavy", dtype, operation.nbytes)
         elif operation.kind != "pointwise":
-            moving_s = max(moving_s, self._at(_work_of(operation), dtype, operation.flops))
+            flops = operation.flops * self._computed(operation.causal_keys)
+            moving_s = max(moving_s, self._at(_work_of(operation), dtype, round(flops)))
         return max(moving_s, self.call_s)
 
     def _at(self, work: Work, dtype: str, size: int) -> float:
         return size / self._curve(work, dtype).rate(size)
 
+    def _computed(self, causal_keys: int) -> float:
+        """How often each product is computed that a causal mask leaves, masked ones included."""
+        if not causal_keys:
+            return 1.0
+        blocks, rest = divmod(causal_keys, self._key_block)
+        computed = self._key_block**2 * blocks * (blocks + 1) / 2 + rest * causal_keys
+        return 2 * computed / causal_keys**2
+
     def fresh_s(self, nbytes: int) -> float:
-        """What the kernel takes to make ``nbytes`` of fresh memory."""
-        return nbytes / self._fresh_bytes_per_s if nbytes >= FRESH_NBYTES else 0.0
+        """What the kernel takes to make ``nbytes`` of fresh memory, in one piece."""
+        return self._at("first touch", "float32", nbytes) if nbytes >= FRESH_NBYTES else 0.0
 
     def optimizer_s(
         self, stepping: Stepping, nbytes: int, *, threads: Literal["one", "all"]

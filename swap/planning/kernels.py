@@ -21,7 +21,8 @@ _HEAVY = frozenset(
         "_fused_rms_norm_backward", "native_dropout", "bernoulli_", "mean", "var",
     }
 )  # fmt: skip
-_LOOKUPS = frozenset({"embedding", "index_select", "gather", "index"})  # read what they write
+# These read no more than they write.
+_LOOKUPS = frozenset({"embedding", "index_select", "gather", "index", "nll_loss_forward"})
 _ATTENTION = "scaled_dot_product"
 
 
@@ -34,14 +35,24 @@ def describe(
     dtype = str((written or read)[0].dtype).removeprefix("torch.") if written or read else "none"
     flops, rows = _flops(func, name, arguments, options, output, read)
     kind: OperationKind = "heavy" if name in _HEAVY else "pointwise"
+    causal_keys = 0
     if _ATTENTION in name:
         kind = "attention"
+        causal_keys = _causal_keys(name, [*arguments, *options.values()], read)
     elif flops:
         kind = "matmul"
     elif _is_view(func, read, written):
         return Operation(name=name, kind="view", flops=0, nbytes=0, rows=0, dtype=dtype)
     moved = 2 * _nbytes(written) if name in _LOOKUPS else _nbytes(read) + _nbytes(written)
-    return Operation(name=name, kind=kind, flops=flops, nbytes=moved, rows=rows, dtype=dtype)
+    return Operation(
+        name=name,
+        kind=kind,
+        flops=flops,
+        nbytes=moved,
+        rows=rows,
+        dtype=dtype,
+        causal_keys=causal_keys,
+    )
 
 
 def tensors_of(values: Iterable[Any]) -> list[torch.Tensor]:
@@ -92,5 +103,13 @@ def _attention_flops(name: str, arguments: Sequence[Any], read: Sequence[torch.T
     one = 2 * batch * query.shape[-2] * key.shape[-2] * query.shape[-1]
     two = 2 * batch * query.shape[-2] * key.shape[-2] * value.shape[-1]
     products = 3 * one + 2 * two if backward else one + two
-    causal = any(argument is True for argument in arguments)
-    return products // 2 if causal else products
+    return products // 2 if _is_causal(arguments) else products
+
+
+def _causal_keys(name: str, arguments: Sequence[Any], read: Sequence[torch.Tensor]) -> int:
+    key = read[2] if "backward" in name else read[1]
+    return key.shape[-2] if _is_causal(arguments) else 0
+
+
+def _is_causal(arguments: Sequence[Any]) -> bool:
+    return any(argument is True for argument in arguments)

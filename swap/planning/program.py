@@ -40,6 +40,8 @@ class Operation:
         nbytes: read and written.
         rows: the smallest dimension of a matrix product; 0 for other kinds.
         dtype: of what it writes, such as ``float32``.
+        causal_keys: of causal attention: keys of the longest row, of whose products with all
+            queries ``flops`` counts half; 0 for other kinds.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Operation:
     nbytes: int
     rows: int
     dtype: str
+    causal_keys: int = 0
 
 
 class What(IntEnum):

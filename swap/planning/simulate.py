@@ -32,11 +32,11 @@ from offload.swap.planning.sim_backward import SimBackwardStep
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_step import SimStep
-from offload.swap.planning.sim_weights import SimWeights
+from offload.swap.planning.sim_weights import SimWeight, SimWeights
 from offload.swap.planning.sim_writes import SimDrive
 from offload.swap.planning.world import Memory, Reading, Role, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
-from offload.tiers.hostmem import page_ceil
+from offload.tiers.hostmem import PAGE, page_ceil
 
 # What one look at a mapped file brings in: the kernel maps the pages around it, too (debugfs
 # fault_around_bytes: 64 KiB).
@@ -307,6 +307,7 @@ class Simulation:
         rows_nbytes = self._program.row_gradients.get(weight.name)
         if rows_nbytes is not None and weight.name not in self._gradients.kept:
             self.world.compute(self._costs.fresh_s(rows_nbytes))
+            self.world.compute(self._pages_of(weight, rows_nbytes) * self._costs.page_write_s)
             self._gradients.take_rows(weight.name, rows_nbytes)
             if self._backward is not None:
                 self._backward.take(weight, gradient_nbytes=0)
@@ -316,6 +317,14 @@ class Simulation:
             self._gradients.take(weight.name, weight.nbytes)
         if weight.name not in self._program.census.lookups:
             self._weights.trace.use(weight.number)
+
+    def _pages_of(self, weight: SimWeight, rows_nbytes: int) -> float:
+        """How many pages of the gradient's home are written by rows: they are as good as random."""
+        looked_up = sum(
+            lookup.rows for lookup in self._program.lookups if lookup.weight == weight.name
+        )
+        touched, pages = max(looked_up, rows_nbytes / PAGE), weight.nbytes / PAGE
+        return -math.expm1(-touched / pages) * pages
 
     def _end_backward(self, _which: int) -> None:
         if self._backward is not None:
@@ -336,7 +345,9 @@ class Simulation:
         seen = -math.expm1(-lookup.rows * _FAULT_AROUND_NBYTES / table) * table
         nbytes = max(known, int(seen))
         self.world.memory.add("pages", nbytes - known)
-        self.world.compute(lookup.rows * self._costs.read_latency_s)
+        # A row that an earlier look brought in, with what is around it, is there.
+        looks = (nbytes - known) / _FAULT_AROUND_NBYTES
+        self.world.compute(looks * self._costs.read_latency_s)
         self._looked_up[lookup.weight] = nbytes
 
     def _optimize(self) -> None:

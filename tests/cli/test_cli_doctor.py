@@ -73,15 +73,17 @@ def test_what_a_plan_lacks_is_told_and_a_rehearsal_measures_it(
     def rehearsed(machine: Machine, directory: Path, drive: str) -> Machine:
         assert directory == tmp_path  # the first whose links were measured
         assert machine.link(drive, "host").bytes_per_s > 0
+        rates = {"flush": 50.0, "tiles": 1.5e9, "moves": 3e9, "page writes": 2e4}
         recoded = dict.fromkeys(rehearsal.RECODED, 2e9)
-        return rehearsal._with(machine, {"flush": 50.0, "tiles": 1.5e9, "moves": 3e9, **recoded})
+        return rehearsal._with(machine, {**rates, **recoded})
 
     monkeypatch.setattr(rehearsal, "add_rehearsal", rehearsed)
     assert main([*words, "--rehearse"]) == 1
     out = " ".join(capsys.readouterr().out.split())
     told = (
         "ok rehearsal 50 flushes/s, tiles 1.50 GB/s, computing loses a second by 3.00 GB moved, "
-        "bf16 states 2.00 GB/s, 8bit states 2.00 GB/s, masters 2.00 GB/s"
+        "20,000 first writes to pages/s, bf16 states 2.00 GB/s, 8bit states 2.00 GB/s, "
+        "masters 2.00 GB/s"
     )
     assert told in out
     assert {*rehearsal.REHEARSED} <= {rate.work for rate in read_machine(file).compute}

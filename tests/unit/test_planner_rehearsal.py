@@ -8,6 +8,7 @@ from planning_models import BASELINE, DRIVE, machine, settings, trace
 
 from offload.allocator.errors import OffloadError
 from offload.planner import rehearsal
+from offload.planner.page_writes import measure_page_writes
 from offload.planner.recoding import measure_recoding
 from offload.planner.rehearsal import _solved, _Step, _with, add_rehearsal
 from offload.swap.planning.cost import Costs
@@ -68,6 +69,17 @@ def test_a_drive_is_not_faster_beside_the_optimizer_than_alone() -> None:
     assert Costs(faster, DRIVE).together == Costs(MACHINE, DRIVE).together
 
 
+def test_a_quick_rehearsal_has_steps_of_both_lengths_behind_the_warm_ones() -> None:
+    assert set(rehearsal._QUICK_STEPS) == set(rehearsal._STEPS)
+    for tokens, count in rehearsal._QUICK_STEPS.items():
+        assert rehearsal._WARM < count < rehearsal._STEPS[tokens]
+
+
+def test_pages_of_a_mapped_file_are_written_at_some_rate(tmp_path: Path) -> None:
+    assert measure_page_writes(tmp_path) > 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failing_rehearsal_says_where_and_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,5 +99,5 @@ def test_each_form_of_a_state_has_its_rate() -> None:
 def test_a_real_rehearsal(tmp_path: Path) -> None:
     found = add_rehearsal(MACHINE, tmp_path, DRIVE)
     rates = {rate.work for rate in found.compute}
-    assert {"flush", "tiles", "bf16 states", "8bit states", "masters"} <= rates
+    assert {"flush", "tiles", "page writes", "bf16 states", "8bit states", "masters"} <= rates
     assert not list(tmp_path.iterdir())

@@ -1,11 +1,20 @@
 """Predictions of gradients that are made of looked-up rows."""
 
+from dataclasses import replace
+
+import pytest
 import torch
-from planning_models import BASELINE, MIB, Model, loss_of, machine, settings, trace
+from planning_models import BASELINE, DRIVE, MIB, Model, loss_of, machine, settings, trace
 from torch import nn
 
+from offload.planner import rehearsal
+from offload.swap.planning.compiled import compile_program
+from offload.swap.planning.cost import Costs
 from offload.swap.planning.predict import least_budget, predict
 from offload.swap.planning.program import Program, What
+from offload.swap.planning.simulate import Simulation
+from offload.tiers.hostmem import PAGE
+from offload.tiers.machine import Machine
 
 WIDTH, VOCABULARY = 256, 50_000
 TABLE = VOCABULARY * WIDTH * 4
@@ -73,6 +82,34 @@ def test_two_lookups_of_a_table_add_up() -> None:
         return loss_of(model, tokens) + loss_of(model, tokens[:, :32])
 
     assert trace(loss=twice).row_gradients == {"embedding.weight": 96 * WIDTH * 4}
+
+
+def _passed_s(rows: int, machine: Machine) -> float:
+    """Seconds of forward and backward that look up so many rows of a table of 1,000."""
+    compiled = compile_program(trace(length=rows), Costs(machine, DRIVE))
+    plan = predict(compiled.program, machine, settings(700), BASELINE).steps[0].plan
+    simulation = Simulation(compiled, plan, chunk_numel=1 << 18)
+    simulation.step()
+    return simulation.keep_streaming().step().finished.compute_s
+
+
+def test_a_row_that_came_with_another_one_is_not_waited_for() -> None:
+    reads = [link for link in machine().links if (link.source, link.target) == (DRIVE, "host")]
+    others = [link for link in machine().links if link not in reads]
+    late = [replace(link, latency_s=link.latency_s + 1.0) for link in reads]
+    slow = replace(machine(), links=(*others, *late))
+    looks = [_passed_s(rows, slow) - _passed_s(rows, machine()) for rows in (2, 900)]
+    assert looks[0] == pytest.approx(2, rel=0.1)
+    assert looks[1] == pytest.approx(1000 * WIDTH * 4 / (64 << 10), rel=0.01)  # all of the table
+
+
+def test_pages_of_rows_are_written_once_each() -> None:
+    per_s = 10_000.0
+    slow = rehearsal._with(machine(), {"page writes": per_s})
+    writes = [per_s * (_passed_s(rows, slow) - _passed_s(rows, machine())) for rows in (2, 900)]
+    pages = 1000 * WIDTH * 4 / PAGE  # of four rows
+    assert writes[0] == pytest.approx(2, rel=0.01)
+    assert pages * 0.9 < writes[1] < pages
 
 
 def test_a_large_table_needs_no_memory_for_its_gradient() -> None:

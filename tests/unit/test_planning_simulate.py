@@ -31,6 +31,7 @@ from offload.swap.planning.whatif import changed, parse_changes
 from offload.swap.planning.world import Memory, World, read_lane, write_lane
 from offload.tiers.events import ListRecorder, Move, Stall
 from offload.tiers.journal import Label
+from offload.tiers.machine import ComputeRate
 
 PROGRAM = trace()
 LEAST = least_budget(PROGRAM, machine(), settings(1), BASELINE).settings.budget_nbytes // MIB
@@ -323,6 +324,30 @@ def test_an_operation_takes_the_slower_of_arithmetic_and_memory() -> None:
     assert costs.seconds(wide) > 100 * costs.seconds(product)
     view = next(o for o in PROGRAM.operations if o.kind == "view")
     assert costs.seconds(view) < costs.call_s
+
+
+def test_small_fresh_results_have_a_rate_of_their_own() -> None:
+    others = [rate for rate in machine().compute if rate.work != "first touch"]
+    rates = [
+        ComputeRate(processor="cpu", work="first touch", dtype="float32", size=size, per_s=per_s)
+        for size, per_s in ((MIB, 2e9), (64 * MIB, 20e9))
+    ]
+    costs = Costs(dataclasses.replace(machine(), compute=(*others, *rates)), DRIVE)
+    assert costs.fresh_s(MIB) == pytest.approx(MIB / 2e9)
+    assert costs.fresh_s(64 * MIB) == pytest.approx(64 * MIB / 20e9)
+    assert costs.fresh_s(MIB // 8) == 0.0  # the heap's own, which is there
+
+
+@pytest.mark.parametrize(
+    ("keys", "computed"), [(100, 2.0), (512, 2.0), (1024, 1.5), (4096, 1.125), (768, 14 / 9)]
+)
+def test_causal_attention_computes_whole_blocks_of_keys(keys: int, computed: float) -> None:
+    costs = Costs(machine(), DRIVE)
+    attention = next(o for o in PROGRAM.operations if o.kind == "attention")
+    assert attention.causal_keys == 64
+    whole = dataclasses.replace(attention, flops=10**12, causal_keys=0)
+    causal = dataclasses.replace(whole, causal_keys=keys)
+    assert costs.seconds(causal) == pytest.approx(computed * costs.seconds(whole))
 
 
 def test_a_machine_without_rates_names_the_command() -> None:

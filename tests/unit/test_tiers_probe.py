@@ -3,7 +3,7 @@
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from open_files import open_files
 
 from offload.allocator.errors import CapacityError, TierIOError
+from offload.planner.rehearsal import REHEARSED
+from offload.swap.planning.cost import FRESH_NBYTES
 from offload.tiers import mempolicy
 from offload.tiers.file import TierFile
-from offload.tiers.hostmem import PAGE
+from offload.tiers.hostmem import HUGE_PAGE, PAGE
 from offload.tiers.machine import Work
-from offload.tiers.probe import files, memory
+from offload.tiers.probe import compute, files, memory
 from offload.tiers.probe.compute import measure_compute
 from offload.tiers.probe.links import Measured, Wanted, copy_threads, measure_links
 from offload.tiers.probe.pace import Effort, Pace, Route, measure_route
@@ -228,11 +230,42 @@ def test_without_time_the_smallest_call_of_each_kind_of_work_is_measured() -> No
     for dtype in ("float32", "bfloat16"):
         works = [rate.work for rate in rates if rate.dtype == dtype]
         assert len(works) == len(set(works))
-        rehearsed = {"moves", "tiles", "flush", "bf16 states", "8bit states", "masters"}
-        expected = set(get_args(Work)) - rehearsed
+        expected = set(get_args(Work)) - {*REHEARSED}
         once = {"first touch", "checksum", "dispatch"}
         assert set(works) == (expected if dtype == "float32" else expected - once)
     assert all(rate.per_s > 0 and rate.processor == "cpu" for rate in rates)
+
+
+def test_types_that_nobody_asked_for_are_not_measured() -> None:
+    assert {rate.dtype for rate in measure_compute(0.0, dtypes=["float32"])} == {"float32"}
+
+
+def test_fresh_memory_has_a_rate_for_small_results_and_for_large_ones() -> None:
+    sizes = [
+        rate.size
+        for rate in measure_compute(60.0, dtypes=["float32"])
+        if rate.work == "first touch"
+    ]
+    assert min(sizes) == FRESH_NBYTES
+    assert max(sizes) >= 32 * HUGE_PAGE
+    assert sum(FRESH_NBYTES < size <= 2 * HUGE_PAGE for size in sizes) >= 2  # where pages change
+
+
+@pytest.mark.parametrize(("longer_s", "shorter_s", "found_s"), [(3.0, 1.0, 2.0), (1.0, 1.5, 0.05)])
+def test_what_one_call_takes_beyond_another(
+    longer_s: float, shorter_s: float, found_s: float
+) -> None:
+    now_s = 0.0
+
+    def taking(seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal now_s
+            now_s += seconds
+
+        return call
+
+    found = compute._difference(taking(longer_s), taking(shorter_s), lambda: now_s)
+    assert found == pytest.approx(found_s)
 
 
 @pytest.mark.parametrize("verb", ["read", "write"])

@@ -2,13 +2,19 @@
 
 The figures are those of a training process: torch's own kernels, as many threads as torch uses,
 and glibc told to give freed memory back, so that every large result is fresh memory.
+
+[Note: fresh memory] The kernel gives small allocations page by page, which takes four times as long
+for each byte as the huge pages that large ones get. So the first touch has a rate for each size: of
+what filling fresh memory takes beyond filling memory that is there. Many small ones live at once,
+for one alone may be found in what the heap has free.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import xxhash
 
@@ -26,13 +32,17 @@ _THIN = ((8, 256, 256), (8, 1024, 1024))
 _SEQUENCES = (64, 256, 512)
 _HEADS, _HEAD_WIDTH = 8, 64
 _SIZES = (64 << 10, 1 << 20, 16 << 20, 64 << 20)  # bytes of one operand
+_FRESH = (16 << 20, 256 << 10, 2 << 20, 4 << 20, 64 << 20)  # bytes; the first one in any case
+_FRESH_NBYTES = 16 << 20  # of all that live at once, at least
+_LEAST_DIFFERENCE = 0.05  # of the longer call: below it is noise
 _TILE_NUMEL = 1 << 20
-_DTYPES = {"float32": 0.7, "bfloat16": 1.0}  # by which share of the time each is done
+_DTYPES = {"float32": 0.7, "bfloat16": 0.3}  # shares of the time
 
 
 def measure_compute(
     seconds: float = 4.0,
     *,
+    dtypes: Sequence[str] = tuple(_DTYPES),
     progress: Callable[[str], None] = lambda _text: None,
     clock: Clock = time.perf_counter,
 ) -> tuple[ComputeRate, ...]:
@@ -40,6 +50,7 @@ def measure_compute(
 
     Args:
         seconds: nothing is measured after them, but the smallest call of each kind of work.
+        dtypes: of these types alone; ``float32`` is always needed.
         clock: replaced by tests.
     """
     import torch  # noqa: F401  (its import is not to be timed)
@@ -47,16 +58,18 @@ def measure_compute(
     hostmem.return_freed_memory()
     began_s = clock()
     rates: list[ComputeRate] = []
-    for dtype, share in _DTYPES.items():
-        for work, size, call in _cases(dtype):
+    until_s = began_s
+    for dtype in dtypes:
+        until_s += seconds * _DTYPES[dtype] / sum(_DTYPES[each] for each in dtypes)
+        for work, size, call, less, times in _cases(dtype):
             known = any((rate.work, rate.dtype) == (work, dtype) for rate in rates)
-            if known and clock() > began_s + share * seconds:
+            if known and clock() > until_s:
                 continue
             progress(f"{work} in {dtype}")
-            taken_s = _seconds(call, clock)
+            taken_s = _seconds(call, clock) if less is None else _difference(call, less, clock)
             rates.append(
                 ComputeRate(
-                    processor="cpu", work=work, dtype=dtype, size=size, per_s=size / taken_s
+                    processor="cpu", work=work, dtype=dtype, size=size, per_s=times * size / taken_s
                 )
             )
     return tuple(rates)
@@ -77,11 +90,24 @@ def _seconds(call: Callable[[], object], clock: Clock) -> float:
     return max(statistics.median(taken), 1e-9)
 
 
-_Case = tuple[Work, int, Callable[[], object]]
+def _difference(call: Callable[[], object], less: Callable[[], object], clock: Clock) -> float:
+    """Median seconds by which ``call`` takes longer than ``less``."""
+    both_s = _seconds(call, clock)
+    return max(both_s - _seconds(less, clock), _LEAST_DIFFERENCE * both_s)
+
+
+class _Case(NamedTuple):
+    """A call that does so much work so many ``times``, less what another call takes."""
+
+    work: Work
+    size: int
+    call: Callable[[], object]
+    less: Callable[[], object] | None = None
+    times: int = 1
 
 
 def _cases(dtype: str) -> Iterator[_Case]:
-    """What is measured in ``dtype``: the work, the size of one call, the call."""
+    """What is measured in ``dtype``."""
     import torch
 
     kind: torch.dtype = getattr(torch, dtype)
@@ -92,7 +118,7 @@ def _cases(dtype: str) -> Iterator[_Case]:
     if kind == torch.float32:
         yield from _memory()
         one = torch.zeros(8, requires_grad=True)
-        yield "dispatch", 1, lambda: one + 1.0
+        yield _Case("dispatch", 1, lambda: one + 1.0)
 
 
 def _matrices(kind: "torch.dtype") -> Iterator[_Case]:
@@ -104,7 +130,7 @@ def _matrices(kind: "torch.dtype") -> Iterator[_Case]:
             right = torch.ones(columns, inner, dtype=kind).t()
             out = torch.empty(rows, columns, dtype=kind)
             flops = 2 * rows * inner * columns
-            yield work, flops, _bound(torch.mm, left, right, out=out)  # type: ignore[misc]
+            yield _Case(work, flops, _bound(torch.mm, left, right, out=out))  # type: ignore[arg-type]
 
 
 def _bound(function: Callable[..., object], *args: object, **options: object) -> Callable[[], None]:
@@ -124,11 +150,11 @@ def _attention(kind: "torch.dtype") -> Iterator[_Case]:
         flops = 4 * _HEADS * sequence * sequence * _HEAD_WIDTH
         with torch.no_grad():
             forward = _bound(scaled_dot_product_attention, q.detach(), k.detach(), v.detach())
-        yield "attention", flops, forward
+        yield _Case("attention", flops, forward)
         out = scaled_dot_product_attention(q, k, v)
         grad = torch.ones_like(out)
         backward = _bound(torch.autograd.grad, out, (q, k, v), grad, retain_graph=True)
-        yield "attention backward", flops * 5 // 2, backward
+        yield _Case("attention backward", flops * 5 // 2, backward)
 
 
 def _elements(kind: "torch.dtype") -> Iterator[_Case]:
@@ -137,8 +163,8 @@ def _elements(kind: "torch.dtype") -> Iterator[_Case]:
     for nbytes in _SIZES:
         numel = nbytes // kind.itemsize
         left, right, out = (torch.ones(numel, dtype=kind) for _ in range(3))
-        yield "pointwise", 3 * nbytes, _bound(torch.add, left, right, out=out)
-        yield "heavy", 2 * nbytes, _bound(torch.ops.aten.gelu.out, left, out=out)
+        yield _Case("pointwise", 3 * nbytes, _bound(torch.add, left, right, out=out))
+        yield _Case("heavy", 2 * nbytes, _bound(torch.ops.aten.gelu.out, left, out=out))
 
 
 def _optimizer(kind: "torch.dtype") -> Iterator[_Case]:
@@ -148,7 +174,7 @@ def _optimizer(kind: "torch.dtype") -> Iterator[_Case]:
     parameter.grad = torch.ones_like(parameter)
     stepper = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
     moved = 7 * parameter.nbytes  # all four are read, all but the gradient written
-    yield "optimizer", moved, _bound(stepper.step)
+    yield _Case("optimizer", moved, _bound(stepper.step))
 
     def step_alone() -> None:
         threads = torch.get_num_threads()
@@ -158,23 +184,38 @@ def _optimizer(kind: "torch.dtype") -> Iterator[_Case]:
         finally:
             torch.set_num_threads(threads)
 
-    yield "optimizer thread", moved, step_alone
+    yield _Case("optimizer thread", moved, step_alone)
 
 
 def _memory() -> Iterator[_Case]:
     import torch
 
-    fresh = 16 << 20
-    yield "first touch", fresh, lambda: torch.empty(fresh, dtype=torch.uint8).fill_(1)
+    for nbytes in _FRESH:  # see [Note: fresh memory]
+        there = torch.empty(nbytes, dtype=torch.uint8)
+        count = max(1, _FRESH_NBYTES // nbytes)
+        fresh, again = partial(_fill_fresh, nbytes, count), partial(_fill, there, count)
+        yield _Case("first touch", nbytes, fresh, again, count)
     content = bytes(4 << 20)
-    yield "checksum", len(content), lambda: xxhash.xxh3_64_intdigest(content)
+    yield _Case("checksum", len(content), lambda: xxhash.xxh3_64_intdigest(content))
+
+
+def _fill_fresh(nbytes: int, count: int) -> "list[torch.Tensor]":
+    import torch
+
+    return [torch.empty(nbytes, dtype=torch.uint8).fill_(1) for _ in range(count)]
+
+
+def _fill(there: "torch.Tensor", count: int) -> None:
+    for _ in range(count):
+        there.fill_(1)
 
 
 def add_compute(
     machine: Machine,
     seconds: float = 4.0,
     *,
+    dtypes: Sequence[str] = tuple(_DTYPES),
     progress: Callable[[str], None] = lambda _text: None,
 ) -> Machine:
-    """``machine``, which is this one, with its CPU's rates."""
-    return replace(machine, compute=measure_compute(seconds, progress=progress))
+    """``machine``, which is this one, with its CPU's rates, as ``measure_compute``."""
+    return replace(machine, compute=measure_compute(seconds, dtypes=dtypes, progress=progress))
