@@ -78,17 +78,18 @@ class Trace(Generic[_Key]):
         Returns:
             Whether the last pass of this kind used it here, too, if there was one.
         """
-        if self._now and self._now[-1] == key:
+        now, places, expected = self._now, self._places, self._expected
+        if now and now[-1] == key:
             return True
-        self._now.append(key)
-        place, began = self._places.get(key, self._never), self._position
-        as_before = place == began or began >= len(self._expected)
+        now.append(key)
+        place, began = places.get(key, self._never), self._position
+        as_before = place == began or began >= len(expected)
         if place < self._never:  # else it is unexpected: the prediction stays where it is
-            places, following = self._places, self._following
+            following, moved = self._following, self.moved
             for passed in range(began, place + 1):
-                other = self._expected[passed]
-                places[other] = following[passed]
-                self.moved(other, following[passed])
+                other = expected[passed]
+                places[other] = behind = following[passed]
+                moved(other, behind)
             self._position = place + 1
         return as_before or self._kind not in self._learned
 

@@ -11,13 +11,14 @@ from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.plan import Plan, choose_chunk_numel, make_plan, soft_limit_nbytes
+from offload.swap.planning.collecting import collection_paused
 from offload.swap.planning.compiled import Compiled, compile_program
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Program
 from offload.swap.planning.row_steps import Alpha, RowsFound, row_steps
+from offload.swap.planning.sim_memory import Role
 from offload.swap.planning.sim_writes import check_writes, must_write_nbytes
 from offload.swap.planning.simulate import SimulatedStep, Simulation
-from offload.swap.planning.world import Role
 from offload.tiers.events import Recorder
 from offload.tiers.filetier import LARGE_NBYTES
 from offload.tiers.hostmem import PAGE
@@ -133,6 +134,7 @@ class Prediction:
         return max(self.last.busy_s, key=lambda name: self.last.busy_s[name])
 
 
+@collection_paused()
 def predict(
     program: Program,
     machine: Machine,
@@ -156,6 +158,7 @@ def predict(
     return _predict(compiled, machine, settings, baseline, recorder)
 
 
+@collection_paused()
 def _predict(
     compiled: Compiled,
     machine: Machine,

@@ -17,7 +17,6 @@ from offload.swap.planning.world import Flight, World
 from offload.swap.states import SMALL_NUMEL
 from offload.swap.tiles import Piece, cut, cut_runs
 from offload.tiers.hostmem import page_ceil
-from offload.tiers.journal import Label
 
 _FUSED_TILES = 32  # of one call in memory, as ``memory_step`` has it
 _TEMPORARIES = 2  # tensors of a tile's size that a step which is not fused makes
@@ -181,8 +180,7 @@ class SimStep:
             nbytes = self._states_nbytes[name]
             world.memory.add("states", nbytes)
             if self._has_states:
-                label = Label(name, "state", "file", "host")
-                missing.append(world.submit(world.reads, label, nbytes))
+                missing.append(world.submit(world.reads, name, "state", nbytes))
             self._held.add(name)
         for flight in missing:
             world.wait(world.reads, flight, "cold")
@@ -201,7 +199,7 @@ class SimStep:
         for name in names:
             weight = self._weights.weights[name]
             world.compute(self._costs.hook_s)
-            flight = world.submit(world.writes, weight.label_home, weight.padded_nbytes)
+            flight = world.submit(world.writes, name, "weight", weight.padded_nbytes)
             world.wait(world.writes, flight, "full")
 
     def commit(self) -> None:
@@ -210,9 +208,8 @@ class SimStep:
         for name in self.names:
             weight = self._weights.weights[name]
             if name in self._held:
-                world.submit(world.writes, weight.label_home, weight.nbytes)
-                nbytes = self._states_nbytes[name]
-                world.submit(world.writes, Label(name, "state", "host", "file"), nbytes)
+                world.submit(world.writes, name, "weight", weight.nbytes)
+                world.submit(world.writes, name, "state", self._states_nbytes[name])
             elif weight.ready:  # is it still what was stored?
                 world.compute(weight.nbytes / self._costs.checksum_bytes_per_s)
         world.drain()

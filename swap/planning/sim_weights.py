@@ -7,7 +7,6 @@ numbers.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +14,8 @@ from offload.swap.planning.world import Flight, World
 from offload.swap.streaming import Streaming
 from offload.swap.trace import Trace
 from offload.tiers.hostmem import page_ceil
-from offload.tiers.journal import Label
+
+_ROLE = "weight"
 
 
 @dataclass(slots=True, eq=False)
@@ -35,13 +35,9 @@ class SimWeight:
     held: bool = False  # a step is changing it: neither fetched nor evicted
     used: int = -2
     padded_nbytes: int = field(init=False)
-    label: Label = field(init=False)
-    label_home: Label = field(init=False)
 
     def __post_init__(self) -> None:
         self.padded_nbytes = page_ceil(self.nbytes)
-        self.label = Label(self.name, "weight", "file", "host")
-        self.label_home = Label(self.name, "weight", "host", "file")
 
     @property
     def in_memory(self) -> bool:
@@ -79,7 +75,7 @@ class SimWeights:
         self.window_nbytes = window_nbytes
         self._checksum_bytes_per_s = checksum_bytes_per_s
         self._uses = 0
-        self._pool: Counter[int] = Counter()  # ranges that wait for use, by their size
+        self._pool: dict[int, int] = {}  # ranges that wait for use, by their size
         self._pool_nbytes = 0
 
     def begin_pass(self) -> None:
@@ -116,17 +112,18 @@ class SimWeights:
 
     def use(self, weights: Sequence[SimWeight]) -> None:
         """Have ``weights`` in memory now, and the next ones on their way."""
+        trace = self.trace
         self._uses += 1
         for weight in weights:
             weight.used = self._uses
         for weight in weights:
-            self.trace.use(weight.number)
+            trace.use(weight.number)
             if not weight.ready and weight.flight is None:
                 self.fetch_now(weight)
         for weight in weights:
             if weight.flight is not None:
                 self._await(weight, "late")
-        if not self.trace.is_settled:
+        if not trace.is_settled:
             self._prefetch()
 
     def fetch_now(self, weight: SimWeight) -> None:
@@ -143,8 +140,9 @@ class SimWeights:
 
     def _prefetch(self) -> None:
         # What is nearer than a weight is never given up for it: its place says so.
+        numbered = self._numbered
         for place, number in self.trace.unsettled():
-            weight = self._numbered[number]
+            weight = numbered[number]
             if weight.ready or weight.flight is not None or weight.held:
                 continue
             if not self._make_room(weight):
@@ -156,10 +154,9 @@ class SimWeights:
     def _make_room(self, weight: SimWeight, *, force: bool = False) -> bool:
         if weight.resident:
             return True
-        excess = weight.nbytes - min(
-            self.window_nbytes - self._streaming.nbytes,
-            self._pool_nbytes + self._world.memory.room(),
-        )
+        window = self.window_nbytes - self._streaming.nbytes
+        room = self._pool_nbytes + self._world.memory.room()
+        excess = weight.nbytes - (min(room, window))
         if excess <= 0:
             return True
         victims, nbytes = self._farthest(excess, -1 if force else self.trace.place(weight.number))
@@ -213,12 +210,12 @@ class SimWeights:
 
     def _fetch(self, weight: SimWeight, *, urgent: bool = False) -> None:
         world, padded = self._world, weight.padded_nbytes
-        if not weight.resident and self._pool[padded]:
+        if not weight.resident and self._pool.get(padded):
             self._pool[padded] -= 1
             self._pool_nbytes -= padded
         else:
             world.memory.add("weights", padded)
-        weight.flight = world.submit(world.reads, weight.label, weight.nbytes, urgent=urgent)
+        weight.flight = world.submit(world.reads, weight.name, _ROLE, weight.nbytes, urgent=urgent)
         if not weight.resident:
             self._streaming.join(weight.number, weight)
         if self._pool_nbytes:
@@ -226,8 +223,9 @@ class SimWeights:
 
     def evict(self, weight: SimWeight) -> None:
         """Give the memory of ``weight`` back."""
-        self._await(weight, "drain")
-        if not weight.ready:
+        if weight.flight is not None:
+            self._await(weight, "drain")
+        elif not weight.ready:
             return
         self._world.compute(weight.nbytes / self._checksum_bytes_per_s)
         weight.ready = False
@@ -236,8 +234,9 @@ class SimWeights:
         if weight.resident:
             self._world.memory.add("weights", -weight.padded_nbytes)
         else:
-            self._pool[weight.padded_nbytes] += 1
-            self._pool_nbytes += weight.padded_nbytes
+            padded = weight.padded_nbytes
+            self._pool[padded] = self._pool.get(padded, 0) + 1
+            self._pool_nbytes += padded
 
     def evict_streaming(self) -> None:
         """Give back the memory of all weights that are not resident."""

@@ -30,11 +30,12 @@ from offload.swap.planning.compiled import Compiled, Moment
 from offload.swap.planning.program import What
 from offload.swap.planning.sim_backward import SimBackwardStep
 from offload.swap.planning.sim_gradients import SimGradients
+from offload.swap.planning.sim_memory import Memory, Role
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_step import SimStep
 from offload.swap.planning.sim_weights import SimWeights
 from offload.swap.planning.sim_writes import SimDrive
-from offload.swap.planning.world import Memory, Reading, Role, World, read_lane, write_lane
+from offload.swap.planning.world import Reading, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
 from offload.tiers.hostmem import page_ceil
 
@@ -155,11 +156,7 @@ class Simulation:
 
     def follow(self, moments: Sequence[Moment]) -> None:
         """Steps from now on are made of ``moments``, in the tables of the program."""
-        handlers = self._handlers()
-        self._moments = [
-            (seconds, highs, nbytes, handlers[what], which)
-            for seconds, highs, nbytes, what, which in moments
-        ]
+        self._moments = moments
         self._passes = sum(moment.what is What.FORWARD for moment in moments)
         self._last: _Simulated | None = None
 
@@ -283,13 +280,7 @@ class Simulation:
 
     def _pass(self) -> None:
         """Forward and backward."""
-        compute, pass_through = self.world.compute, self.world.memory.pass_through
-        for seconds, highs, nbytes, act, which in self._moments:
-            if seconds:
-                compute(seconds)
-            if nbytes or highs:
-                pass_through("transients", highs, nbytes)
-            act(which)
+        self.world.go_through(self._moments, self._handlers())
 
     def _prefetch(self, which: int) -> None:
         self._saved.prefetch(self._program.prefetches[which])
@@ -335,7 +326,7 @@ class Simulation:
         # Rows are as good as random: how much of the table is around one of them.
         seen = -math.expm1(-lookup.rows * _FAULT_AROUND_NBYTES / table) * table
         nbytes = max(known, int(seen))
-        self.world.memory.add("pages", nbytes - known)
+        self.world.memory.add_pages(nbytes - known)
         self.world.compute(lookup.rows * self._costs.read_latency_s)
         self._looked_up[lookup.weight] = nbytes
 
@@ -351,7 +342,7 @@ class Simulation:
         if self._backward is not None:
             self._backward.end_step()
         for name in list(self._looked_up):  # a new version is mapped afresh
-            self.world.memory.add("pages", -self._looked_up.pop(name))
+            self.world.memory.add_pages(-self._looked_up.pop(name))
 
     def _too_small(self, refusal: CapacityError) -> BudgetError:
         budget = self.plan.budget_nbytes
