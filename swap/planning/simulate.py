@@ -10,8 +10,7 @@ step is counted rather than simulated.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from offload.allocator.errors import BudgetError, CapacityError
@@ -31,6 +30,7 @@ from offload.swap.planning.program import What
 from offload.swap.planning.sim_backward import SimBackwardStep
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_memory import Memory, Role
+from offload.swap.planning.sim_pass import SimPass
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_step import SimStep
 from offload.swap.planning.sim_weights import SimWeights
@@ -38,10 +38,6 @@ from offload.swap.planning.sim_writes import SimDrive
 from offload.swap.planning.world import Reading, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
 from offload.tiers.hostmem import page_ceil
-
-# What one look at a mapped file brings in: the kernel maps the pages around it, too (debugfs
-# fault_around_bytes: 64 KiB).
-_FAULT_AROUND_NBYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,11 +142,16 @@ class Simulation:
             self._backward = SimBackwardStep(
                 world, self._weights, self._step, limit_nbytes=plan.gradients_nbytes
             )
-        weights = self._weights.weights
-        self._uses = [[weights[name] for name in names] for names in program.uses]
-        self._numbered = [weights[weight.name] for weight in program.census.weights]
+        self._pass = SimPass(
+            world,
+            program,
+            costs,
+            weights=self._weights,
+            saved=self._saved,
+            gradients=self._gradients,
+            backward=self._backward,
+        )
         self._kept_nbytes = self._states_nbytes()
-        self._looked_up: dict[str, int] = {}
         self._steps = 0
         self.follow(compiled.moments)
 
@@ -184,7 +185,7 @@ class Simulation:
         world = self.world
         world.memory.restart_peak()
         try:
-            self._pass()
+            self._pass.go_through(self._moments)
         except CapacityError as refusal:
             raise self._too_small(refusal) from refusal
         if not self._steps:
@@ -260,75 +261,11 @@ class Simulation:
         self._last = _Simulated(last.standing, before, done)
         return done
 
-    def _handlers(self) -> tuple[Callable[[int], None], ...]:
-        """What each kind of moment does, in the order of ``What``."""
-        saved = self._saved
-        by_kind = {
-            What.USE: self._use,
-            What.LOOKUP: self._look_up,
-            What.FREE: saved.let_go,
-            What.SAVE: saved.save,
-            What.UNSAVE: saved.unsave,
-            What.FORGET: saved.forget,
-            What.BORROW: saved.borrow,
-            What.PREFETCH: self._prefetch,
-            What.GRADIENT: self._take_gradient,
-            What.FORWARD: self._begin_pass,
-            What.STEP: self._end_backward,
-        }
-        return tuple(by_kind.get(what, _do_nothing) for what in What)
-
-    def _pass(self) -> None:
-        """Forward and backward."""
-        self.world.go_through(self._moments, self._handlers())
-
-    def _prefetch(self, which: int) -> None:
-        self._saved.prefetch(self._program.prefetches[which])
-
-    def _use(self, which: int) -> None:
-        self._weights.use(self._uses[which])
-
-    def _begin_pass(self, _which: int) -> None:
-        self._gradients.poll()
-        self._weights.begin_pass()
-        self._saved.begin()
-
-    def _take_gradient(self, which: int) -> None:
-        weight = self._numbered[which]
-        rows_nbytes = self._program.row_gradients.get(weight.name)
-        if rows_nbytes is not None and weight.name not in self._gradients.kept:
-            self.world.compute(self._costs.fresh_s(rows_nbytes))
-            self._gradients.take_rows(weight.name, rows_nbytes)
-            if self._backward is not None:
-                self._backward.take(weight, gradient_nbytes=0)
-        elif self._backward is not None and weight.nbytes >= MIN_NBYTES:
-            self._backward.take(weight, gradient_nbytes=weight.nbytes)
-        else:
-            self._gradients.take(weight.name, weight.nbytes)
-        if weight.name not in self._program.census.lookups:
-            self._weights.trace.use(weight.number)
-
-    def _end_backward(self, _which: int) -> None:
-        if self._backward is not None:
-            self._backward.end_backward()
-
     def _spent_in_backward(self) -> tuple[float, float]:
         """Seconds that backward spent on steps, and those of it that were waits."""
         if self._backward is None:
             return 0.0, 0.0
         return self._backward.spent_s, self._backward.stalled_s
-
-    def _look_up(self, which: int) -> None:
-        lookup = self._program.lookups[which]
-        if self._weights.weights[lookup.weight].in_memory:
-            return
-        known, table = self._looked_up.get(lookup.weight, 0), self._sizes[lookup.weight]
-        # Rows are as good as random: how much of the table is around one of them.
-        seen = -math.expm1(-lookup.rows * _FAULT_AROUND_NBYTES / table) * table
-        nbytes = max(known, int(seen))
-        self.world.memory.add_pages(nbytes - known)
-        self.world.compute(lookup.rows * self._costs.read_latency_s)
-        self._looked_up[lookup.weight] = nbytes
 
     def _optimize(self) -> None:
         self._weights.end_pass()
@@ -341,8 +278,7 @@ class Simulation:
             self._step.step(self._backward.stepped if self._backward is not None else ())
         if self._backward is not None:
             self._backward.end_step()
-        for name in list(self._looked_up):  # a new version is mapped afresh
-            self.world.memory.add_pages(-self._looked_up.pop(name))
+        self._pass.end()
 
     def _too_small(self, refusal: CapacityError) -> BudgetError:
         budget = self.plan.budget_nbytes
@@ -395,7 +331,3 @@ class Simulation:
             for name, sizes in stepping.states_nbytes.items()
             if name not in stepping.by_tile
         }
-
-
-def _do_nothing(_which: int) -> None:
-    """Behind backward: memory comes and goes."""
