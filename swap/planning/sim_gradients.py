@@ -42,7 +42,7 @@ class SimGradients:
     def take(self, name: str, nbytes: int) -> None:
         """The gradient of the weight ``name`` is complete."""
         world = self._world
-        if self._leaving:
+        if self._leaving and self._leaving[0].flight.ended_s <= world.now_s:
             self.poll()
         world.memory.add("gradients", nbytes)
         self.in_memory_nbytes += nbytes

@@ -73,8 +73,8 @@ class Memory:
 
     def room(self) -> int:
         """Bytes left below the limit; negative above it."""
-        free = self.limit_nbytes - self.nbytes
-        return max(free - self.now["pages"], 0) if free > 0 else free
+        free, pages = self.limit_nbytes - self.nbytes, self.now["pages"]
+        return max(free - pages, 0) if pages and free > 0 else free
 
     def restart_peak(self) -> None:
         """Begin a new measurement of the peak."""

@@ -70,9 +70,8 @@ class SimSaved:
         """What the next step depends on, between two steps, but for the times of uses."""
         if self._saved_nbytes <= self._limit_nbytes:  # nothing ever moves
             return (True,)
-        uses = [position for position, _ in self._turns.uses]
         batch = tuple(self._batch), self._batch_nbytes, len(self._batched)
-        return uses, batch, self.kept_nbytes, self._on_file_nbytes, self._absent
+        return self._turns.used, batch, self.kept_nbytes, self._on_file_nbytes, self._absent
 
     def would_choose_again(self) -> bool:
         """Whether the times of the last pass lead to what that pass has chosen."""
@@ -159,6 +158,7 @@ class SimSaved:
     # Out.
 
     def _spill(self, sparing: Unit | None) -> None:
+        """There is more than may stay: send it away, but for ``sparing``, which is used now."""
         self._send_excess_away(sparing)
         while self._writing and self.kept_nbytes > 2 * self._limit_nbytes:
             self._await_first()
@@ -172,7 +172,9 @@ class SimSaved:
         self._finish_write()
 
     def _send_excess_away(self, sparing: Unit | None) -> None:
-        staying = self._limit_nbytes if sparing is None else max(self._limit_nbytes, 0)
+        staying = self._limit_nbytes
+        if staying < 0 and sparing is not None:
+            staying = 0
         excess = self.kept_nbytes - self._writing_nbytes - staying
         if excess <= 0:
             return
@@ -186,14 +188,17 @@ class SimSaved:
                     passed_over.append(unit)
                 elif unit.in_memory and unit.writing is None:
                     excess -= unit.nbytes
-                    if not self._try_to_send_away(unit, refusable=sparing is None):
+                    if self._drive is None or unit.on_file:
+                        self._send_away(unit)
+                    elif not self._try_to_send_away(unit, refusable=sparing is None):
                         passed_over.append(unit)
                         break
             queue.extendleft(reversed(passed_over))
 
     def _try_to_send_away(self, unit: Unit, *, refusable: bool) -> bool:
         """Whether the drive takes the bytes of ``unit``; if not, they stay."""
-        refusal = None if self._drive is None or unit.on_file else self._drive.refusal(unit.nbytes)
+        assert self._drive is not None
+        refusal = self._drive.refusal(unit.nbytes)
         if refusal is None:
             self._send_away(unit)
         elif refusable:
@@ -263,10 +268,11 @@ class SimSaved:
         unit = self._unit_of[storage]
         if unit is None:
             return
-        world = self._world
+        world, turns = self._world, self._turns
         if not unit.used:
             unit.used = True
-            self._turns.uses.append((unit.position, world.now_s))
+            turns.used.append(unit.position)
+            turns.times_s.append(world.now_s)
         if self.kept_nbytes > self._limit_nbytes:
             self._spill(unit)
         if not unit.in_memory:
@@ -276,8 +282,8 @@ class SimSaved:
             unit.fetching = None
             self._looked_ahead = -1
             if unit.turn is not None:
-                self._turns.fetching.pop(unit.turn, None)
-        if self._absent:
+                turns.fetching.pop(unit.turn, None)
+        if self._absent and unit.turn != self._looked_ahead:
             self._fetch_ahead(unit)
 
     def _fetch(self, unit: Unit) -> None:
@@ -298,14 +304,14 @@ class SimSaved:
         (self._staying if unit.stays else self._order).append(unit)
 
     def _fetch_ahead(self, present: Unit) -> None:
+        """Fetch what is due behind ``present``, which is used now."""
         if present.turn is None:
             self._fetch_backwards(present)
-        elif present.turn != self._looked_ahead:
+        else:
             self._look_ahead(present.turn)
             self._looked_ahead = present.turn
 
     def _look_ahead(self, present: int) -> None:
-        """Fetch what is due behind the turn ``present``."""
         turns, work_s = self._turns, self._world.reads.work_s
         turn = turns.absent.find(True, present + 1)
         while turn >= 0:

@@ -56,7 +56,7 @@ class SimTurns:
 
     Attributes:
         units: of the present pass, by position.
-        uses: position and time of each first use, in their order.
+        used: positions in the order of their first use, and when that was: ``times_s``.
         absent: a mark for each turn whose unit is in the file only.
         fetching: bytes of units on their way, by turn.
     """
@@ -64,32 +64,35 @@ class SimTurns:
     def __init__(self, most: int) -> None:
         self._most = most
         self.units: list[Unit] = []
-        self.uses: list[tuple[int, float]] = []
+        self.used: list[int] = []
+        self.times_s: list[float] = []
         self.absent = bytearray(most)
         self.fetching: dict[int, int] = {}
-        self._expected: list[tuple[int, float]] = []  # of the last pass, by turn: its ``uses``
+        # Of the last pass, by turn: its ``used`` and ``times_s``.
+        self._expected: list[int] = []
+        self._expected_s: list[float] = []
         self._foreseen: list[_Foreseen] = []  # by position
         self._differs = False  # the present pass from the last one
         self._choices: list[_Choice] = []  # that times decided, of the present pass
 
     def begin(self, limit_nbytes: int) -> None:
         """A pass begins, of which so many bytes may stay; the last one is expected to repeat."""
-        if self.uses:
-            self._expected = self.uses
-            turns = {position: turn for turn, (position, _) in enumerate(self.uses)}
+        if self.used:
+            self._expected, self._expected_s = self.used, self.times_s
+            turns = {position: turn for turn, position in enumerate(self.used)}
             staying = self._used_first(limit_nbytes)
             self._foreseen = [
                 _Foreseen(unit.nbytes, turns.get(unit.position), unit.position in staying)
                 for unit in self.units
             ]
-        self.uses, self.units, self._choices = [], [], []
+        self.used, self.times_s, self.units, self._choices = [], [], [], []
         self._differs = False
         self.absent, self.fetching = bytearray(self._most), {}
 
     def _used_first(self, nbytes: int) -> set[int]:
         """The positions of those that fit."""
         fitting = set()
-        for position, _ in self.uses:
+        for position in self.used:
             nbytes -= self.units[position].nbytes
             if nbytes < 0:
                 break
@@ -98,40 +101,40 @@ class SimTurns:
 
     def add(self, members: set[int], nbytes: int) -> Unit:
         """The next unit of the pass."""
-        position = len(self.units)
-        turn, stays = self._foresee(position, nbytes)
+        units = self.units
+        position = len(units)
+        if self._expected and not self._was_alike(position, nbytes):
+            self._expect_nothing()
+        turn: int | None
+        if self._expected:
+            _, turn, stays = self._foreseen[position]
+        else:
+            turn, stays = self._most - 1 - position, False
         unit = Unit(position, nbytes, members, turn, stays, len(members) > 1)
-        self.units.append(unit)
+        units.append(unit)
         return unit
 
-    def _foresee(self, position: int, nbytes: int) -> tuple[int | None, bool]:
-        """Turn of a unit, and whether it stays."""
-        if self._expected:
-            if position < len(self._foreseen):
-                before, turn, stays = self._foreseen[position]
-                if before == nbytes or LIKENESS * abs(before - nbytes) <= max(before, nbytes):
-                    return turn, stays
-            self._expect_nothing()
-        return self._reverse(position), False
+    def _was_alike(self, position: int, nbytes: int) -> bool:
+        """Whether the last pass had a unit of about ``nbytes`` there."""
+        if position >= len(self._foreseen):
+            return False
+        before = self._foreseen[position].nbytes
+        return before == nbytes or LIKENESS * abs(before - nbytes) <= max(before, nbytes)
 
     def _expect_nothing(self) -> None:
         """This pass is another one than the last: what is saved last is used first, then."""
-        self._expected, self._differs = [], True
+        self._expected, self._expected_s, self._differs = [], [], True
         self.absent, self.fetching = bytearray(self._most), {}
         for unit in self.units:
-            unit.turn = self._reverse(unit.position)
+            unit.turn = self._most - 1 - unit.position
             if unit.members and not unit.in_memory:
                 self.absent[unit.turn] = True
             elif unit.members and unit.fetching is not None:
                 self.fetching[unit.turn] = unit.nbytes
 
-    def _reverse(self, position: int) -> int:
-        """The turn of a position, or the other way round, where nothing is expected."""
-        return self._most - 1 - position
-
     def unit_at(self, turn: int) -> Unit:
         """The unit that has this turn."""
-        return self.units[self._expected[turn][0] if self._expected else self._reverse(turn)]
+        return self.units[self._expected[turn] if self._expected else self._most - 1 - turn]
 
     def is_early(self, present: int, unit: Unit, turn: int, work_s: Mapping[int, float]) -> bool:
         """Whether ``unit`` need not come yet, as what has the turn ``present`` is used.
@@ -150,32 +153,32 @@ class SimTurns:
         lead_s = 2 * work_s[lead_nbytes]
         known, count = len(self.units), len(expected)
         following = present + 1
-        while following < count and expected[following][0] >= known:
+        while following < count and expected[following] >= known:
             following += 1
         if following == count:
             following = present
-        early = _is_early(expected, present, following, turn, lead_s)
+        early = _is_early(self._expected_s, present, following, turn, lead_s)
         self._choices.append((present, following, turn, lead_s, early))
         return early
 
     def would_choose_again(self) -> bool:
         """Whether the times of the last pass lead to what that pass has chosen."""
         return not self._differs and all(
-            _is_early(self.uses, present, following, turn, lead_s) is early
+            _is_early(self.times_s, present, following, turn, lead_s) is early
             for present, following, turn, lead_s, early in self._choices
         )
 
 
 def _is_early(
-    uses: Sequence[tuple[int, float]], present: int, following: int, turn: int, lead_s: float
+    times_s: Sequence[float], present: int, following: int, turn: int, lead_s: float
 ) -> bool:
     """Whether the next use is soon enough to fetch a unit.
 
     Args:
-        uses: that are expected, by turn.
+        times_s: of the uses that are expected, by turn.
         present: the turn of what is used now; ``following``: of what is used next, or the same.
         turn: of the unit.
         lead_s: before its use it has to be fetched.
     """
-    now_s = uses[present][1]
-    return uses[turn][1] - now_s > lead_s + (uses[following][1] - now_s)
+    now_s = times_s[present]
+    return times_s[turn] - now_s > lead_s + (times_s[following] - now_s)

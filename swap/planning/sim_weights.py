@@ -128,7 +128,7 @@ class SimWeights:
 
     def fetch_now(self, weight: SimWeight) -> None:
         """Have ``weight`` in memory, if it is not on its way."""
-        if not weight.in_memory and not weight.held:
+        if not weight.ready and weight.flight is None and not weight.held:
             self._make_room(weight, force=True)
             self._fetch(weight, urgent=True)
             self._await(weight, "cold")

@@ -238,12 +238,11 @@ class World:
         now_s = self.now_s = self._due_s
         reads, writes = self.reads, self.writes
         until_s = now_s * _ROUNDED + _NO_TIME_S
-        ended_nbytes = 0
-        if reads.due_s <= until_s:
-            ended_nbytes = self._end(reads, writes)
+        if reads.due_s > until_s:
+            return self._end(writes, reads)
+        ended_nbytes = self._end(reads, writes)
         if writes.due_s <= until_s:
             ended_nbytes += self._end(writes, reads)
-        self._due_s = min(writes.due_s, reads.due_s)
         return ended_nbytes
 
     def _begin(self, lane: SimLane, flight: Flight) -> None:
@@ -273,12 +272,14 @@ class World:
             first = queue[0]
             first.began_s = now_s
             lane.due_s = now_s + first.work_s / self._speed
+            self._due_s = min(lane.due_s, other.due_s)
         else:
             lane.due_s = _NEVER_S
             if other.queue:
                 self._go_on(other, 1.0)
             else:
                 self._busy_s, self._busy_since_s = self.drive_busy_s, None
+            self._due_s = other.due_s
         if flight.follower is not None:
             following, follower = flight.follower
             if following.queue:
