@@ -6,6 +6,7 @@ Pure: the same program, machine and settings always give the same prediction.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
@@ -222,16 +223,16 @@ def _drive_room(program: Program, machine: Machine, settings: Settings) -> int:
 def drive_use(program: Program, settings: Settings, activations_nbytes: int) -> DriveUse:
     """As ``adopting.reserve_room`` reserves it: two slots of what is trained."""
     slots = 2 if settings.commits else 1
+    extent_nbytes = cache(settings.extent_nbytes)  # layers are alike
     weights = gradients = 0
     for weight in program.census.weights:
-        nbytes = settings.extent_nbytes(weight.nbytes)
+        nbytes = extent_nbytes(weight.nbytes)
         weights += nbytes * (slots if weight.trainable else 1)
         gradients += nbytes if weight.trainable and weight.nbytes >= MIN_NBYTES else 0
     sizes = program.stepping.states_nbytes.values() if program.stepping else ()
     return DriveUse(
         weights_nbytes=weights,
-        states_nbytes=slots
-        * sum(settings.extent_nbytes(nbytes) for each in sizes for nbytes in each),
+        states_nbytes=slots * sum(extent_nbytes(nbytes) for each in sizes for nbytes in each),
         gradients_nbytes=gradients,
         activations_nbytes=activations_nbytes,
     )

@@ -37,6 +37,9 @@ class SimPass:
 
     Args:
         backward: of a step in backward.
+
+    Attributes:
+        forwards: of the last step.
     """
 
     def __init__(
@@ -66,9 +69,11 @@ class SimPass:
             for name in (weight.name for weight in program.census.weights)
         ]
         self._looked_up: dict[str, int] = {}
+        self.forwards = 0
 
     def go_through(self, moments: Sequence[Moment]) -> None:
         """Forward and backward."""
+        self.forwards = 0
         self._world.go_through(moments, self._handlers())
 
     def end(self) -> None:
@@ -95,6 +100,7 @@ class SimPass:
         return tuple(by_kind.get(what, _do_nothing) for what in What)
 
     def _begin(self, _which: int) -> None:
+        self.forwards += 1
         self._gradients.poll()
         self._weights.begin_pass()
         self._saved.begin()

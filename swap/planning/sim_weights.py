@@ -88,16 +88,13 @@ class SimWeights:
 
     def standing(self) -> tuple[object, ...]:
         """What the next step depends on, between two steps."""
+        last = self._uses  # of later ones ``_farthest`` asks no more
+        used = [(one.number, last - one.used) for one in self._numbered if last - one.used < 2]
         known = [
-            (one.ready, one.flight is not None, one.resident, one.held, self._unused_for(one))
-            for one in self._numbered
+            (one.ready, one.flight is not None, one.resident, one.held) for one in self._numbered
         ]
         streaming = [weight.number for weight in self._streaming]
-        return known, streaming, list(self._pool.items()), self.trace.passes > 0
-
-    def _unused_for(self, weight: SimWeight) -> int:
-        """Uses since its own, as far as ``_farthest`` tells them apart."""
-        return min(self._uses - weight.used, 2)
+        return known, used, streaming, list(self._pool.items()), self.trace.passes > 0
 
     def keep(self, names: Collection[str]) -> None:
         """Make ``names`` the resident weights, fetched at their next use."""

@@ -26,7 +26,6 @@ from offload.swap.plan import (
     soft_limit_nbytes,
 )
 from offload.swap.planning.compiled import Compiled, Moment
-from offload.swap.planning.program import What
 from offload.swap.planning.sim_backward import SimBackwardStep
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_memory import Memory, Role
@@ -158,7 +157,6 @@ class Simulation:
     def follow(self, moments: Sequence[Moment]) -> None:
         """Steps from now on are made of ``moments``, in the tables of the program."""
         self._moments = moments
-        self._passes = sum(moment.what is What.FORWARD for moment in moments)
         self._last: _Simulated | None = None
 
     def keep_streaming(self) -> "Simulation":
@@ -247,7 +245,7 @@ class Simulation:
         return (
             not self.world.is_recorded
             and not self._drive.is_bounded  # it counts what is written
-            and self._passes == 1
+            and self._pass.forwards == 1
             and last.standing == standing
             and self._saved.would_choose_again()
         )

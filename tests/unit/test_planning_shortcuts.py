@@ -175,7 +175,7 @@ def test_what_nobody_decides_upon_is_added_up() -> None:
     program = decoder(blocks=4)
     costs = Costs(machine(), DRIVE)
     moments = compile_program(program, costs).moments
-    assert not {moment.what for moment in moments[:-1]} & {What.COMPUTE, What.ALLOCATE}
+    assert not {what for _, _, _, what, _ in moments[:-1]} & {What.COMPUTE, What.ALLOCATE}
     computing = [event.which for event in program.events if event.what is What.COMPUTE]
     made = [event.which for event in program.events if event.what is What.ALLOCATE]
     calls = sum(event.what in {What.SAVE, What.UNSAVE} for event in program.events)
@@ -183,10 +183,10 @@ def test_what_nobody_decides_upon_is_added_up() -> None:
     expected_s = sum(costs.seconds(program.operations[which]) for which in computing)
     expected_s += sum(costs.fresh_s(program.storages[which]) for which in made)
     expected_s += costs.hook_s * (uses + calls / 2)
-    assert sum(moment.seconds for moment in moments) == pytest.approx(expected_s)
-    freed = sum(program.storages[moment.which] for moment in moments if moment.what is What.FREE)
-    assert sum(moment.nbytes for moment in moments) == freed
-    assert all(list(moment.highs) == sorted(set(moment.highs)) for moment in moments)
+    assert sum(seconds for seconds, *_ in moments) == pytest.approx(expected_s)
+    freed = sum(program.storages[which] for *_, what, which in moments if what is What.FREE)
+    assert sum(nbytes for _, _, nbytes, _, _ in moments) == freed
+    assert all(list(highs) == sorted(set(highs)) for _, highs, *_ in moments)
 
 
 def test_no_garbage_is_looked_for_while_a_run_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
