@@ -78,12 +78,12 @@ class SimGradients:
     def _let_go(self, nbytes: int) -> None:
         self._leaving_nbytes -= nbytes
         self.in_memory_nbytes -= nbytes
-        self._world.memory.add("gradients", -nbytes)
+        self._world.memory.drop("gradients", nbytes)
 
     def clear(self) -> None:
         """The step has used them all, and the user's code lets go of them."""
         while self._leaving:
             self._let_go(self._leaving.popleft().nbytes)
-        self._world.memory.add("gradients", -self.in_memory_nbytes)
+        self._world.memory.drop("gradients", self.in_memory_nbytes)
         self.in_memory_nbytes = 0
         self.on_file.clear()

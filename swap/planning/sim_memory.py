@@ -22,12 +22,18 @@ class Memory:
         self.peak_roles: dict[Role, int] = {}
 
     def add(self, role: Role, nbytes: int) -> None:
-        """``nbytes`` more are resident, or fewer; not of pages."""
-        self.now[role] += nbytes
+        """``nbytes`` more are resident; not of pages."""
+        now = self.now
+        now[role] += nbytes
         self.nbytes += nbytes
         # What is resident is at most the sum: it most often tells that this is no new peak.
-        if nbytes > 0 and self.nbytes + self.now["pages"] > self.peak_nbytes:
+        if self.nbytes + now["pages"] > self.peak_nbytes and nbytes:
             self._look_at_peak()
+
+    def drop(self, role: Role, nbytes: int) -> None:
+        """``nbytes`` fewer are resident; not of pages."""
+        self.now[role] -= nbytes
+        self.nbytes -= nbytes
 
     def add_pages(self, nbytes: int) -> None:
         """``nbytes`` more pages of files are resident, or fewer."""

@@ -148,7 +148,7 @@ class SimStaging:
     def _release(self) -> None:
         buffer = self.free.pop()
         self._free_nbytes -= buffer
-        self._world.memory.add("staging", -buffer)
+        self._world.memory.drop("staging", buffer)
 
     def close(self) -> None:
         """Return the memory of free buffers."""
@@ -211,7 +211,11 @@ class SimPipeline:
         first.count -= 1
         if not first.count:
             self._waiting.popleft()
-        flight = world.submit(world.reads, tile.name, _ROLE, tile.read_nbytes, after=after)
+        lane, nbytes = world.reads, tile.read_nbytes
+        if after is None:
+            flight = world.submit(lane, tile.name, _ROLE, nbytes)
+        else:
+            flight = world.submit_after(after, lane, tile.name, _ROLE, nbytes)
         self._reading.append(_InFlight(tile, first.written, first.stepped, buffer, flight))
 
     def advance(self) -> None:
@@ -258,14 +262,14 @@ class SimPipeline:
         world.wait(world.reads, first.flight, "late")
         if tile.temporary_nbytes:
             world.memory.add("transients", tile.temporary_nbytes)
-            world.memory.add("transients", -tile.temporary_nbytes)
+            world.memory.drop("transients", tile.temporary_nbytes)
         world.compute(tile.seconds)
         first.stepped()
         first.flight = world.submit(world.writes, tile.name, _ROLE, tile.written_nbytes)
         self._writing.append(first)
         if self._waiting and self._waiting[0].tile.staging_nbytes <= first.buffer_nbytes:
             buffer, first.buffer_nbytes = first.buffer_nbytes, 0
-            self._read(buffer, after=first.flight)
+            self._read(buffer, first.flight)
 
     def _retire(self) -> None:
         first = self._writing.popleft()

@@ -87,7 +87,7 @@ class SimSaved:
         if unit.in_memory if unit is not None else storage in self._batched:
             self._world.memory.turn("transients", "saved", self._storages[storage])
         else:
-            self._world.memory.add("transients", -self._storages[storage])
+            self._world.memory.drop("transients", self._storages[storage])
 
     def _come(self, storage: int) -> None:
         if not self._held_by_others[storage]:
@@ -95,7 +95,7 @@ class SimSaved:
 
     def _go(self, storage: int) -> None:
         if not self._held_by_others[storage]:
-            self._world.memory.add("saved", -self._storages[storage])
+            self._world.memory.drop("saved", self._storages[storage])
 
     # Units.
 
@@ -226,7 +226,8 @@ class SimSaved:
             self._drop(unit)
             return
         self._on_file_nbytes += unit.nbytes
-        self.spilled_nbytes = max(self.spilled_nbytes, self._on_file_nbytes)
+        if self._on_file_nbytes > self.spilled_nbytes:
+            self.spilled_nbytes = self._on_file_nbytes
         world, key = self._world, self._keys[unit.position]
         unit.writing = world.submit(world.writes, key, _ROLE, unit.nbytes)
         self._writing.append(unit)

@@ -73,7 +73,7 @@ class SimStep:
     def keep(self, names: Collection[str]) -> None:
         """Keep gradients and states of ``names`` in memory, and of these alone."""
         for name in self._held - set(names):
-            self._world.memory.add("states", -self._states_nbytes[name])
+            self._world.memory.drop("states", self._states_nbytes[name])
         self._held &= set(names)
         self.gradients.kept = names
 
@@ -204,15 +204,14 @@ class SimStep:
             world.memory.add("transients", temporaries)
             parts = ((names[piece.index], piece.numel) for piece in call)
             world.compute(self._seconds(parts, "all"))
-            world.memory.add("transients", -temporaries)
+            world.memory.drop("transients", temporaries)
 
     def _step_small(self, weights: Sequence[SimWeight]) -> None:
         """Few elements: stepped whole, and stored at once."""
         world, writes, hook_s = self._world, self._world.writes, self._costs.hook_s
         for weight in weights:
             world.compute(hook_s)
-            flight = world.submit(writes, weight.name, "weight", weight.padded_nbytes)
-            world.wait(writes, flight, "full")
+            world.move(writes, weight.name, "weight", weight.padded_nbytes, "full")
 
     def commit(self) -> None:
         """What only memory has newest is written, and all is made durable."""

@@ -7,10 +7,10 @@ numbers.
 """
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from offload.swap.planning.world import Flight, World
+from offload.swap.planning.world import Flight, SimLane, World
 from offload.swap.streaming import Streaming
 from offload.swap.trace import Trace
 from offload.tiers.hostmem import page_ceil
@@ -126,8 +126,11 @@ class SimWeights:
     def fetch_now(self, weight: SimWeight) -> None:
         """Have ``weight`` in memory, if it is not on its way."""
         if not weight.ready and weight.flight is None and not weight.held:
-            self._make_room(weight, force=True)
-            self._fetch(weight, urgent=True)
+            excess = self._excess_nbytes(weight)
+            if excess > 0:
+                for victim in self._farthest(excess, -1)[0]:
+                    self.evict(victim)
+            self._fetch(weight, self._world.submit_urgent)
             self._await(weight, "cold")
 
     def _await(self, weight: SimWeight, reason: str) -> None:
@@ -145,23 +148,28 @@ class SimWeights:
             if not self._make_room(weight):
                 self.trace.settle(place)
                 return
-            self._fetch(weight)
+            self._fetch(weight, self._world.submit)
         self.trace.settle(sys.maxsize)
 
-    def _make_room(self, weight: SimWeight, *, force: bool = False) -> bool:
-        if weight.resident:
-            return True
-        window = self.window_nbytes - self._streaming.nbytes
-        room = self._pool_nbytes + self._world.memory.room()
-        excess = weight.nbytes - (min(room, window))
+    def _make_room(self, weight: SimWeight) -> bool:
+        """Have room for ``weight`` without giving up what is used before it; whether there is."""
+        excess = self._excess_nbytes(weight)
         if excess <= 0:
             return True
-        victims, nbytes = self._farthest(excess, -1 if force else self.trace.place(weight.number))
-        if excess > nbytes and not force:
+        victims, nbytes = self._farthest(excess, self.trace.place(weight.number))
+        if excess > nbytes:
             return False
         for victim in victims:
             self.evict(victim)
         return True
+
+    def _excess_nbytes(self, weight: SimWeight) -> int:
+        """Bytes that have to go before ``weight`` comes."""
+        if weight.resident:
+            return 0
+        window = self.window_nbytes - self._streaming.nbytes
+        room = self._pool_nbytes + self._world.memory.room()
+        return weight.nbytes - (window if window < room else room)
 
     def _farthest(self, nbytes: int, limit: int) -> tuple[list[SimWeight], int]:
         """Of the streaming weights those whose next use is behind the place ``limit``.
@@ -205,18 +213,19 @@ class SimWeights:
         for weight in self._numbered:
             self._await(weight, "drain")
 
-    def _fetch(self, weight: SimWeight, *, urgent: bool = False) -> None:
+    def _fetch(self, weight: SimWeight, submit: Callable[[SimLane, str, str, int], Flight]) -> None:
         world, padded = self._world, weight.padded_nbytes
         if not weight.resident and self._pool.get(padded):
             self._pool[padded] -= 1
             self._pool_nbytes -= padded
         else:
             world.memory.add("weights", padded)
-        weight.flight = world.submit(world.reads, weight.name, _ROLE, weight.nbytes, urgent=urgent)
+        weight.flight = submit(world.reads, weight.name, _ROLE, weight.nbytes)
         if not weight.resident:
             self._streaming.join(weight.number, weight)
         if self._pool_nbytes:
-            self._trim(min(self.window_nbytes - self._streaming.nbytes, world.memory.room()))
+            window, room = self.window_nbytes - self._streaming.nbytes, world.memory.room()
+            self._trim(window if window < room else room)
 
     def evict(self, weight: SimWeight) -> None:
         """Give the memory of ``weight`` back."""
@@ -229,7 +238,7 @@ class SimWeights:
         self.trace.unsettle(weight.number)
         self._streaming.leave(weight.number)
         if weight.resident:
-            self._world.memory.add("weights", -weight.padded_nbytes)
+            self._world.memory.drop("weights", weight.padded_nbytes)
         else:
             padded = weight.padded_nbytes
             self._pool[padded] = self._pool.get(padded, 0) + 1
@@ -249,4 +258,4 @@ class SimWeights:
             while self._pool[padded] and self._pool_nbytes > limit_nbytes:
                 self._pool[padded] -= 1
                 self._pool_nbytes -= padded
-                self._world.memory.add("weights", -padded)
+                self._world.memory.drop("weights", padded)

@@ -89,6 +89,7 @@ class SimLane:
         self.queue: deque[Flight] = deque()
         self.due_s = _NEVER_S
         self.latency_s = latency_s
+        self.other = self  # the lane that shares the drive, once there is a world
         self.work_s: Mapping[int, float] = _Work(seconds)
 
 
@@ -128,6 +129,7 @@ class World:
         self._due_s = _NEVER_S  # when the next transfer ends
         self._speed = 1.0  # of each lane that works
         self.reads, self.writes = reads, writes
+        reads.other, writes.other = writes, reads
         self.memory = memory
         self.is_recorded = recorder is not None
         self.journal = Journal(recorder, clock=lambda: self.now_s)
@@ -166,30 +168,49 @@ class World:
             until_s += self._end_next() * self._lost_s_per_byte
         self.now_s = until_s
 
-    def submit(
-        self,
-        lane: SimLane,
-        key: str,
-        role: str,
-        nbytes: int,
-        *,
-        urgent: bool = False,
-        after: Flight | None = None,
-    ) -> Flight:
-        """Queue a transfer; ``urgent`` is next after the one that is served.
-
-        One ``after`` another is queued when that one, which nothing else follows, has ended.
-        """
+    def submit(self, lane: SimLane, key: str, role: str, nbytes: int) -> Flight:
+        """Queue a transfer."""
         flight, queue = Flight(key, role, nbytes, lane.work_s[nbytes]), lane.queue
-        if after is not None and after.ended_s == _NEVER_S:
-            after.follower = lane, flight
-        elif not queue:
+        if queue:
+            queue.append(flight)
+        else:
             self._begin(lane, flight)
-        elif urgent:
+        return flight
+
+    def submit_urgent(self, lane: SimLane, key: str, role: str, nbytes: int) -> Flight:
+        """As ``submit``; it is next after the one that is served."""
+        flight, queue = Flight(key, role, nbytes, lane.work_s[nbytes]), lane.queue
+        if queue:
             queue.insert(1, flight)
         else:
-            queue.append(flight)
+            self._begin(lane, flight)
         return flight
+
+    def submit_after(
+        self, before: Flight, lane: SimLane, key: str, role: str, nbytes: int
+    ) -> Flight:
+        """As ``submit``, when ``before``, which nothing else follows, has ended."""
+        if before.ended_s < _NEVER_S:
+            return self.submit(lane, key, role, nbytes)
+        flight = Flight(key, role, nbytes, lane.work_s[nbytes])
+        before.follower = lane, flight
+        return flight
+
+    def move(self, lane: SimLane, key: str, role: str, nbytes: int, reason: str) -> None:
+        """Submit a transfer, and stall until it has ended."""
+        if self._due_s < _NEVER_S or self.is_recorded:
+            self.wait(lane, self.submit(lane, key, role, nbytes), reason)
+            return
+        # Nothing else is on the way: the same without a flight.
+        began_s, totals = self.now_s, self._totals
+        due_s = began_s + lane.work_s[nbytes]
+        self._busy_s += due_s - began_s
+        self.now_s = due_s + lane.latency_s
+        totals.stall_s += self.now_s - began_s
+        if lane is self.reads:
+            totals.read_nbytes += nbytes
+        else:
+            totals.written_nbytes += nbytes
 
     def wait(self, lane: SimLane, flight: Flight, reason: str) -> None:
         """Stall until ``flight`` has ended."""
@@ -239,21 +260,21 @@ class World:
         reads, writes = self.reads, self.writes
         until_s = now_s * _ROUNDED + _NO_TIME_S
         if reads.due_s > until_s:
-            return self._end(writes, reads)
-        ended_nbytes = self._end(reads, writes)
+            return self._end(writes)
+        ended_nbytes = self._end(reads)
         if writes.due_s <= until_s:
-            ended_nbytes += self._end(writes, reads)
+            ended_nbytes += self._end(writes)
         return ended_nbytes
 
     def _begin(self, lane: SimLane, flight: Flight) -> None:
         """An idle lane begins to work."""
         now_s = flight.began_s = self.now_s
         lane.queue.append(flight)
-        other = self.writes if lane is self.reads else self.reads
+        other = lane.other
         if other.queue:
             self._go_on(other, self._together)
-            lane.due_s = now_s + flight.work_s / self._together
-            self._due_s = min(other.due_s, lane.due_s)
+            due_s = lane.due_s = now_s + flight.work_s / self._together
+            self._due_s = due_s if due_s < other.due_s else other.due_s
         else:
             self._busy_since_s = now_s
             self._due_s = lane.due_s = now_s + flight.work_s
@@ -263,22 +284,24 @@ class World:
         lane.due_s = self.now_s + (lane.due_s - self.now_s) * (self._speed / speed)
         self._speed = speed
 
-    def _end(self, lane: SimLane, other: SimLane) -> int:
+    def _end(self, lane: SimLane) -> int:
         """The first transfer of ``lane`` has ended; its bytes."""
-        now_s, queue = self.now_s, lane.queue
+        now_s, queue, other = self.now_s, lane.queue, lane.other
         flight = queue.popleft()
         flight.ended_s = now_s + lane.latency_s
         if queue:
             first = queue[0]
             first.began_s = now_s
-            lane.due_s = now_s + first.work_s / self._speed
-            self._due_s = min(lane.due_s, other.due_s)
+            due_s = lane.due_s = now_s + first.work_s / self._speed
+            self._due_s = due_s if due_s < other.due_s else other.due_s
         else:
             lane.due_s = _NEVER_S
             if other.queue:
                 self._go_on(other, 1.0)
             else:
-                self._busy_s, self._busy_since_s = self.drive_busy_s, None
+                assert self._busy_since_s is not None
+                self._busy_s += now_s - self._busy_since_s
+                self._busy_since_s = None
             self._due_s = other.due_s
         if flight.follower is not None:
             following, follower = flight.follower
