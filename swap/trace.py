@@ -83,7 +83,12 @@ class Trace(Generic[_Key]):
             return True
         now.append(key)
         place, began = places.get(key, self._never), self._position
-        as_before = place == began or began >= len(expected)
+        if place == began:  # most often
+            places[key] = behind = self._following[place]
+            self.moved(key, behind)
+            self._position = place + 1
+            return True
+        as_before = began >= len(expected)
         if place < self._never:  # else it is unexpected: the prediction stays where it is
             following, moved = self._following, self.moved
             for passed in range(began, place + 1):

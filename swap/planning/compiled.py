@@ -48,10 +48,11 @@ def _moments(program: Program, costs: Costs) -> list[Moment]:
     calling_s[What.USE] = costs.hook_s
     calling_s[What.SAVE] = calling_s[What.UNSAVE] = costs.hook_s / 2
     compute, allocate, free = What.COMPUTE, What.ALLOCATE, What.FREE
+    save, forget, record = What.SAVE, What.FORGET, What.RECORD
     moments: list[Moment] = []
     saved: set[int] = set()
     seconds, nbytes, high = 0.0, 0, 0
-    highs: list[int] = []
+    highs: tuple[int, ...] = ()
     for what, which in program.events:
         if what is compute:
             seconds += computing_s[which]
@@ -61,16 +62,16 @@ def _moments(program: Program, costs: Costs) -> list[Moment]:
             nbytes += fresh
             if nbytes > high:
                 high = nbytes
-                highs.append(nbytes)
+                highs = (*highs, nbytes)
         elif what is free and which not in saved:
             nbytes -= storages[which]
         else:
-            seconds += costs.hook_s * which if what is What.RECORD else calling_s[what]
-            moments.append((seconds, tuple(highs), nbytes, what, which))
-            seconds, nbytes, high, highs = 0.0, 0, 0, []
-            if what is What.SAVE:
+            seconds += costs.hook_s * which if what is record else calling_s[what]
+            moments.append((seconds, highs, nbytes, what, which))
+            seconds, nbytes, high, highs = 0.0, 0, 0, ()
+            if what is save:
                 saved.add(which)
-            elif what is What.FORGET:
+            elif what is forget:
                 saved.discard(which)
-    moments.append((seconds, tuple(highs), nbytes, compute, 0))  # the runtime does nothing there
+    moments.append((seconds, highs, nbytes, compute, 0))  # the runtime does nothing there
     return moments

@@ -79,8 +79,11 @@ class Memory:
 
     def room(self) -> int:
         """Bytes left below the limit; negative above it."""
-        free, pages = self.limit_nbytes - self.nbytes, self.now["pages"]
-        return max(free - pages, 0) if pages and free > 0 else free
+        free = self.limit_nbytes - self.nbytes
+        if free <= 0:
+            return free
+        free -= self.now["pages"]
+        return free if free > 0 else 0
 
     def restart_peak(self) -> None:
         """Begin a new measurement of the peak."""

@@ -90,11 +90,12 @@ class SimStep:
         held: list[str] = []
         streamed: list[str] = []
         small: list[SimWeight] = []
+        kept = self.gradients.kept
         for weight in self._in_order:
             name = weight.name
             if name in stepped:
                 continue
-            if self.keeps(weight):
+            if weight.resident and name in kept:
                 held.append(name)
             elif name in self._small:
                 small.append(weight)
