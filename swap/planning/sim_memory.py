@@ -52,21 +52,18 @@ class Memory:
         self.now[role] -= nbytes
         self.now[into] += nbytes
 
-    def pass_through(self, highs: Sequence[int], nbytes: int) -> None:
-        """Transients come and go: they are ``nbytes`` more in the end.
+    def look_at(self, highs: Sequence[int]) -> None:
+        """Transients have come and gone: see whether that was a new peak.
 
         Args:
-            highs: bytes more than at the beginning, each time that they were more than ever before.
+            highs: bytes more than now, each time that they were more than ever before.
         """
         now = self.now
-        if highs and self.nbytes + highs[-1] + now["pages"] > self.peak_nbytes:
-            for high in highs:
-                resident = self._resident(self.nbytes + high)
-                if resident > self.peak_nbytes:
-                    self.peak_nbytes = resident
-                    self.peak_roles = {**now, "transients": now["transients"] + high}
-        now["transients"] += nbytes
-        self.nbytes += nbytes
+        for high in highs:
+            resident = self._resident(self.nbytes + high)
+            if resident > self.peak_nbytes:
+                self.peak_nbytes = resident
+                self.peak_roles = {**now, "transients": now["transients"] + high}
 
     @property
     def resident_nbytes(self) -> int:

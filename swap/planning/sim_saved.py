@@ -82,20 +82,22 @@ class SimSaved:
     def let_go(self, storage: int) -> None:
         """Only autograd holds it still."""
         self._held_by_others[storage] = False
-        unit = self._unit_of[storage]
-        # Does saving hold it in memory?
-        if unit.in_memory if unit is not None else storage in self._batched:
-            self._world.memory.turn("transients", "saved", self._storages[storage])
+        unit, nbytes = self._unit_of[storage], self._storages[storage]
+        if unit is not None:
+            unit.own_nbytes += nbytes
+            is_kept = unit.in_memory
         else:
-            self._world.memory.drop("transients", self._storages[storage])
+            is_kept = storage in self._batched
+        if is_kept:
+            self._world.memory.turn("transients", "saved", nbytes)
+        else:
+            self._world.memory.drop("transients", nbytes)
 
-    def _come(self, storage: int) -> None:
-        if not self._held_by_others[storage]:
-            self._world.memory.add("saved", self._storages[storage])
-
-    def _go(self, storage: int) -> None:
-        if not self._held_by_others[storage]:
-            self._world.memory.drop("saved", self._storages[storage])
+    def _come(self, unit: Unit) -> None:
+        """Its bytes are in memory again; each storage may be the one of the peak."""
+        for storage in unit.members:
+            if not self._held_by_others[storage]:
+                self._world.memory.add("saved", self._storages[storage])
 
     # Units.
 
@@ -132,6 +134,8 @@ class SimSaved:
             self._keys.append(f"saved {unit.position}")
         for storage in members:
             self._unit_of[storage] = unit
+            if not self._held_by_others[storage]:
+                unit.own_nbytes += self._storages[storage]
         self.kept_nbytes += nbytes
         self._looked_ahead = -1
         (self._staying if unit.stays else self._order).append(unit)
@@ -257,8 +261,7 @@ class SimSaved:
         if unit.turn is not None:
             self._turns.absent[unit.turn] = True
         self.kept_nbytes -= unit.nbytes
-        for storage in unit.members:
-            self._go(storage)
+        self._world.memory.drop("saved", unit.own_nbytes)
 
     # Backward.
 
@@ -290,18 +293,17 @@ class SimSaved:
     def _fetch(self, unit: Unit) -> None:
         unit.in_memory = True
         self._absent -= 1
-        turn, held = unit.turn, self._held_by_others
+        turn = unit.turn
         if turn is not None:
             self._turns.absent[turn] = False
-        if unit.is_batch or not all(held[member] for member in unit.members):
+        if unit.is_batch or unit.own_nbytes:
             world, key = self._world, self._keys[unit.position]
             unit.fetching = world.submit(world.reads, key, _ROLE, unit.nbytes)
             if turn is not None:
                 self._turns.fetching[turn] = unit.nbytes
         self.kept_nbytes += unit.nbytes
         self._looked_ahead = -1
-        for member in unit.members:
-            self._come(member)
+        self._come(unit)
         (self._staying if unit.stays else self._order).append(unit)
 
     def _fetch_ahead(self, present: Unit) -> None:
@@ -337,14 +339,18 @@ class SimSaved:
         if storage in self._batched:
             self._batched.discard(storage)
             self._batch.remove(storage)  # the next pass may save one with its number
-            self._go(storage)
+            if not self._held_by_others[storage]:
+                self._world.memory.drop("saved", self._storages[storage])
             return
         unit = self._unit_of[storage]
         assert unit is not None
         self._unit_of[storage] = None
         unit.members.discard(storage)
-        if unit.in_memory:
-            self._go(storage)
+        if not self._held_by_others[storage]:
+            nbytes = self._storages[storage]
+            unit.own_nbytes -= nbytes
+            if unit.in_memory:
+                self._world.memory.drop("saved", nbytes)
         if unit.members:
             return
         self._looked_ahead = -1

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Stepping
 from offload.swap.planning.sim_gradients import SimGradients
-from offload.swap.planning.sim_pieces import stepped_weights
+from offload.swap.planning.sim_pieces import SteppedWeight, stepped_weights
 from offload.swap.planning.sim_pipeline import SimPipeline, SimTile
 from offload.swap.planning.sim_weights import SimWeight, SimWeights
 from offload.swap.planning.world import Flight, World
@@ -20,7 +20,7 @@ from offload.tiers.hostmem import page_ceil
 
 _FUSED_TILES = 32  # of one call in memory, as ``memory_step`` has it
 _TEMPORARIES = 2  # tensors of a tile's size that a step which is not fused makes
-_Part: TypeAlias = tuple[SimWeight, int, int]  # of a tile: number of the weight's form, elements
+_Part: TypeAlias = tuple[SimWeight, SteppedWeight, int]  # of a tile: a weight, its elements
 
 
 class SimStep:
@@ -62,8 +62,6 @@ class SimStep:
         self._small = {name for name in self.names if numels[name] <= SMALL_NUMEL}
         nbytes = {name: weight.nbytes for name, weight in weights.weights.items()}
         self._stepped = stepped_weights(stepping, nbytes, numels)
-        forms = {form: number for number, form in enumerate(set(self._stepped.values()))}
-        self._forms = {name: forms[form] for name, form in self._stepped.items()}
         self._cuts: dict[tuple[str, ...], list[tuple[tuple[_Part, ...], int]]] = {}
         self._tiles: dict[tuple[object, ...], SimTile] = {}  # those that differ
         self._states_nbytes = {
@@ -121,7 +119,7 @@ class SimStep:
             found = self._cuts[key] = [
                 (
                     tuple(
-                        (weights[piece.index], self._forms[names[piece.index]], piece.numel)
+                        (weights[piece.index], self._stepped[names[piece.index]], piece.numel)
                         for piece in pieces
                     ),
                     count,
@@ -136,8 +134,13 @@ class SimStep:
     def _tile(self, parts: Sequence[_Part]) -> SimTile:
         on_file = self.gradients.on_file
         key: list[object] = [self._has_states]
-        for weight, form, numel in parts:
-            key += form, numel, weight.ready or weight.flight is not None, weight.name in on_file
+        for weight, stepped, numel in parts:
+            key += (
+                id(stepped),
+                numel,
+                weight.ready or weight.flight is not None,
+                weight.name in on_file,
+            )
         found = self._tiles.get(alike := tuple(key))
         if found is None:
             found = self._tiles[alike] = self._make_tile(parts)
@@ -146,9 +149,8 @@ class SimStep:
 
     def _make_tile(self, parts: Sequence[_Part]) -> SimTile:
         read = staged = written = 0
-        for weight, _, numel in parts:
+        for weight, stepped, numel in parts:
             in_memory, on_file = weight.in_memory, weight.name in self.gradients.on_file
-            stepped = self._stepped[weight.name]
             parameter, states = stepped.itemsize * numel, stepped.stored_nbytes(numel)
             read += parameter * ((not in_memory) + on_file)
             read += states if self._has_states else 0

@@ -25,6 +25,7 @@ class Unit:
         turn: [Note: turns]; None where no use of it is expected.
         stays: it is one of those that are used first, as many as may stay in memory.
         is_batch: of several storages, whoever still needs them.
+        own_nbytes: of the members that others than autograd hold no more.
     """
 
     position: int
@@ -33,6 +34,7 @@ class Unit:
     turn: int | None
     stays: bool
     is_batch: bool
+    own_nbytes: int = 0
     in_memory: bool = True
     on_file: bool = False
     writing: Flight | None = None

@@ -7,10 +7,10 @@ numbers.
 """
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from offload.swap.planning.world import Flight, SimLane, World
+from offload.swap.planning.world import Flight, World
 from offload.swap.streaming import Streaming
 from offload.swap.trace import Trace
 from offload.tiers.hostmem import page_ceil
@@ -130,8 +130,10 @@ class SimWeights:
             if excess > 0:
                 for victim in self._farthest(excess, -1)[0]:
                     self.evict(victim)
-            self._fetch(weight, self._world.submit_urgent)
-            self._await(weight, "cold")
+            self._take_room(weight)
+            world = self._world
+            world.move(world.reads, weight.name, _ROLE, weight.nbytes, "cold")
+            weight.ready = True
 
     def _await(self, weight: SimWeight, reason: str) -> None:
         if weight.flight is not None:
@@ -140,7 +142,7 @@ class SimWeights:
 
     def _prefetch(self) -> None:
         # What is nearer than a weight is never given up for it: its place says so.
-        numbered = self._numbered
+        numbered, reads, submit = self._numbered, self._world.reads, self._world.submit
         for place, number in self.trace.unsettled():
             weight = numbered[number]
             if weight.ready or weight.flight is not None or weight.held:
@@ -148,7 +150,8 @@ class SimWeights:
             if not self._make_room(weight):
                 self.trace.settle(place)
                 return
-            self._fetch(weight, self._world.submit)
+            self._take_room(weight)
+            weight.flight = submit(reads, weight.name, _ROLE, weight.nbytes)
         self.trace.settle(sys.maxsize)
 
     def _make_room(self, weight: SimWeight) -> bool:
@@ -213,18 +216,18 @@ class SimWeights:
         for weight in self._numbered:
             self._await(weight, "drain")
 
-    def _fetch(self, weight: SimWeight, submit: Callable[[SimLane, str, str, int], Flight]) -> None:
-        world, padded = self._world, weight.padded_nbytes
+    def _take_room(self, weight: SimWeight) -> None:
+        """``weight`` is coming."""
+        memory, padded = self._world.memory, weight.padded_nbytes
         if not weight.resident and self._pool.get(padded):
             self._pool[padded] -= 1
             self._pool_nbytes -= padded
         else:
-            world.memory.add("weights", padded)
-        weight.flight = submit(world.reads, weight.name, _ROLE, weight.nbytes)
+            memory.add("weights", padded)
         if not weight.resident:
             self._streaming.join(weight.number, weight)
         if self._pool_nbytes:
-            window, room = self.window_nbytes - self._streaming.nbytes, world.memory.room()
+            window, room = self.window_nbytes - self._streaming.nbytes, memory.room()
             self._trim(window if window < room else room)
 
     def evict(self, weight: SimWeight) -> None:

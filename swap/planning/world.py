@@ -154,9 +154,9 @@ class World:
                     self.now_s = until_s
                 else:
                     self.compute(seconds)
-            if highs:
-                memory.pass_through(highs, nbytes)
-            elif nbytes:
+            if highs and memory.nbytes + highs[-1] + now["pages"] > memory.peak_nbytes:
+                memory.look_at(highs)
+            if nbytes:
                 now["transients"] += nbytes
                 memory.nbytes += nbytes
             handlers[what](which)
@@ -173,15 +173,6 @@ class World:
         flight, queue = Flight(key, role, nbytes, lane.work_s[nbytes]), lane.queue
         if queue:
             queue.append(flight)
-        else:
-            self._begin(lane, flight)
-        return flight
-
-    def submit_urgent(self, lane: SimLane, key: str, role: str, nbytes: int) -> Flight:
-        """As ``submit``; it is next after the one that is served."""
-        flight, queue = Flight(key, role, nbytes, lane.work_s[nbytes]), lane.queue
-        if queue:
-            queue.insert(1, flight)
         else:
             self._begin(lane, flight)
         return flight
