@@ -316,7 +316,8 @@ class SimSaved:
 
     def _look_ahead(self, present: int) -> None:
         turns, work_s = self._turns, self._world.reads.work_s
-        turn = turns.absent.find(True, present + 1)
+        absent = turns.absent
+        turn = absent.find(True, present + 1)
         while turn >= 0:
             unit = turns.unit_at(turn)
             if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
@@ -324,7 +325,7 @@ class SimSaved:
             if turns.is_early(present, unit, turn, work_s):
                 return
             self._fetch(unit)
-            turn = turns.absent.find(True, turn + 1)
+            turn = absent.find(True, turn + 1)
 
     def _fetch_backwards(self, present: Unit) -> None:
         """Nobody knew that ``present`` would be used: expect the ones that were saved before it."""

@@ -150,10 +150,9 @@ class World:
         for seconds, highs, nbytes, what, which in moments:
             if seconds:  # as ``compute`` does
                 until_s = self.now_s + seconds
-                if until_s < self._due_s:
-                    self.now_s = until_s
-                else:
-                    self.compute(seconds)
+                while self._due_s <= until_s:
+                    until_s += self._end_next() * self._lost_s_per_byte
+                self.now_s = until_s
             if highs and memory.nbytes + highs[-1] + now["pages"] > memory.peak_nbytes:
                 memory.look_at(highs)
             if nbytes:
