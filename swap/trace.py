@@ -130,8 +130,11 @@ class Trace(Generic[_Key]):
 
     def unsettled(self) -> Iterator[tuple[int, _Key]]:
         """Places and keys expected next, behind what is settled."""
-        for place in range(max(self._position, self._settled), len(self._expected)):
-            yield place, self._expected[place]
+        expected, begin = self._expected, self._settled
+        if begin < self._position:
+            begin = self._position
+        for place in range(begin, len(expected)):
+            yield place, expected[place]
 
     @property
     def is_settled(self) -> bool:
@@ -144,4 +147,6 @@ class Trace(Generic[_Key]):
 
     def unsettle(self, key: _Key) -> None:
         """``key`` has gone: it needs a fetch before its next use."""
-        self._settled = min(self._settled, self.place(key))
+        place = self._places.get(key, self._never)
+        if place < self._settled:
+            self._settled = place

@@ -316,10 +316,10 @@ class SimSaved:
 
     def _look_ahead(self, present: int) -> None:
         turns, work_s = self._turns, self._world.reads.work_s
-        absent = turns.absent
+        absent, units, order = turns.absent, turns.units, turns.order
         turn = absent.find(True, present + 1)
         while turn >= 0:
-            unit = turns.unit_at(turn)
+            unit = units[order[turn]]
             if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
                 return
             if turns.is_early(present, unit, turn, work_s):

@@ -88,14 +88,14 @@ class SimStep:
         held: list[str] = []
         streamed: list[str] = []
         small: list[SimWeight] = []
-        kept = self.gradients.kept
+        kept, few = self.gradients.kept, self._small
         for weight in self._in_order:
             name = weight.name
             if name in stepped:
                 continue
             if weight.resident and name in kept:
                 held.append(name)
-            elif name in self._small:
+            elif name in few:
                 small.append(weight)
             else:
                 streamed.append(name)

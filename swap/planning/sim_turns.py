@@ -58,6 +58,7 @@ class SimTurns:
 
     Attributes:
         units: of the present pass, by position.
+        order: positions by turn.
         used: positions in the order of their first use, and when that was: ``times_s``.
         absent: a mark for each turn whose unit is in the file only.
         fetching: bytes of units on their way, by turn.
@@ -70,9 +71,8 @@ class SimTurns:
         self.times_s: list[float] = []
         self.absent = bytearray(most)
         self.fetching: dict[int, int] = {}
-        # Of the last pass, by turn: its ``used`` and ``times_s``.
-        self._expected: list[int] = []
-        self._expected_s: list[float] = []
+        self.order: Sequence[int] = range(most - 1, -1, -1)
+        self._expected_s: list[float] = []  # of the last pass, by turn: its ``times_s``
         self._foreseen: list[_Foreseen] = []  # by position
         self._differs = False  # the present pass from the last one
         self._choices: list[_Choice] = []  # that times decided, of the present pass
@@ -80,7 +80,7 @@ class SimTurns:
     def begin(self, limit_nbytes: int) -> None:
         """A pass begins, of which so many bytes may stay; the last one is expected to repeat."""
         if self.used:
-            self._expected, self._expected_s = self.used, self.times_s
+            self.order, self._expected_s = self.used, self.times_s
             turns = {position: turn for turn, position in enumerate(self.used)}
             staying = self._used_first(limit_nbytes)
             self._foreseen = [
@@ -105,10 +105,10 @@ class SimTurns:
         """The next unit of the pass."""
         units = self.units
         position = len(units)
-        if self._expected and not self._was_alike(position, nbytes):
+        if self._expected_s and not self._was_alike(position, nbytes):
             self._expect_nothing()
         turn: int | None
-        if self._expected:
+        if self._expected_s:
             _, turn, stays = self._foreseen[position]
         else:
             turn, stays = self._most - 1 - position, False
@@ -125,7 +125,7 @@ class SimTurns:
 
     def _expect_nothing(self) -> None:
         """This pass is another one than the last: what is saved last is used first, then."""
-        self._expected, self._expected_s, self._differs = [], [], True
+        self.order, self._expected_s, self._differs = range(self._most - 1, -1, -1), [], True
         self.absent, self.fetching = bytearray(self._most), {}
         for unit in self.units:
             unit.turn = self._most - 1 - unit.position
@@ -134,10 +134,6 @@ class SimTurns:
             elif unit.members and unit.fetching is not None:
                 self.fetching[unit.turn] = unit.nbytes
 
-    def unit_at(self, turn: int) -> Unit:
-        """The unit that has this turn."""
-        return self.units[self._expected[turn] if self._expected else self._most - 1 - turn]
-
     def is_early(self, present: int, unit: Unit, turn: int, work_s: Mapping[int, float]) -> bool:
         """Whether ``unit`` need not come yet, as what has the turn ``present`` is used.
 
@@ -145,21 +141,21 @@ class SimTurns:
             turn: of the unit.
             work_s: of the drive to fetch so many bytes.
         """
-        expected = self._expected
-        if not expected:
+        order, times_s = self.order, self._expected_s
+        if not times_s:
             return False
         lead_nbytes = unit.nbytes
         for at, nbytes in self.fetching.items():
             if present < at < turn:
                 lead_nbytes += nbytes
         lead_s = 2 * work_s[lead_nbytes]
-        known, count = len(self.units), len(expected)
+        known, count = len(self.units), len(times_s)
         following = present + 1
-        while following < count and expected[following] >= known:
+        while following < count and order[following] >= known:
             following += 1
         if following == count:
             following = present
-        early = _is_early(self._expected_s, present, following, turn, lead_s)
+        early = _is_early(times_s, present, following, turn, lead_s)
         self._choices.append((present, following, turn, lead_s, early))
         return early
 

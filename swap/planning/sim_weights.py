@@ -72,6 +72,7 @@ class SimWeights:
         self.trace: Trace[int] = Trace(numbers)
         self._streaming: Streaming[int, SimWeight] = Streaming(self.trace)
         self._world = world
+        self._memory = world.memory
         self.window_nbytes = window_nbytes
         self._checksum_bytes_per_s = checksum_bytes_per_s
         self._uses = 0
@@ -171,7 +172,7 @@ class SimWeights:
         if weight.resident:
             return 0
         window = self.window_nbytes - self._streaming.nbytes
-        room = self._pool_nbytes + self._world.memory.room()
+        room = self._pool_nbytes + self._memory.room()
         return weight.nbytes - (window if window < room else room)
 
     def _farthest(self, nbytes: int, limit: int) -> tuple[list[SimWeight], int]:
