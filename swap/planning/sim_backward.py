@@ -75,7 +75,7 @@ class SimBackwardStep:
     def _step_tiled(self, weight: SimWeight, gradient_nbytes: int) -> None:
         self._weights.hold(weight)
         self._pending_nbytes += gradient_nbytes
-        tiles = list(self._step.tiles([weight.name]))
+        tiles = self._step.tiles([weight.name])
         number = sum(count for _, count in tiles)
         target = _Target(self, weight, gradient_nbytes, number, number)
         for tile, count in tiles:

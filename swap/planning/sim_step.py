@@ -4,7 +4,8 @@ The tiles, and the order in which they are read, stepped and written, are those 
 stays in memory is stepped between them, and written at the commit.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from offload.swap.planning.cost import Costs
@@ -21,6 +22,22 @@ from offload.tiers.hostmem import page_ceil
 _FUSED_TILES = 32  # of one call in memory, as ``memory_step`` has it
 _TEMPORARIES = 2  # tensors of a tile's size that a step which is not fused makes
 _Part: TypeAlias = tuple[SimWeight, SteppedWeight, int]  # of a tile: a weight, its elements
+
+
+@dataclass(slots=True, eq=False)
+class _Cut:
+    """The tiles of some weights.
+
+    Attributes:
+        parts: of each tile that differs from the one before, and how many are like it.
+        state: of what these tiles were made last: whether there are states, whether each weight is
+            in memory, and its gradient on file.
+    """
+
+    weights: Sequence[SimWeight]
+    parts: Sequence[tuple[tuple[_Part, ...], int]]
+    state: tuple[bool, list[tuple[bool, bool]]] | None = None
+    tiles: Sequence[tuple[SimTile, int]] = ()
 
 
 class SimStep:
@@ -62,7 +79,7 @@ class SimStep:
         self._small = {name for name in self.names if numels[name] <= SMALL_NUMEL}
         nbytes = {name: weight.nbytes for name, weight in weights.weights.items()}
         self._stepped = stepped_weights(stepping, nbytes, numels)
-        self._cuts: dict[tuple[str, ...], list[tuple[tuple[_Part, ...], int]]] = {}
+        self._cuts: dict[tuple[str, ...], _Cut] = {}
         self._tiles: dict[tuple[object, ...], SimTile] = {}  # those that differ
         self._states_nbytes = {
             name: sum(map(page_ceil, sizes)) for name, sizes in stepping.states_nbytes.items()
@@ -110,26 +127,36 @@ class SimStep:
 
     # Tiles.
 
-    def tiles(self, names: Sequence[str]) -> Iterator[tuple[SimTile, int]]:
+    def tiles(self, names: Sequence[str]) -> Sequence[tuple[SimTile, int]]:
         """What a step of ``names`` moves, and how often."""
-        key = tuple(names)
+        key, on_file = tuple(names), self.gradients.on_file
         found = self._cuts.get(key)
         if found is None:
-            weights = [self._weights.weights[name] for name in names]
-            found = self._cuts[key] = [
-                (
-                    tuple(
-                        (weights[piece.index], self._stepped[names[piece.index]], piece.numel)
-                        for piece in pieces
-                    ),
-                    count,
-                )
-                for pieces, count in cut_runs(
-                    [self._numels[name] for name in names], self._chunk_numel
-                )
-            ]
-        for parts, count in found:
-            yield self._tile(parts), count
+            found = self._cuts[key] = self._cut(names)
+        there = [
+            (weight.ready or weight.flight is not None, weight.name in on_file)
+            for weight in found.weights
+        ]
+        state = self._has_states, there
+        if state != found.state:
+            found.state = state
+            found.tiles = [(self._tile(parts), count) for parts, count in found.parts]
+        return found.tiles
+
+    def _cut(self, names: Sequence[str]) -> _Cut:
+        weights = [self._weights.weights[name] for name in names]
+        pieces_of = cut_runs([self._numels[name] for name in names], self._chunk_numel)
+        parts = [
+            (
+                tuple(
+                    (weights[piece.index], self._stepped[names[piece.index]], piece.numel)
+                    for piece in pieces
+                ),
+                count,
+            )
+            for pieces, count in pieces_of
+        ]
+        return _Cut(weights, parts)
 
     def _tile(self, parts: Sequence[_Part]) -> SimTile:
         on_file = self.gradients.on_file
