@@ -109,7 +109,8 @@ class SimSaved:
         nbytes = self._storages[storage]
         self._saved_nbytes += nbytes + BATCH_ALIGN
         if nbytes >= self._min_nbytes:
-            self._add({storage}, nbytes)
+            unit = self._unit_of[storage] = self._turns.add({storage}, nbytes)
+            self._keep(unit)
             return
         self._batch.append(storage)
         self._batched.add(storage)
@@ -126,17 +127,18 @@ class SimSaved:
         self._batch, self._batch_nbytes = [], 0
         self._batched.difference_update(waiting)
         sizes = (-(-self._storages[one] // BATCH_ALIGN) * BATCH_ALIGN for one in waiting)
-        self._add(set(waiting), sum(sizes))
-
-    def _add(self, members: set[int], nbytes: int) -> None:
-        unit = self._turns.add(members, nbytes)
-        if unit.position == len(self._keys):
-            self._keys.append(f"saved {unit.position}")
-        for storage in members:
+        unit = self._turns.add(set(waiting), sum(sizes))
+        for storage in waiting:
             self._unit_of[storage] = unit
             if not self._held_by_others[storage]:
                 unit.own_nbytes += self._storages[storage]
-        self.kept_nbytes += nbytes
+        self._keep(unit)
+
+    def _keep(self, unit: Unit) -> None:
+        """``unit`` is new, and in memory."""
+        if unit.position == len(self._keys):
+            self._keys.append(f"saved {unit.position}")
+        self.kept_nbytes += unit.nbytes
         self._looked_ahead = -1
         (self._staying if unit.stays else self._order).append(unit)
         if self.kept_nbytes > self._limit_nbytes:

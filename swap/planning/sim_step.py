@@ -46,6 +46,7 @@ class SimStep:
     Attributes:
         names: of the weights that are stepped.
         gradients: of all weights.
+        states_nbytes: of each weight's states in memory, to whole pages.
 
     Args:
         numels: elements of each weight.
@@ -81,14 +82,14 @@ class SimStep:
         self._stepped = stepped_weights(stepping, nbytes, numels)
         self._cuts: dict[tuple[str, ...], _Cut] = {}
         self._tiles: dict[tuple[object, ...], SimTile] = {}  # those that differ
-        self._states_nbytes = {
+        self.states_nbytes = {
             name: sum(map(page_ceil, sizes)) for name, sizes in stepping.states_nbytes.items()
         }
 
     def keep(self, names: Collection[str]) -> None:
         """Keep gradients and states of ``names`` in memory, and of these alone."""
         for name in self._held - set(names):
-            self._world.memory.drop("states", self._states_nbytes[name])
+            self._world.memory.drop("states", self.states_nbytes[name])
         self._held &= set(names)
         self.gradients.kept = names
 
@@ -219,7 +220,7 @@ class SimStep:
             self._weights.fetch_now(self._weights.weights[name])
             if name in self._held:
                 continue
-            nbytes = self._states_nbytes[name]
+            nbytes = self.states_nbytes[name]
             world.memory.add("states", nbytes)
             if self._has_states:
                 missing.append(world.submit(world.reads, name, "state", nbytes))
@@ -250,7 +251,7 @@ class SimStep:
             name = weight.name
             if name in self._held:
                 world.submit(world.writes, name, "weight", weight.nbytes)
-                world.submit(world.writes, name, "state", self._states_nbytes[name])
+                world.submit(world.writes, name, "state", self.states_nbytes[name])
             elif weight.ready:  # is it still what was stored?
                 world.compute(weight.nbytes / self._costs.checksum_bytes_per_s)
         world.drain()

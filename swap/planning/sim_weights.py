@@ -111,16 +111,19 @@ class SimWeights:
     def use(self, weights: Sequence[SimWeight]) -> None:
         """Have ``weights`` in memory now, and the next ones on their way."""
         trace = self.trace
-        self._uses += 1
+        uses = self._uses = self._uses + 1
         for weight in weights:
-            weight.used = self._uses
+            weight.used = uses
+        arriving: list[SimWeight] = []
         for weight in weights:
             trace.use(weight.number)
-            if not weight.ready and weight.flight is None:
-                self.fetch_now(weight)
-        for weight in weights:
-            if weight.flight is not None:
-                self._await(weight, "late")
+            if not weight.ready:
+                if weight.flight is None:
+                    self.fetch_now(weight)
+                else:
+                    arriving.append(weight)
+        for weight in arriving:
+            self._await(weight, "late")
         if not trace.is_settled:
             self._prefetch()
 

@@ -36,7 +36,6 @@ from offload.swap.planning.sim_weights import SimWeights
 from offload.swap.planning.sim_writes import SimDrive
 from offload.swap.planning.world import Reading, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
-from offload.tiers.hostmem import page_ceil
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,12 +319,13 @@ class Simulation:
     def _states_nbytes(self) -> dict[str, int]:
         """As ``MemoryStep.nbytes``."""
         stepping = self._program.stepping
-        if stepping is None:
+        if stepping is None or self._step is None:
             return {}
         waits = self._backward is None  # else each gradient is used up at once
+        weights = self._weights.weights
         return {
-            name: sum(map(page_ceil, sizes))
-            + (page_ceil(self._sizes[name]) if waits and self._sizes[name] >= MIN_NBYTES else 0)
-            for name, sizes in stepping.states_nbytes.items()
+            name: nbytes
+            + (weights[name].padded_nbytes if waits and self._sizes[name] >= MIN_NBYTES else 0)
+            for name, nbytes in self._step.states_nbytes.items()
             if name not in stepping.by_tile
         }
