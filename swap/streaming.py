@@ -44,6 +44,7 @@ class Streaming(Generic[_Key, _Item]):
     def follow(self, trace: Trace[_Key]) -> None:
         """Expect what ``trace`` expects from now on."""
         self._trace = trace
+        trace.watched = self._ranks
         trace.moved, trace.restarted = self._rerank, self._rerank_all
         self._rerank_all()
 
@@ -86,9 +87,13 @@ class Streaming(Generic[_Key, _Item]):
         del self._order[bisect_left(self._order, rank)]
 
     def _rerank(self, key: _Key, place: int) -> None:
-        if (rank := self._ranks.get(key)) is not None:
-            self._unrank(rank)
-            self._rank(key, self._items[key], place, -rank & _ORDER_MASK)
+        before = self._ranks[key]  # as to unrank and rank it
+        order, ranked = self._order, self._ranked
+        now = (place << _ORDER_BITS) - (-before & _ORDER_MASK)
+        del order[bisect_left(order, before)]
+        insort(order, now)
+        ranked[now] = ranked.pop(before)
+        self._ranks[key] = now
 
     def _rerank_all(self) -> None:
         self._ranked.clear()

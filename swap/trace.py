@@ -9,7 +9,7 @@ a key's next use in the expected pass stays until it is used, so places are kept
 only those of keys that a use passes by are looked up anew.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -23,12 +23,14 @@ class Trace(Generic[_Key]):
             (the model's own order); the first training pass is predicted as this order and back.
 
     Attributes:
-        moved: called with a key whose next use is another from now on, and with its place.
+        watched: keys of which it is told when
+        moved: called with one of them whose next use is another from now on, and with its place.
         restarted: called when all places are new.
         passes: that have begun.
     """
 
     def __init__(self, order: Sequence[_Key]) -> None:
+        self.watched: Container[_Key] = ()
         self.moved: Callable[[_Key, int], None] = lambda _key, _place: None
         self.restarted: Callable[[], None] = lambda: None
         self.passes = 0
@@ -36,6 +38,9 @@ class Trace(Generic[_Key]):
         self._learned: dict[Hashable, list[_Key]] = {}
         self._kind: Hashable = None
         self._now: list[_Key] = []
+        self._laid_out: list[_Key] = []
+        self._first: dict[_Key, int] = {}
+        self._following: list[int] = []
         self._expect(self._default)
 
     def begin(self, kind: Hashable, uses: Sequence[_Key] | None = None) -> None:
@@ -63,14 +68,22 @@ class Trace(Generic[_Key]):
         self._expected = expected
         self._position = 0
         self._settled = 0  # uses before it need no fetch
-        self._never = never = len(expected) + 1
-        self._places: dict[_Key, int] = {}
-        self._following = [never] * len(expected)  # the next use of the same key, behind each place
+        self._never = len(expected) + 1
+        if expected and expected != self._laid_out:
+            self._lay_out(expected)
+        self._places = dict(self._first) if expected else {}
+        self.restarted()
+
+    def _lay_out(self, expected: list[_Key]) -> None:
+        """Find the first use of each key, and the next use of the same key behind each place."""
+        never = len(expected) + 1
+        first: dict[_Key, int] = {}
+        following = [never] * len(expected)
         for place in range(len(expected) - 1, -1, -1):
             key = expected[place]
-            self._following[place] = self._places.get(key, never)
-            self._places[key] = place
-        self.restarted()
+            following[place] = first.get(key, never)
+            first[key] = place
+        self._laid_out, self._first, self._following = expected, first, following
 
     def use(self, key: _Key) -> bool:
         """``key`` is used now; the prediction moves on to just after its next expected use.
@@ -78,17 +91,25 @@ class Trace(Generic[_Key]):
         Returns:
             Whether the last pass of this kind used it here, too, if there was one.
         """
-        if self._now and self._now[-1] == key:
+        now, places, expected = self._now, self._places, self._expected
+        if now and now[-1] == key:
             return True
-        self._now.append(key)
-        place, began = self._places.get(key, self._never), self._position
-        as_before = place == began or began >= len(self._expected)
+        now.append(key)
+        place, began = places.get(key, self._never), self._position
+        if place == began:  # most often
+            places[key] = behind = self._following[place]
+            if key in self.watched:
+                self.moved(key, behind)
+            self._position = place + 1
+            return True
+        as_before = began >= len(expected)
         if place < self._never:  # else it is unexpected: the prediction stays where it is
-            places, following = self._places, self._following
+            following = self._following
             for passed in range(began, place + 1):
-                other = self._expected[passed]
-                places[other] = following[passed]
-                self.moved(other, following[passed])
+                other = expected[passed]
+                places[other] = behind = following[passed]
+                if other in self.watched:
+                    self.moved(other, behind)
             self._position = place + 1
         return as_before or self._kind not in self._learned
 
@@ -109,8 +130,11 @@ class Trace(Generic[_Key]):
 
     def unsettled(self) -> Iterator[tuple[int, _Key]]:
         """Places and keys expected next, behind what is settled."""
-        for place in range(max(self._position, self._settled), len(self._expected)):
-            yield place, self._expected[place]
+        expected, begin = self._expected, self._settled
+        if begin < self._position:
+            begin = self._position
+        for place in range(begin, len(expected)):
+            yield place, expected[place]
 
     @property
     def is_settled(self) -> bool:
@@ -123,4 +147,6 @@ class Trace(Generic[_Key]):
 
     def unsettle(self, key: _Key) -> None:
         """``key`` has gone: it needs a fetch before its next use."""
-        self._settled = min(self._settled, self.place(key))
+        place = self._places.get(key, self._never)
+        if place < self._settled:
+            self._settled = place

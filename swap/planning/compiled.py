@@ -5,31 +5,20 @@ goes that nobody moves. How long that takes and how high memory rises is the sam
 under every plan, so it is added up once.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeAlias
 
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Program, What
 
-
-class Moment(NamedTuple):
-    """The runtime acts; what was before it is told, too.
-
-    Attributes:
-        seconds: of computing since the last moment, what calling the runtime costs included.
-        highs: of the memory that nobody moves, in bytes more than at the last moment: each time
-            that it was more than ever since then.
-        nbytes: that it has become more since the last moment.
-        what: makes the runtime act; ``FREE`` of a storage that autograd still needs.
-        which: as of an ``Event``.
-    """
-
-    seconds: float
-    highs: tuple[int, ...]
-    nbytes: int
-    what: What
-    which: int
+# The runtime acts; what was before it is told, too:
+# - seconds of computing since the last moment, what calling the runtime costs included;
+# - highs of the memory that nobody moves, in bytes more than at the last moment: each time that it
+#   was more than ever since then;
+# - bytes that it has become more since the last moment;
+# - what makes the runtime act (``FREE``: of a storage that autograd still needs), and which, as of
+#   an ``Event``.
+Moment: TypeAlias = tuple[float, tuple[int, ...], int, What, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,34 +39,39 @@ def compile_program(program: Program, costs: Costs) -> Compiled:
     return Compiled(program=program, costs=costs, moments=tuple(_moments(program, costs)))
 
 
-def _moments(program: Program, costs: Costs) -> Iterator[Moment]:
+def _moments(program: Program, costs: Costs) -> list[Moment]:
     computing_s = [costs.seconds(operation) for operation in program.operations]
-    fresh_s = [costs.fresh_s(nbytes) for nbytes in program.storages]
+    fresh_s = {nbytes: costs.fresh_s(nbytes) for nbytes in set(program.storages)}
+    storages = program.storages
     # What a call of the runtime takes of the training thread before it decides anything.
     calling_s = [0.0] * len(What)
     calling_s[What.USE] = costs.hook_s
     calling_s[What.SAVE] = calling_s[What.UNSAVE] = costs.hook_s / 2
     compute, allocate, free = What.COMPUTE, What.ALLOCATE, What.FREE
+    save, forget, record = What.SAVE, What.FORGET, What.RECORD
+    moments: list[Moment] = []
     saved: set[int] = set()
     seconds, nbytes, high = 0.0, 0, 0
-    highs: list[int] = []
+    highs: tuple[int, ...] = ()
     for what, which in program.events:
         if what is compute:
             seconds += computing_s[which]
         elif what is allocate:
-            seconds += fresh_s[which]
-            nbytes += program.storages[which]
+            fresh = storages[which]
+            seconds += fresh_s[fresh]
+            nbytes += fresh
             if nbytes > high:
                 high = nbytes
-                highs.append(nbytes)
+                highs = (*highs, nbytes)
         elif what is free and which not in saved:
-            nbytes -= program.storages[which]
+            nbytes -= storages[which]
         else:
-            seconds += costs.hook_s * which if what is What.RECORD else calling_s[what]
-            yield Moment(seconds, tuple(highs), nbytes, what, which)
-            seconds, nbytes, high, highs = 0.0, 0, 0, []
-            if what is What.SAVE:
+            seconds += costs.hook_s * which if what is record else calling_s[what]
+            moments.append((seconds, highs, nbytes, what, which))
+            seconds, nbytes, high, highs = 0.0, 0, 0, ()
+            if what is save:
                 saved.add(which)
-            elif what is What.FORGET:
+            elif what is forget:
                 saved.discard(which)
-    yield Moment(seconds, tuple(highs), nbytes, compute, 0)  # the runtime does nothing there
+    moments.append((seconds, highs, nbytes, compute, 0))  # the runtime does nothing there
+    return moments

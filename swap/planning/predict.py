@@ -6,18 +6,20 @@ Pure: the same program, machine and settings always give the same prediction.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.plan import Plan, choose_chunk_numel, make_plan, soft_limit_nbytes
+from offload.swap.planning.collecting import collection_paused
 from offload.swap.planning.compiled import Compiled, compile_program
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Program
 from offload.swap.planning.row_steps import Alpha, RowsFound, row_steps
+from offload.swap.planning.sim_memory import Role
 from offload.swap.planning.sim_writes import check_writes, must_write_nbytes
 from offload.swap.planning.simulate import SimulatedStep, Simulation
-from offload.swap.planning.world import Role
 from offload.tiers.events import Recorder
 from offload.tiers.filetier import LARGE_NBYTES
 from offload.tiers.hostmem import PAGE
@@ -133,6 +135,7 @@ class Prediction:
         return max(self.last.busy_s, key=lambda name: self.last.busy_s[name])
 
 
+@collection_paused()
 def predict(
     program: Program,
     machine: Machine,
@@ -156,6 +159,7 @@ def predict(
     return _predict(compiled, machine, settings, baseline, recorder)
 
 
+@collection_paused()
 def _predict(
     compiled: Compiled,
     machine: Machine,
@@ -219,16 +223,16 @@ def _drive_room(program: Program, machine: Machine, settings: Settings) -> int:
 def drive_use(program: Program, settings: Settings, activations_nbytes: int) -> DriveUse:
     """As ``adopting.reserve_room`` reserves it: two slots of what is trained."""
     slots = 2 if settings.commits else 1
+    extent_nbytes = cache(settings.extent_nbytes)  # layers are alike
     weights = gradients = 0
     for weight in program.census.weights:
-        nbytes = settings.extent_nbytes(weight.nbytes)
+        nbytes = extent_nbytes(weight.nbytes)
         weights += nbytes * (slots if weight.trainable else 1)
         gradients += nbytes if weight.trainable and weight.nbytes >= MIN_NBYTES else 0
     sizes = program.stepping.states_nbytes.values() if program.stepping else ()
     return DriveUse(
         weights_nbytes=weights,
-        states_nbytes=slots
-        * sum(settings.extent_nbytes(nbytes) for each in sizes for nbytes in each),
+        states_nbytes=slots * sum(extent_nbytes(nbytes) for each in sizes for nbytes in each),
         gradients_nbytes=gradients,
         activations_nbytes=activations_nbytes,
     )

@@ -67,7 +67,7 @@ class SimBackwardStep:
         with self._timed():
             if self._step.keeps(weight):
                 self._step.step_in_memory([weight.name])
-                self._world.memory.add("gradients", -gradient_nbytes)
+                self._world.memory.drop("gradients", gradient_nbytes)
             else:
                 self._step_tiled(weight, gradient_nbytes)
             self._make_room(self._coming_nbytes(weight))
@@ -75,7 +75,7 @@ class SimBackwardStep:
     def _step_tiled(self, weight: SimWeight, gradient_nbytes: int) -> None:
         self._weights.hold(weight)
         self._pending_nbytes += gradient_nbytes
-        tiles = list(self._step.tiles([weight.name]))
+        tiles = self._step.tiles([weight.name])
         number = sum(count for _, count in tiles)
         target = _Target(self, weight, gradient_nbytes, number, number)
         for tile, count in tiles:
@@ -87,7 +87,7 @@ class SimBackwardStep:
     def used_up(self, gradient_nbytes: int) -> None:
         """All tiles of a weight are stepped: its gradient goes."""
         self._pending_nbytes -= gradient_nbytes
-        self._world.memory.add("gradients", -gradient_nbytes)
+        self._world.memory.drop("gradients", gradient_nbytes)
 
     def wrote(self, weight: SimWeight) -> None:
         """All tiles of ``weight`` are written."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.planning.world import Flight, World
-from offload.tiers.journal import Label
+
+_ROLE = "gradient"
 
 
 @dataclass(slots=True)
@@ -33,7 +34,6 @@ class SimGradients:
         self.limit_nbytes = limit_nbytes
         self._leaving: deque[_Leaving] = deque()
         self._leaving_nbytes = 0
-        self._labels: dict[str, Label] = {}
         self.kept: Collection[str] = ()
         self.on_file: set[str] = set()
         self.by_rows: set[str] = set()
@@ -42,13 +42,13 @@ class SimGradients:
     def take(self, name: str, nbytes: int) -> None:
         """The gradient of the weight ``name`` is complete."""
         world = self._world
-        if self._leaving:
+        if self._leaving and self._leaving[0].flight.ended_s <= world.now_s:
             self.poll()
         world.memory.add("gradients", nbytes)
         self.in_memory_nbytes += nbytes
         if nbytes < MIN_NBYTES or name in self.kept:
             return
-        flight = world.submit(world.writes, self._label(name), nbytes)
+        flight = world.submit(world.writes, name, _ROLE, nbytes)
         self._leaving.append(_Leaving(name, nbytes, flight))
         self._leaving_nbytes += nbytes
         while self._leaving and (
@@ -57,37 +57,33 @@ class SimGradients:
             world.wait(world.writes, self._leaving[0].flight, "full")
             self.poll()
 
-    def _label(self, name: str) -> Label:
-        if name not in self._labels:
-            self._labels[name] = Label(name, "gradient", "host", "file")
-        return self._labels[name]
-
     def take_rows(self, name: str, nbytes: int) -> None:
         """The gradient of the weight ``name`` is complete: rows of ``nbytes`` written to its home.
 
         The kernel writes them behind.
         """
         self.poll()
-        self._world.submit(self._world.writes, self._label(name), nbytes)
+        self._world.submit(self._world.writes, name, _ROLE, nbytes)
         self.on_file.add(name)
         self.by_rows.add(name)
 
     def poll(self) -> None:
         """Let go of the gradients whose write has ended."""
-        while self._leaving and self._world.done(self._leaving[0].flight):
-            left = self._leaving.popleft()
+        leaving, now_s = self._leaving, self._world.now_s
+        while leaving and leaving[0].flight.ended_s <= now_s:
+            left = leaving.popleft()
             self.on_file.add(left.name)
             self._let_go(left.nbytes)
 
     def _let_go(self, nbytes: int) -> None:
         self._leaving_nbytes -= nbytes
         self.in_memory_nbytes -= nbytes
-        self._world.memory.add("gradients", -nbytes)
+        self._world.memory.drop("gradients", nbytes)
 
     def clear(self) -> None:
         """The step has used them all, and the user's code lets go of them."""
         while self._leaving:
             self._let_go(self._leaving.popleft().nbytes)
-        self._world.memory.add("gradients", -self.in_memory_nbytes)
+        self._world.memory.drop("gradients", self.in_memory_nbytes)
         self.in_memory_nbytes = 0
         self.on_file.clear()

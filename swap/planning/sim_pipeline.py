@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from offload.swap.planning.world import Flight, Reading, World
-from offload.tiers.journal import Label
 
+_ROLE = "state"
 _LEAST_COUNT = 16  # equal tiles that are worth a look for what repeats
 _LONGEST_PERIOD = 8  # tiles
 _LONGEST_ROUND = 64  # runs
@@ -148,7 +148,7 @@ class SimStaging:
     def _release(self) -> None:
         buffer = self.free.pop()
         self._free_nbytes -= buffer
-        self._world.memory.add("staging", -buffer)
+        self._world.memory.drop("staging", buffer)
 
     def close(self) -> None:
         """Return the memory of free buffers."""
@@ -172,7 +172,6 @@ class SimPipeline:
         self._seen: deque[_Sight] = deque(maxlen=_LONGEST_PERIOD)
         self._runs: list[tuple[object, ...]] = []  # all that ``finish`` found waiting
         self._rounds: deque[_Sight] = deque(maxlen=_LONGEST_ROUND)
-        self._labels: dict[str, tuple[Label, Label]] = {}  # in and out
 
     def add(
         self,
@@ -197,7 +196,7 @@ class SimPipeline:
     def move_on(self) -> None:
         """Let written tiles go and begin to read others, as far as staging reaches."""
         world = self._world
-        while self._writing and world.done(self._writing[0].flight):
+        while self._writing and self._writing[0].flight.ended_s <= world.now_s:
             self._retire()
         while self._waiting:
             buffer = self.staging.take(self._waiting[0].tile.staging_nbytes)
@@ -212,21 +211,17 @@ class SimPipeline:
         first.count -= 1
         if not first.count:
             self._waiting.popleft()
-        label, _ = self._labels_of(tile)
-        flight = world.submit(world.reads, label, tile.read_nbytes, after=after)
+        lane, nbytes = world.reads, tile.read_nbytes
+        if after is None:
+            flight = world.submit(lane, tile.name, _ROLE, nbytes)
+        else:
+            flight = world.submit_after(after, lane, tile.name, _ROLE, nbytes)
         self._reading.append(_InFlight(tile, first.written, first.stepped, buffer, flight))
-
-    def _labels_of(self, tile: SimTile) -> tuple[Label, Label]:
-        found = self._labels.get(tile.name)
-        if found is None:
-            back = Label(tile.name, "state", "file", "host")
-            found = self._labels[tile.name] = back, Label(tile.name, "state", "host", "file")
-        return found
 
     def advance(self) -> None:
         """Read, step and write what can be without waiting for a lane."""
         self.move_on()
-        while self._reading and self._world.done(self._reading[0].flight):
+        while self._reading and self._reading[0].flight.ended_s <= self._world.now_s:
             self._step_first()
             self.move_on()
 
@@ -267,15 +262,14 @@ class SimPipeline:
         world.wait(world.reads, first.flight, "late")
         if tile.temporary_nbytes:
             world.memory.add("transients", tile.temporary_nbytes)
-            world.memory.add("transients", -tile.temporary_nbytes)
+            world.memory.drop("transients", tile.temporary_nbytes)
         world.compute(tile.seconds)
         first.stepped()
-        _, label = self._labels_of(tile)
-        first.flight = world.submit(world.writes, label, tile.written_nbytes)
+        first.flight = world.submit(world.writes, tile.name, _ROLE, tile.written_nbytes)
         self._writing.append(first)
         if self._waiting and self._waiting[0].tile.staging_nbytes <= first.buffer_nbytes:
             buffer, first.buffer_nbytes = first.buffer_nbytes, 0
-            self._read(buffer, after=first.flight)
+            self._read(buffer, first.flight)
 
     def _retire(self) -> None:
         first = self._writing.popleft()

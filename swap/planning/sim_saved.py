@@ -1,12 +1,8 @@
-"""Saved activations of a simulated run: ``swap.spilling`` and ``swap.lookahead``, virtually.
+"""Saved activations of a simulated run: ``swap.spilling`` on a virtual clock.
 
 Units, their order, the limits and the times at which they are fetched are those of ``Spiller``
 ([Note: what is spilled], [Note: just in time]). A storage is in memory while its unit is, or while
 others than autograd hold it.
-
-[Note: turns] A unit's *turn* is its place in the order in which backward is expected to use them:
-that of the last pass or, where there was none, the reverse of their positions. There is a mark for
-each turn whose unit is absent, so that the next one to be fetched is found at once.
 """
 
 from collections import deque
@@ -15,11 +11,9 @@ from collections.abc import Iterable
 from offload.allocator.errors import CapacityError
 from offload.allocator.units import format_nbytes
 from offload.swap.activations import BATCH_ALIGN, BATCH_NBYTES
-from offload.swap.lookahead import LIKENESS
-from offload.swap.planning.sim_units import FetchChoice, Unit, is_early
+from offload.swap.planning.sim_turns import SimTurns, Unit
 from offload.swap.planning.sim_writes import SimDrive
 from offload.swap.planning.world import World
-from offload.tiers.journal import Label
 
 _ROLE = "activation"
 
@@ -43,13 +37,13 @@ class SimSaved:
         drive: SimDrive | None = None,
     ) -> None:
         self._world = world
-        self._drive = drive
+        self._drive = drive if drive is not None and drive.is_bounded else None
         self._storages = storages
         self._limit_nbytes = limit_nbytes
         self._min_nbytes = min_nbytes
-        self._held_by_others: set[int] = set()
-        self._unit_of: dict[int, Unit] = {}
-        self._units: list[Unit] = []
+        self._turns = SimTurns(len(storages))
+        self._held_by_others = bytearray(len(storages))  # a mark for each storage
+        self._unit_of: list[Unit | None] = [None] * len(storages)
         self._order: deque[Unit] = deque()
         self._staying: deque[Unit] = deque()
         self._writing: deque[Unit] = deque()
@@ -63,75 +57,47 @@ class SimSaved:
         self._on_file_nbytes = 0
         self._absent = 0  # units whose bytes are in the file only
         self._looked_ahead = -1  # from this turn, and nothing has changed since then
-        self._absent_turns = bytearray(len(storages))
-        self._fetching: dict[int, int] = {}  # bytes of units on their way, by turn
-        self._labels: list[tuple[Label, Label]] = []  # out and in, by position
-        # Of the last pass: units in the order of their first use, and when that was.
-        self._uses: list[tuple[int, float]] = []
-        self._expected: list[tuple[int, float]] = []
-        self._expected_nbytes: list[int] = []  # of its units, by position
-        self._differs = False  # the present pass from the last one
-        self._ranks: dict[int, int] = {}
-        self._choices: list[FetchChoice] = []  # that times decided, of the present pass
-        self._stay_positions: set[int] = set()
+        self._keys: list[str] = []  # of units, by position
 
     def begin(self) -> None:
-        """A forward begins; the last pass is expected to repeat."""
-        if self._uses:
-            self._expected = self._uses
-            self._expected_nbytes = [unit.nbytes for unit in self._units]
-            self._ranks = {position: rank for rank, (position, _) in enumerate(self._expected)}
-            room, self._stay_positions = self._limit_nbytes, set()
-            for position, _ in self._expected:
-                room -= self._units[position].nbytes
-                if room < 0:
-                    break
-                self._stay_positions.add(position)
-        self._uses, self._units, self._choices = [], [], []
-        self._saved_nbytes, self._differs = 0, False
+        """A forward begins."""
+        self._turns.begin(self._limit_nbytes)
+        self._saved_nbytes = 0
         self._order.clear()
         self._staying.clear()
-        self._absent_turns = bytearray(len(self._storages))
-        self._fetching = {}
 
     def standing(self) -> tuple[object, ...]:
         """What the next step depends on, between two steps, but for the times of uses."""
         if self._saved_nbytes <= self._limit_nbytes:  # nothing ever moves
             return (True,)
-        uses = [position for position, _ in self._uses]
         batch = tuple(self._batch), self._batch_nbytes, len(self._batched)
-        return uses, batch, self.kept_nbytes, self._on_file_nbytes, self._absent
+        return self._turns.used, batch, self.kept_nbytes, self._on_file_nbytes, self._absent
 
     def would_choose_again(self) -> bool:
         """Whether the times of the last pass lead to what that pass has chosen."""
-        return not self._differs and all(
-            is_early(self._uses, present, following, turn, lead_s) is early
-            for present, following, turn, lead_s, early in self._choices
-        )
+        return self._turns.would_choose_again()
 
     # Storages.
 
     def let_go(self, storage: int) -> None:
         """Only autograd holds it still."""
-        memory, nbytes = self._world.memory, self._storages[storage]
-        self._held_by_others.discard(storage)
-        if self._is_kept(storage):
-            memory.turn("transients", "saved", nbytes)
+        self._held_by_others[storage] = False
+        unit, nbytes = self._unit_of[storage], self._storages[storage]
+        if unit is not None:
+            unit.own_nbytes += nbytes
+            is_kept = unit.in_memory
         else:
-            memory.add("transients", -nbytes)
+            is_kept = storage in self._batched
+        if is_kept:
+            self._world.memory.turn("transients", "saved", nbytes)
+        else:
+            self._world.memory.drop("transients", nbytes)
 
-    def _is_kept(self, storage: int) -> bool:
-        """Whether saving holds it in memory."""
-        unit = self._unit_of.get(storage)
-        return unit.in_memory if unit is not None else storage in self._batched
-
-    def _come(self, storage: int) -> None:
-        if storage not in self._held_by_others:
-            self._world.memory.add("saved", self._storages[storage])
-
-    def _go(self, storage: int) -> None:
-        if storage not in self._held_by_others:
-            self._world.memory.add("saved", -self._storages[storage])
+    def _come(self, unit: Unit) -> None:
+        """Its bytes are in memory again; each storage may be the one of the peak."""
+        for storage in unit.members:
+            if not self._held_by_others[storage]:
+                self._world.memory.add("saved", self._storages[storage])
 
     # Units.
 
@@ -139,11 +105,12 @@ class SimSaved:
         """Autograd saves it, and others hold it, too."""
         if self._writing:
             self._settle()
-        self._held_by_others.add(storage)
+        self._held_by_others[storage] = True
         nbytes = self._storages[storage]
         self._saved_nbytes += nbytes + BATCH_ALIGN
         if nbytes >= self._min_nbytes:
-            self._add([storage], nbytes)
+            unit = self._unit_of[storage] = self._turns.add({storage}, nbytes)
+            self._keep(unit)
             return
         self._batch.append(storage)
         self._batched.add(storage)
@@ -160,46 +127,22 @@ class SimSaved:
         self._batch, self._batch_nbytes = [], 0
         self._batched.difference_update(waiting)
         sizes = (-(-self._storages[one] // BATCH_ALIGN) * BATCH_ALIGN for one in waiting)
-        self._add(waiting, sum(sizes))
-
-    def _add(self, members: list[int], nbytes: int) -> None:
-        position = len(self._units)
-        if self._expected and not self._is_expected(position, nbytes):
-            self._expect_nothing()
-        turn = self._ranks.get(position) if self._expected else self._reverse(position)
-        if position == len(self._labels):
-            name = f"saved {position}"
-            out = Label(name, _ROLE, "host", "file")
-            self._labels.append((out, Label(name, _ROLE, "file", "host")))
-        stays, is_batch = position in self._stay_positions, len(members) > 1
-        unit = Unit(position, nbytes, set(members), turn, stays, is_batch=is_batch)
-        self._units.append(unit)
-        for storage in members:
+        unit = self._turns.add(set(waiting), sum(sizes))
+        for storage in waiting:
             self._unit_of[storage] = unit
-        self.kept_nbytes += nbytes
+            if not self._held_by_others[storage]:
+                unit.own_nbytes += self._storages[storage]
+        self._keep(unit)
+
+    def _keep(self, unit: Unit) -> None:
+        """``unit`` is new, and in memory."""
+        if unit.position == len(self._keys):
+            self._keys.append(f"saved {unit.position}")
+        self.kept_nbytes += unit.nbytes
         self._looked_ahead = -1
         (self._staying if unit.stays else self._order).append(unit)
         if self.kept_nbytes > self._limit_nbytes:
             self._spill(None)
-
-    def _is_expected(self, position: int, nbytes: int) -> bool:
-        """Whether the last pass had a unit of about ``nbytes`` there."""
-        if position >= len(self._expected_nbytes):
-            return False
-        expected = self._expected_nbytes[position]
-        return LIKENESS * abs(expected - nbytes) <= max(expected, nbytes)
-
-    def _expect_nothing(self) -> None:
-        """This pass is another one than the last: what is saved last is used first, then."""
-        self._expected, self._stay_positions, self._differs = [], set(), True
-        self._absent_turns, self._fetching = bytearray(len(self._storages)), {}
-        self._looked_ahead = -1
-        for unit in self._units:
-            unit.turn = self._reverse(unit.position)
-            if unit.members and not unit.in_memory:
-                self._absent_turns[unit.turn] = True
-            elif unit.members and unit.fetching is not None:
-                self._fetching[unit.turn] = unit.nbytes
 
     # Token-wise recompute.
 
@@ -212,7 +155,7 @@ class SimSaved:
     def prefetch(self, storages: Iterable[int]) -> None:
         """Fetch these, in this order, as far as the limit has room."""
         for storage in storages:
-            unit = self._unit_of.get(storage)
+            unit = self._unit_of[storage]
             if unit is not None and not unit.in_memory:
                 if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
                     return
@@ -221,6 +164,7 @@ class SimSaved:
     # Out.
 
     def _spill(self, sparing: Unit | None) -> None:
+        """There is more than may stay: send it away, but for ``sparing``, which is used now."""
         self._send_excess_away(sparing)
         while self._writing and self.kept_nbytes > 2 * self._limit_nbytes:
             self._await_first()
@@ -234,7 +178,9 @@ class SimSaved:
         self._finish_write()
 
     def _send_excess_away(self, sparing: Unit | None) -> None:
-        staying = self._limit_nbytes if sparing is None else max(self._limit_nbytes, 0)
+        staying = self._limit_nbytes
+        if staying < 0 and sparing is not None:
+            staying = 0
         excess = self.kept_nbytes - self._writing_nbytes - staying
         if excess <= 0:
             return
@@ -248,14 +194,17 @@ class SimSaved:
                     passed_over.append(unit)
                 elif unit.in_memory and unit.writing is None:
                     excess -= unit.nbytes
-                    if not self._try_to_send_away(unit, refusable=sparing is None):
+                    if self._drive is None or unit.on_file:
+                        self._send_away(unit)
+                    elif not self._try_to_send_away(unit, refusable=sparing is None):
                         passed_over.append(unit)
                         break
             queue.extendleft(reversed(passed_over))
 
     def _try_to_send_away(self, unit: Unit, *, refusable: bool) -> bool:
         """Whether the drive takes the bytes of ``unit``; if not, they stay."""
-        refusal = None if self._drive is None or unit.on_file else self._drive.refusal(unit.nbytes)
+        assert self._drive is not None
+        refusal = self._drive.refusal(unit.nbytes)
         if refusal is None:
             self._send_away(unit)
         elif refusable:
@@ -283,9 +232,10 @@ class SimSaved:
             self._drop(unit)
             return
         self._on_file_nbytes += unit.nbytes
-        self.spilled_nbytes = max(self.spilled_nbytes, self._on_file_nbytes)
-        out, _ = self._labels[unit.position]
-        unit.writing = self._world.submit(self._world.writes, out, unit.nbytes)
+        if self._on_file_nbytes > self.spilled_nbytes:
+            self.spilled_nbytes = self._on_file_nbytes
+        world, key = self._world, self._keys[unit.position]
+        unit.writing = world.submit(world.writes, key, _ROLE, unit.nbytes)
         self._writing.append(unit)
         self._writing_nbytes += unit.nbytes
 
@@ -294,7 +244,7 @@ class SimSaved:
         while self._writing:
             writing = self._writing[0].writing
             assert writing is not None
-            if not self._world.done(writing):
+            if writing.ended_s > self._world.now_s:
                 return
             self._finish_write()
 
@@ -311,10 +261,9 @@ class SimSaved:
         self._looked_ahead = -1
         self._absent += 1
         if unit.turn is not None:
-            self._absent_turns[unit.turn] = True
+            self._turns.absent[unit.turn] = True
         self.kept_nbytes -= unit.nbytes
-        for storage in unit.members:
-            self._go(storage)
+        self._world.memory.drop("saved", unit.own_nbytes)
 
     # Backward.
 
@@ -322,90 +271,67 @@ class SimSaved:
         """Backward needs it now."""
         if self._writing:
             self._settle()
-        unit = self._unit_of.get(storage)
+        unit = self._unit_of[storage]
         if unit is None:
             return
+        world, turns = self._world, self._turns
         if not unit.used:
             unit.used = True
-            self._uses.append((unit.position, self._world.now_s))
+            turns.used.append(unit.position)
+            turns.times_s.append(world.now_s)
         if self.kept_nbytes > self._limit_nbytes:
             self._spill(unit)
         if not unit.in_memory:
             self._fetch(unit)
         if unit.fetching is not None:
-            self._world.wait(self._world.reads, unit.fetching, "late")
+            world.wait(world.reads, unit.fetching, "late")
             unit.fetching = None
             self._looked_ahead = -1
             if unit.turn is not None:
-                self._fetching.pop(unit.turn, None)
-        if self._absent:
+                turns.fetching.pop(unit.turn, None)
+        if self._absent and unit.turn != self._looked_ahead:
             self._fetch_ahead(unit)
 
     def _fetch(self, unit: Unit) -> None:
         unit.in_memory = True
         self._absent -= 1
-        if unit.turn is not None:
-            self._absent_turns[unit.turn] = False
-        if unit.is_batch or not unit.members <= self._held_by_others:
-            _, back = self._labels[unit.position]
-            unit.fetching = self._world.submit(self._world.reads, back, unit.nbytes)
-            if unit.turn is not None:
-                self._fetching[unit.turn] = unit.nbytes
+        turn = unit.turn
+        if turn is not None:
+            self._turns.absent[turn] = False
+        if unit.is_batch or unit.own_nbytes:
+            world, key = self._world, self._keys[unit.position]
+            unit.fetching = world.submit(world.reads, key, _ROLE, unit.nbytes)
+            if turn is not None:
+                self._turns.fetching[turn] = unit.nbytes
         self.kept_nbytes += unit.nbytes
         self._looked_ahead = -1
-        for member in unit.members:
-            self._come(member)
+        self._come(unit)
         (self._staying if unit.stays else self._order).append(unit)
 
     def _fetch_ahead(self, present: Unit) -> None:
+        """Fetch what is due behind ``present``, which is used now."""
         if present.turn is None:
             self._fetch_backwards(present)
-            return
-        if present.turn == self._looked_ahead:
-            return
-        self._look_ahead(present.turn)
-        self._looked_ahead = present.turn
+        else:
+            self._look_ahead(present.turn)
+            self._looked_ahead = present.turn
 
     def _look_ahead(self, present: int) -> None:
-        """Fetch what is due behind the turn ``present``."""
-        absent = self._absent_turns
+        turns, work_s = self._turns, self._world.reads.work_s
+        absent, units, order = turns.absent, turns.units, turns.order
         turn = absent.find(True, present + 1)
         while turn >= 0:
-            unit = self._unit_at(turn)
+            unit = units[order[turn]]
             if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
                 return
-            if self._expected and self._is_early(present, unit, turn):
+            if turns.is_early(present, unit, turn, work_s):
                 return
             self._fetch(unit)
             turn = absent.find(True, turn + 1)
 
-    def _unit_at(self, turn: int) -> Unit:
-        return self._units[self._expected[turn][0] if self._expected else self._reverse(turn)]
-
-    def _reverse(self, position: int) -> int:
-        """The turn of a position, or the other way round, where nothing is expected."""
-        return len(self._storages) - 1 - position
-
-    def _is_early(self, present: int, unit: Unit, turn: int) -> bool:
-        """Whether ``unit`` need not come yet, as what has the turn ``present`` is used."""
-        lead_nbytes = unit.nbytes
-        for at, nbytes in self._fetching.items():
-            if present < at < turn:
-                lead_nbytes += nbytes
-        lead_s = 2 * self._world.reads.work_s(lead_nbytes)
-        expected, known = self._expected, len(self._units)
-        following = present + 1
-        while following < len(expected) and expected[following][0] >= known:
-            following += 1
-        if following == len(expected):
-            following = present
-        early = is_early(expected, present, following, turn, lead_s)
-        self._choices.append((present, following, turn, lead_s, early))
-        return early
-
     def _fetch_backwards(self, present: Unit) -> None:
         """Nobody knew that ``present`` would be used: expect the ones that were saved before it."""
-        for unit in reversed(self._units[: present.position]):
+        for unit in reversed(self._turns.units[: present.position]):
             if not unit.in_memory and unit.members:
                 if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
                     return
@@ -416,12 +342,18 @@ class SimSaved:
         if storage in self._batched:
             self._batched.discard(storage)
             self._batch.remove(storage)  # the next pass may save one with its number
-            self._go(storage)
+            if not self._held_by_others[storage]:
+                self._world.memory.drop("saved", self._storages[storage])
             return
-        unit = self._unit_of.pop(storage)
+        unit = self._unit_of[storage]
+        assert unit is not None
+        self._unit_of[storage] = None
         unit.members.discard(storage)
-        if unit.in_memory:
-            self._go(storage)
+        if not self._held_by_others[storage]:
+            nbytes = self._storages[storage]
+            unit.own_nbytes -= nbytes
+            if unit.in_memory:
+                self._world.memory.drop("saved", nbytes)
         if unit.members:
             return
         self._looked_ahead = -1
@@ -433,4 +365,4 @@ class SimSaved:
         else:
             self._absent -= 1
             if unit.turn is not None:
-                self._absent_turns[unit.turn] = False
+                self._turns.absent[unit.turn] = False

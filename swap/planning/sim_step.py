@@ -4,23 +4,40 @@ The tiles, and the order in which they are read, stepped and written, are those 
 stays in memory is stepped between them, and written at the commit.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Stepping
 from offload.swap.planning.sim_gradients import SimGradients
-from offload.swap.planning.sim_pieces import stepped_weights
+from offload.swap.planning.sim_pieces import SteppedWeight, stepped_weights
 from offload.swap.planning.sim_pipeline import SimPipeline, SimTile
 from offload.swap.planning.sim_weights import SimWeight, SimWeights
 from offload.swap.planning.world import Flight, World
 from offload.swap.states import SMALL_NUMEL
-from offload.swap.tiles import Piece, cut, cut_runs
+from offload.swap.tiles import cut, cut_runs
 from offload.tiers.hostmem import page_ceil
-from offload.tiers.journal import Label
 
 _FUSED_TILES = 32  # of one call in memory, as ``memory_step`` has it
 _TEMPORARIES = 2  # tensors of a tile's size that a step which is not fused makes
+_Part: TypeAlias = tuple[SimWeight, SteppedWeight, int]  # of a tile: a weight, its elements
+
+
+@dataclass(slots=True, eq=False)
+class _Cut:
+    """The tiles of some weights.
+
+    Attributes:
+        parts: of each tile that differs from the one before, and how many are like it.
+        state: of what these tiles were made last: whether there are states, whether each weight is
+            in memory, and its gradient on file.
+    """
+
+    weights: Sequence[SimWeight]
+    parts: Sequence[tuple[tuple[_Part, ...], int]]
+    state: tuple[bool, list[tuple[bool, bool]]] | None = None
+    tiles: Sequence[tuple[SimTile, int]] = ()
 
 
 class SimStep:
@@ -29,6 +46,7 @@ class SimStep:
     Attributes:
         names: of the weights that are stepped.
         gradients: of all weights.
+        states_nbytes: of each weight's states in memory, to whole pages.
 
     Args:
         numels: elements of each weight.
@@ -58,20 +76,20 @@ class SimStep:
         self._held: set[str] = set()  # whose states are in memory
         self._has_states = False
         self.names = list(stepping.states_nbytes)
+        self._in_order = [weights.weights[name] for name in self.names]
+        self._small = {name for name in self.names if numels[name] <= SMALL_NUMEL}
         nbytes = {name: weight.nbytes for name, weight in weights.weights.items()}
         self._stepped = stepped_weights(stepping, nbytes, numels)
-        forms = {form: number for number, form in enumerate(set(self._stepped.values()))}
-        self._forms = {name: forms[form] for name, form in self._stepped.items()}
-        self._cuts: dict[tuple[str, ...], list[tuple[tuple[Piece, ...], int]]] = {}
+        self._cuts: dict[tuple[str, ...], _Cut] = {}
         self._tiles: dict[tuple[object, ...], SimTile] = {}  # those that differ
-        self._states_nbytes = {
+        self.states_nbytes = {
             name: sum(map(page_ceil, sizes)) for name, sizes in stepping.states_nbytes.items()
         }
 
     def keep(self, names: Collection[str]) -> None:
         """Keep gradients and states of ``names`` in memory, and of these alone."""
         for name in self._held - set(names):
-            self._world.memory.add("states", -self._states_nbytes[name])
+            self._world.memory.drop("states", self.states_nbytes[name])
         self._held &= set(names)
         self.gradients.kept = names
 
@@ -87,16 +105,18 @@ class SimStep:
         """The whole step, but for the weights that backward has ``stepped``."""
         held: list[str] = []
         streamed: list[str] = []
-        small: list[str] = []
-        for name in self.names:
+        small: list[SimWeight] = []
+        kept, few = self.gradients.kept, self._small
+        for weight in self._in_order:
+            name = weight.name
             if name in stepped:
                 continue
-            if self.keeps(self._weights.weights[name]):
+            if weight.resident and name in kept:
                 held.append(name)
-            elif self._numels[name] > SMALL_NUMEL:
-                streamed.append(name)
+            elif name in few:
+                small.append(weight)
             else:
-                small.append(name)
+                streamed.append(name)
         for tile, count in self.tiles(streamed):
             self.pipeline.add(tile, count)
         self.pipeline.move_on()
@@ -108,59 +128,81 @@ class SimStep:
 
     # Tiles.
 
-    def tiles(self, names: Sequence[str]) -> Iterator[tuple[SimTile, int]]:
+    def tiles(self, names: Sequence[str]) -> Sequence[tuple[SimTile, int]]:
         """What a step of ``names`` moves, and how often."""
-        key = tuple(names)
-        if key not in self._cuts:
-            numels = [self._numels[name] for name in names]
-            self._cuts[key] = list(cut_runs(numels, self._chunk_numel))
-        for pieces, count in self._cuts[key]:
-            yield self._tile(names, pieces), count
+        key, on_file = tuple(names), self.gradients.on_file
+        found = self._cuts.get(key)
+        if found is None:
+            found = self._cuts[key] = self._cut(names)
+        there = [
+            (weight.ready or weight.flight is not None, weight.name in on_file)
+            for weight in found.weights
+        ]
+        state = self._has_states, there
+        if state != found.state:
+            found.state = state
+            found.tiles = [(self._tile(parts), count) for parts, count in found.parts]
+        return found.tiles
 
-    def _tile(self, names: Sequence[str], pieces: Sequence[Piece]) -> SimTile:
-        weights, on_file = self._weights.weights, self.gradients.on_file
+    def _cut(self, names: Sequence[str]) -> _Cut:
+        weights = [self._weights.weights[name] for name in names]
+        pieces_of = cut_runs([self._numels[name] for name in names], self._chunk_numel)
+        parts = [
+            (
+                tuple(
+                    (weights[piece.index], self._stepped[names[piece.index]], piece.numel)
+                    for piece in pieces
+                ),
+                count,
+            )
+            for pieces, count in pieces_of
+        ]
+        return _Cut(weights, parts)
+
+    def _tile(self, parts: Sequence[_Part]) -> SimTile:
+        on_file = self.gradients.on_file
         key: list[object] = [self._has_states]
-        for piece in pieces:
-            name = names[piece.index]
-            key += self._forms[name], piece.numel, weights[name].in_memory, name in on_file
+        for weight, stepped, numel in parts:
+            key += (
+                id(stepped),
+                numel,
+                weight.ready or weight.flight is not None,
+                weight.name in on_file,
+            )
         found = self._tiles.get(alike := tuple(key))
         if found is None:
-            found = self._tiles[alike] = self._make_tile(names, pieces)
-        return SimTile(names[pieces[0].index], *found[1:])
+            found = self._tiles[alike] = self._make_tile(parts)
+        name, first = parts[0][0].name, found.name
+        return found if name == first else SimTile(name, *found[1:])
 
-    def _make_tile(self, names: Sequence[str], pieces: Sequence[Piece]) -> SimTile:
+    def _make_tile(self, parts: Sequence[_Part]) -> SimTile:
         read = staged = written = 0
-        for piece in pieces:
-            name, numel = names[piece.index], piece.numel
-            in_memory = self._weights.weights[name].in_memory
-            on_file = name in self.gradients.on_file
-            stepped = self._stepped[name]
+        for weight, stepped, numel in parts:
+            in_memory, on_file = weight.in_memory, weight.name in self.gradients.on_file
             parameter, states = stepped.itemsize * numel, stepped.stored_nbytes(numel)
             read += parameter * ((not in_memory) + on_file)
             read += states if self._has_states else 0
             written += parameter + states
             staged += stepped.staging_nbytes(numel, in_memory=in_memory, on_file=on_file)
-        numel = sum(piece.numel for piece in pieces)
+        numel = sum(numel for _, _, numel in parts)
         return SimTile(
-            name=names[pieces[0].index],
+            name=parts[0][0].name,
             numel=numel,
             read_nbytes=read,
             staging_nbytes=staged,
             written_nbytes=written,
-            seconds=self._seconds(names, pieces, "one"),
+            seconds=self._seconds(((weight.name, numel) for weight, _, numel in parts), "one"),
             temporary_nbytes=self._temporaries(numel),
         )
 
-    def _seconds(
-        self, names: Sequence[str], pieces: Iterable[Piece], threads: Literal["one", "all"]
-    ) -> float:
+    def _seconds(self, parts: Iterable[tuple[str, int]], threads: Literal["one", "all"]) -> float:
         """Of one call of the optimizer's step, and of what is read or written in another form."""
         moved, seconds = 0, 0.0
-        for piece in pieces:
-            stepped = self._stepped[names[piece.index]]
-            moved += stepped.computed_nbytes(piece.numel)
+        for name, numel in parts:
+            stepped = self._stepped[name]
+            moved += stepped.computed_nbytes(numel)
             for form, count in stepped.recoded().items():
-                seconds += self._costs.recoding_s(form, count * piece.numel)
+                seconds += self._costs.recoding_s(form, count * numel)
         return seconds + self._costs.optimizer_s(self._stepping, moved, threads=threads)
 
     def _temporaries(self, numel: int) -> int:
@@ -178,11 +220,10 @@ class SimStep:
             self._weights.fetch_now(self._weights.weights[name])
             if name in self._held:
                 continue
-            nbytes = self._states_nbytes[name]
+            nbytes = self.states_nbytes[name]
             world.memory.add("states", nbytes)
             if self._has_states:
-                label = Label(name, "state", "file", "host")
-                missing.append(world.submit(world.reads, label, nbytes))
+                missing.append(world.submit(world.reads, name, "state", nbytes))
             self._held.add(name)
         for flight in missing:
             world.wait(world.reads, flight, "cold")
@@ -192,27 +233,25 @@ class SimStep:
             numel = sum(piece.numel for piece in call)
             temporaries = self._temporaries(numel)
             world.memory.add("transients", temporaries)
-            world.compute(self._seconds(names, call, "all"))
-            world.memory.add("transients", -temporaries)
+            parts = ((names[piece.index], piece.numel) for piece in call)
+            world.compute(self._seconds(parts, "all"))
+            world.memory.drop("transients", temporaries)
 
-    def _step_small(self, names: Sequence[str]) -> None:
+    def _step_small(self, weights: Sequence[SimWeight]) -> None:
         """Few elements: stepped whole, and stored at once."""
-        world = self._world
-        for name in names:
-            weight = self._weights.weights[name]
-            world.compute(self._costs.hook_s)
-            flight = world.submit(world.writes, weight.label_home, weight.padded_nbytes)
-            world.wait(world.writes, flight, "full")
+        world, writes, hook_s = self._world, self._world.writes, self._costs.hook_s
+        for weight in weights:
+            world.compute(hook_s)
+            world.move(writes, weight.name, "weight", weight.padded_nbytes, "full")
 
     def commit(self) -> None:
         """What only memory has newest is written, and all is made durable."""
         world = self._world
-        for name in self.names:
-            weight = self._weights.weights[name]
+        for weight in self._in_order:
+            name = weight.name
             if name in self._held:
-                world.submit(world.writes, weight.label_home, weight.nbytes)
-                nbytes = self._states_nbytes[name]
-                world.submit(world.writes, Label(name, "state", "host", "file"), nbytes)
+                world.submit(world.writes, name, "weight", weight.nbytes)
+                world.submit(world.writes, name, "state", self.states_nbytes[name])
             elif weight.ready:  # is it still what was stored?
                 world.compute(weight.nbytes / self._costs.checksum_bytes_per_s)
         world.drain()

@@ -7,7 +7,6 @@ numbers.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +14,8 @@ from offload.swap.planning.world import Flight, World
 from offload.swap.streaming import Streaming
 from offload.swap.trace import Trace
 from offload.tiers.hostmem import page_ceil
-from offload.tiers.journal import Label
+
+_ROLE = "weight"
 
 
 @dataclass(slots=True, eq=False)
@@ -35,13 +35,9 @@ class SimWeight:
     held: bool = False  # a step is changing it: neither fetched nor evicted
     used: int = -2
     padded_nbytes: int = field(init=False)
-    label: Label = field(init=False)
-    label_home: Label = field(init=False)
 
     def __post_init__(self) -> None:
         self.padded_nbytes = page_ceil(self.nbytes)
-        self.label = Label(self.name, "weight", "file", "host")
-        self.label_home = Label(self.name, "weight", "host", "file")
 
     @property
     def in_memory(self) -> bool:
@@ -76,10 +72,11 @@ class SimWeights:
         self.trace: Trace[int] = Trace(numbers)
         self._streaming: Streaming[int, SimWeight] = Streaming(self.trace)
         self._world = world
+        self._memory = world.memory
         self.window_nbytes = window_nbytes
         self._checksum_bytes_per_s = checksum_bytes_per_s
         self._uses = 0
-        self._pool: Counter[int] = Counter()  # ranges that wait for use, by their size
+        self._pool: dict[int, int] = {}  # ranges that wait for use, by their size
         self._pool_nbytes = 0
 
     def begin_pass(self) -> None:
@@ -92,16 +89,13 @@ class SimWeights:
 
     def standing(self) -> tuple[object, ...]:
         """What the next step depends on, between two steps."""
+        last = self._uses  # of later ones ``_farthest`` asks no more
+        used = [(one.number, last - one.used) for one in self._numbered if last - one.used < 2]
         known = [
-            (one.ready, one.flight is not None, one.resident, one.held, self._unused_for(one))
-            for one in self._numbered
+            (one.ready, one.flight is not None, one.resident, one.held) for one in self._numbered
         ]
         streaming = [weight.number for weight in self._streaming]
-        return known, streaming, list(self._pool.items()), self.trace.passes > 0
-
-    def _unused_for(self, weight: SimWeight) -> int:
-        """Uses since its own, as far as ``_farthest`` tells them apart."""
-        return min(self._uses - weight.used, 2)
+        return known, used, streaming, list(self._pool.items()), self.trace.passes > 0
 
     def keep(self, names: Collection[str]) -> None:
         """Make ``names`` the resident weights, fetched at their next use."""
@@ -116,25 +110,34 @@ class SimWeights:
 
     def use(self, weights: Sequence[SimWeight]) -> None:
         """Have ``weights`` in memory now, and the next ones on their way."""
-        self._uses += 1
+        trace = self.trace
+        uses = self._uses = self._uses + 1
         for weight in weights:
-            weight.used = self._uses
+            weight.used = uses
+        arriving: list[SimWeight] = []
         for weight in weights:
-            self.trace.use(weight.number)
-            if not weight.ready and weight.flight is None:
-                self.fetch_now(weight)
-        for weight in weights:
-            if weight.flight is not None:
-                self._await(weight, "late")
-        if not self.trace.is_settled:
+            trace.use(weight.number)
+            if not weight.ready:
+                if weight.flight is None:
+                    self.fetch_now(weight)
+                else:
+                    arriving.append(weight)
+        for weight in arriving:
+            self._await(weight, "late")
+        if not trace.is_settled:
             self._prefetch()
 
     def fetch_now(self, weight: SimWeight) -> None:
         """Have ``weight`` in memory, if it is not on its way."""
-        if not weight.in_memory and not weight.held:
-            self._make_room(weight, force=True)
-            self._fetch(weight, urgent=True)
-            self._await(weight, "cold")
+        if not weight.ready and weight.flight is None and not weight.held:
+            excess = self._excess_nbytes(weight)
+            if excess > 0:
+                for victim in self._farthest(excess, -1)[0]:
+                    self.evict(victim)
+            self._take_room(weight)
+            world = self._world
+            world.move(world.reads, weight.name, _ROLE, weight.nbytes, "cold")
+            weight.ready = True
 
     def _await(self, weight: SimWeight, reason: str) -> None:
         if weight.flight is not None:
@@ -143,31 +146,37 @@ class SimWeights:
 
     def _prefetch(self) -> None:
         # What is nearer than a weight is never given up for it: its place says so.
+        numbered, reads, submit = self._numbered, self._world.reads, self._world.submit
         for place, number in self.trace.unsettled():
-            weight = self._numbered[number]
+            weight = numbered[number]
             if weight.ready or weight.flight is not None or weight.held:
                 continue
             if not self._make_room(weight):
                 self.trace.settle(place)
                 return
-            self._fetch(weight)
+            self._take_room(weight)
+            weight.flight = submit(reads, weight.name, _ROLE, weight.nbytes)
         self.trace.settle(sys.maxsize)
 
-    def _make_room(self, weight: SimWeight, *, force: bool = False) -> bool:
-        if weight.resident:
-            return True
-        excess = weight.nbytes - min(
-            self.window_nbytes - self._streaming.nbytes,
-            self._pool_nbytes + self._world.memory.room(),
-        )
+    def _make_room(self, weight: SimWeight) -> bool:
+        """Have room for ``weight`` without giving up what is used before it; whether there is."""
+        excess = self._excess_nbytes(weight)
         if excess <= 0:
             return True
-        victims, nbytes = self._farthest(excess, -1 if force else self.trace.place(weight.number))
-        if excess > nbytes and not force:
+        victims, nbytes = self._farthest(excess, self.trace.place(weight.number))
+        if excess > nbytes:
             return False
         for victim in victims:
             self.evict(victim)
         return True
+
+    def _excess_nbytes(self, weight: SimWeight) -> int:
+        """Bytes that have to go before ``weight`` comes."""
+        if weight.resident:
+            return 0
+        window = self.window_nbytes - self._streaming.nbytes
+        room = self._pool_nbytes + self._memory.room()
+        return weight.nbytes - (window if window < room else room)
 
     def _farthest(self, nbytes: int, limit: int) -> tuple[list[SimWeight], int]:
         """Of the streaming weights those whose next use is behind the place ``limit``.
@@ -211,33 +220,36 @@ class SimWeights:
         for weight in self._numbered:
             self._await(weight, "drain")
 
-    def _fetch(self, weight: SimWeight, *, urgent: bool = False) -> None:
-        world, padded = self._world, weight.padded_nbytes
-        if not weight.resident and self._pool[padded]:
+    def _take_room(self, weight: SimWeight) -> None:
+        """``weight`` is coming."""
+        memory, padded = self._world.memory, weight.padded_nbytes
+        if not weight.resident and self._pool.get(padded):
             self._pool[padded] -= 1
             self._pool_nbytes -= padded
         else:
-            world.memory.add("weights", padded)
-        weight.flight = world.submit(world.reads, weight.label, weight.nbytes, urgent=urgent)
+            memory.add("weights", padded)
         if not weight.resident:
             self._streaming.join(weight.number, weight)
         if self._pool_nbytes:
-            self._trim(min(self.window_nbytes - self._streaming.nbytes, world.memory.room()))
+            window, room = self.window_nbytes - self._streaming.nbytes, memory.room()
+            self._trim(window if window < room else room)
 
     def evict(self, weight: SimWeight) -> None:
         """Give the memory of ``weight`` back."""
-        self._await(weight, "drain")
-        if not weight.ready:
+        if weight.flight is not None:
+            self._await(weight, "drain")
+        elif not weight.ready:
             return
         self._world.compute(weight.nbytes / self._checksum_bytes_per_s)
         weight.ready = False
         self.trace.unsettle(weight.number)
         self._streaming.leave(weight.number)
         if weight.resident:
-            self._world.memory.add("weights", -weight.padded_nbytes)
+            self._world.memory.drop("weights", weight.padded_nbytes)
         else:
-            self._pool[weight.padded_nbytes] += 1
-            self._pool_nbytes += weight.padded_nbytes
+            padded = weight.padded_nbytes
+            self._pool[padded] = self._pool.get(padded, 0) + 1
+            self._pool_nbytes += padded
 
     def evict_streaming(self) -> None:
         """Give back the memory of all weights that are not resident."""
@@ -253,4 +265,4 @@ class SimWeights:
             while self._pool[padded] and self._pool_nbytes > limit_nbytes:
                 self._pool[padded] -= 1
                 self._pool_nbytes -= padded
-                self._world.memory.add("weights", -padded)
+                self._world.memory.drop("weights", padded)

@@ -10,8 +10,7 @@ step is counted rather than simulated.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from offload.allocator.errors import BudgetError, CapacityError
@@ -27,20 +26,16 @@ from offload.swap.plan import (
     soft_limit_nbytes,
 )
 from offload.swap.planning.compiled import Compiled, Moment
-from offload.swap.planning.program import What
 from offload.swap.planning.sim_backward import SimBackwardStep
 from offload.swap.planning.sim_gradients import SimGradients
+from offload.swap.planning.sim_memory import Memory, Role
+from offload.swap.planning.sim_pass import SimPass
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_step import SimStep
-from offload.swap.planning.sim_weights import SimWeight, SimWeights
+from offload.swap.planning.sim_weights import SimWeights
 from offload.swap.planning.sim_writes import SimDrive
-from offload.swap.planning.world import Memory, Reading, Role, World, read_lane, write_lane
+from offload.swap.planning.world import Reading, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
-from offload.tiers.hostmem import PAGE, page_ceil
-
-# What one look at a mapped file brings in: the kernel maps the pages around it, too (debugfs
-# fault_around_bytes: 64 KiB).
-_FAULT_AROUND_NBYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,22 +140,22 @@ class Simulation:
             self._backward = SimBackwardStep(
                 world, self._weights, self._step, limit_nbytes=plan.gradients_nbytes
             )
-        weights = self._weights.weights
-        self._uses = [[weights[name] for name in names] for names in program.uses]
-        self._numbered = [weights[weight.name] for weight in program.census.weights]
+        self._pass = SimPass(
+            world,
+            program,
+            costs,
+            weights=self._weights,
+            saved=self._saved,
+            gradients=self._gradients,
+            backward=self._backward,
+        )
         self._kept_nbytes = self._states_nbytes()
-        self._looked_up: dict[str, int] = {}
         self._steps = 0
         self.follow(compiled.moments)
 
     def follow(self, moments: Sequence[Moment]) -> None:
         """Steps from now on are made of ``moments``, in the tables of the program."""
-        handlers = self._handlers()
-        self._moments = [
-            (seconds, highs, nbytes, handlers[what], which)
-            for seconds, highs, nbytes, what, which in moments
-        ]
-        self._passes = sum(moment.what is What.FORWARD for moment in moments)
+        self._moments = moments
         self._last: _Simulated | None = None
 
     def keep_streaming(self) -> "Simulation":
@@ -187,7 +182,7 @@ class Simulation:
         world = self.world
         world.memory.restart_peak()
         try:
-            self._pass()
+            self._pass.go_through(self._moments)
         except CapacityError as refusal:
             raise self._too_small(refusal) from refusal
         if not self._steps:
@@ -249,7 +244,7 @@ class Simulation:
         return (
             not self.world.is_recorded
             and not self._drive.is_bounded  # it counts what is written
-            and self._passes == 1
+            and self._pass.forwards == 1
             and last.standing == standing
             and self._saved.would_choose_again()
         )
@@ -263,92 +258,11 @@ class Simulation:
         self._last = _Simulated(last.standing, before, done)
         return done
 
-    def _handlers(self) -> tuple[Callable[[int], None], ...]:
-        """What each kind of moment does, in the order of ``What``."""
-        saved = self._saved
-        by_kind = {
-            What.USE: self._use,
-            What.LOOKUP: self._look_up,
-            What.FREE: saved.let_go,
-            What.SAVE: saved.save,
-            What.UNSAVE: saved.unsave,
-            What.FORGET: saved.forget,
-            What.BORROW: saved.borrow,
-            What.PREFETCH: self._prefetch,
-            What.GRADIENT: self._take_gradient,
-            What.FORWARD: self._begin_pass,
-            What.STEP: self._end_backward,
-        }
-        return tuple(by_kind.get(what, _do_nothing) for what in What)
-
-    def _pass(self) -> None:
-        """Forward and backward."""
-        compute, pass_through = self.world.compute, self.world.memory.pass_through
-        for seconds, highs, nbytes, act, which in self._moments:
-            if seconds:
-                compute(seconds)
-            if nbytes or highs:
-                pass_through("transients", highs, nbytes)
-            act(which)
-
-    def _prefetch(self, which: int) -> None:
-        self._saved.prefetch(self._program.prefetches[which])
-
-    def _use(self, which: int) -> None:
-        self._weights.use(self._uses[which])
-
-    def _begin_pass(self, _which: int) -> None:
-        self._gradients.poll()
-        self._weights.begin_pass()
-        self._saved.begin()
-
-    def _take_gradient(self, which: int) -> None:
-        weight = self._numbered[which]
-        rows_nbytes = self._program.row_gradients.get(weight.name)
-        if rows_nbytes is not None and weight.name not in self._gradients.kept:
-            self.world.compute(self._costs.fresh_s(rows_nbytes))
-            self.world.compute(self._pages_of(weight, rows_nbytes) * self._costs.page_write_s)
-            self._gradients.take_rows(weight.name, rows_nbytes)
-            if self._backward is not None:
-                self._backward.take(weight, gradient_nbytes=0)
-        elif self._backward is not None and weight.nbytes >= MIN_NBYTES:
-            self._backward.take(weight, gradient_nbytes=weight.nbytes)
-        else:
-            self._gradients.take(weight.name, weight.nbytes)
-        if weight.name not in self._program.census.lookups:
-            self._weights.trace.use(weight.number)
-
-    def _pages_of(self, weight: SimWeight, rows_nbytes: int) -> float:
-        """How many pages of the gradient's home are written by rows: they are as good as random."""
-        looked_up = sum(
-            lookup.rows for lookup in self._program.lookups if lookup.weight == weight.name
-        )
-        touched, pages = max(looked_up, rows_nbytes / PAGE), weight.nbytes / PAGE
-        return -math.expm1(-touched / pages) * pages
-
-    def _end_backward(self, _which: int) -> None:
-        if self._backward is not None:
-            self._backward.end_backward()
-
     def _spent_in_backward(self) -> tuple[float, float]:
         """Seconds that backward spent on steps, and those of it that were waits."""
         if self._backward is None:
             return 0.0, 0.0
         return self._backward.spent_s, self._backward.stalled_s
-
-    def _look_up(self, which: int) -> None:
-        lookup = self._program.lookups[which]
-        if self._weights.weights[lookup.weight].in_memory:
-            return
-        known, table = self._looked_up.get(lookup.weight, 0), self._sizes[lookup.weight]
-        # Rows are as good as random: how much of the table is around one of them.
-        seen = -math.expm1(-lookup.rows * _FAULT_AROUND_NBYTES / table) * table
-        nbytes = max(known, int(seen))
-        self.world.memory.add("pages", nbytes - known)
-        # A row that an earlier look brought in, with what is around it, is there.
-        looks = (nbytes - known) / _FAULT_AROUND_NBYTES
-        self.world.compute(looks * self._costs.read_latency_s)
-        self._looked_up[lookup.weight] = nbytes
 
     def _optimize(self) -> None:
         self._weights.end_pass()
@@ -361,8 +275,7 @@ class Simulation:
             self._step.step(self._backward.stepped if self._backward is not None else ())
         if self._backward is not None:
             self._backward.end_step()
-        for name in list(self._looked_up):  # a new version is mapped afresh
-            self.world.memory.add("pages", -self._looked_up.pop(name))
+        self._pass.end()
 
     def _too_small(self, refusal: CapacityError) -> BudgetError:
         budget = self.plan.budget_nbytes
@@ -406,16 +319,13 @@ class Simulation:
     def _states_nbytes(self) -> dict[str, int]:
         """As ``MemoryStep.nbytes``."""
         stepping = self._program.stepping
-        if stepping is None:
+        if stepping is None or self._step is None:
             return {}
         waits = self._backward is None  # else each gradient is used up at once
+        weights = self._weights.weights
         return {
-            name: sum(map(page_ceil, sizes))
-            + (page_ceil(self._sizes[name]) if waits and self._sizes[name] >= MIN_NBYTES else 0)
-            for name, sizes in stepping.states_nbytes.items()
+            name: nbytes
+            + (weights[name].padded_nbytes if waits and self._sizes[name] >= MIN_NBYTES else 0)
+            for name, nbytes in self._step.states_nbytes.items()
             if name not in stepping.by_tile
         }
-
-
-def _do_nothing(_which: int) -> None:
-    """Behind backward: memory comes and goes."""

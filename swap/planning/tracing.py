@@ -9,11 +9,6 @@ stand-in, which is not counted: its bytes are those of the saved storage.
 
 The rules by which saved tensors are moved or left alone are those of ``activations``: what is saved
 outside of the model's calls, such as by a loss that the script computes, stays where it is.
-
-[Note: rows of lookups] Where a run makes the gradient of a lookup of its rows alone
-(``row_gradients``), the fake run makes the whole table, of which no more than these rows is
-counted: as many as were looked up, for no value tells which are the same. Autograd adds rows to
-another gradient of the weight in place, but never a fake tensor: their sum counts as that one.
 """
 
 import logging
@@ -42,6 +37,7 @@ from offload.swap.planning.row_records import Saving
 from offload.swap.planning.row_tracing import BlockWatch
 from offload.swap.planning.saved_handle import SavedHandle
 from offload.swap.planning.stepping import stepping_of
+from offload.swap.planning.traced_storages import TracedStorages
 from offload.swap.state_precision import EXACT, Precision
 from offload.swap.tokenwise.unwatched import takes_saved
 
@@ -108,8 +104,7 @@ class Tracer(TorchDispatchMode):
         self._operations: dict[Operation, int] = {}
         self._uses: dict[tuple[str, ...], int] = {}
         self._lookups: dict[Lookup, int] = {}
-        self._storages: list[int] = []
-        self._known: dict[int, int | None] = {}  # by key; None: not counted
+        self._storages = TracedStorages([*model.parameters(), *model.buffers()], self._note)
         self._numbers = {weight.name: at for at, weight in enumerate(self.census.weights)}
         self._names = {
             storage_key(parameter): name
@@ -120,16 +115,11 @@ class Tracer(TorchDispatchMode):
         self._savings: Counter[Saving] = Counter()  # and by the block that saves it
         self._tables = Tables(model)
         self._row_gradients: Counter[str] = Counter()
-        self._rows: dict[int, int] = {}  # by key of a table that stands for rows: their bytes
-        self._deaths: dict[int, Any] = {}  # what notes the end of a storage, by its key
         self._muted = False
         self._depth = 0  # of hooked modules, as ``hooks`` counts it
         self._watch = (
             None if rebuild_nbytes is None else BlockWatch(model, self, min_nbytes=rebuild_nbytes)
         )
-        fixed = [*model.parameters(), *model.buffers()]
-        for tensor in fixed:
-            self._known[storage_key(tensor)] = None
 
     # What the watch asks.
 
@@ -145,7 +135,7 @@ class Tracer(TorchDispatchMode):
 
     def number_of(self, storage: int) -> int | None:
         """Of a storage that is counted, by its key."""
-        return self._known.get(storage)
+        return self._storages.number_of(storage)
 
     def takes_saved(self) -> bool:
         """Whether autograd hands what it saves to this object, outside of backward."""
@@ -271,66 +261,16 @@ class Tracer(TorchDispatchMode):
         operation = describe(func, args, kwargs, output)
         rows = self._tables.rows_of(func, args)
         if rows is not None:
-            self._meet_rows(output, rows.nbytes)
+            self._storages.meet_rows(output, rows.nbytes)
             operation = replace(operation, nbytes=2 * rows.nbytes)
             if rows.weight in self.census.by_rows:
                 self._row_gradients[rows.weight] += rows.nbytes
-        elif func is torch.ops.aten.add.Tensor and self._rows:
-            self._meet_sum(output, args)
+        elif func is torch.ops.aten.add.Tensor:
+            self._storages.meet_sum(output, args)
         for tensor in tensors_of([output]):
-            self._meet(tensor)
+            self._storages.meet(tensor)
         self._note(What.COMPUTE, self._operations.setdefault(operation, len(self._operations)))
         return output
-
-    def _meet(self, tensor: torch.Tensor, nbytes: int | None = None) -> None:
-        """Count the storage of ``tensor``, or ``nbytes`` for it, for as long as it lives."""
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._known:
-            return
-        number = len(self._storages)
-        self._storages.append(storage.nbytes() if nbytes is None else nbytes)
-        self._note(What.ALLOCATE, number)
-        self._follow(storage, number)
-
-    def _follow(self, storage: torch.UntypedStorage, number: int) -> None:
-        """The storage ``number`` lives as long as ``storage``."""
-        key = storage._cdata
-        self._known[key] = number
-        death = self._deaths[key] = weakref.finalize(storage, self._on_death, key, number)
-        death.atexit = False
-
-    def _on_death(self, key: int, number: int) -> None:
-        self._known.pop(key, None)
-        self._deaths.pop(key, None)
-        self._rows.pop(key, None)
-        self._note(What.FREE, number)
-
-    # Rows of lookups.
-
-    def _meet_rows(self, table: torch.Tensor, nbytes: int) -> None:
-        self._meet(table, nbytes)
-        self._rows[storage_key(table)] = nbytes
-
-    def _meet_sum(self, total: torch.Tensor, arguments: Sequence[Any]) -> None:
-        """Autograd may add rows to others, or to a whole gradient, which ``total`` then is."""
-        given = tensors_of(arguments)
-        wholes = [one for one in given if storage_key(one) not in self._rows]
-        if len(given) != 2 or len(wholes) == 2 or storage_key(total) in self._known:
-            return
-        if not wholes:
-            self._meet_rows(total, sum(self._rows[storage_key(one)] for one in given))
-            return
-        storage = wholes[0].untyped_storage()
-        number, death = self._known.get(storage._cdata), self._deaths.pop(storage._cdata, None)
-        if number is not None and death is not None:
-            death.detach()
-            self._ignore(storage)
-            self._follow(total.untyped_storage(), number)
-
-    def _ignore(self, storage: torch.UntypedStorage) -> None:
-        """``storage`` is not counted while it lives."""
-        self._known[storage._cdata] = None
-        weakref.finalize(storage, self._known.pop, storage._cdata, None).atexit = False
 
     # What autograd saves.
 
@@ -345,8 +285,9 @@ class Tracer(TorchDispatchMode):
         name = self._names.get(storage._cdata)
         if name is not None:
             return SavedHandle(tensor, weight=name)
-        self._meet(tensor)  # what was there before the step, such as a batch, is not known yet
-        number = self._known[storage._cdata]
+        # What was there before the step, such as a batch, is not known yet.
+        self._storages.meet(tensor)
+        number = self._storages.number_of(storage._cdata)
         if (
             not self._depth
             or number is None
@@ -396,7 +337,7 @@ class Tracer(TorchDispatchMode):
             tensor = saved.stand_in()
         finally:
             self._muted = False
-        self._ignore(tensor.untyped_storage())
+        self._storages.ignore(tensor.untyped_storage())
         return tensor
 
     # What it was.
@@ -405,7 +346,6 @@ class Tracer(TorchDispatchMode):
         self, tokens: int, optimizer: Optimizer | None, precision: Precision = EXACT
     ) -> Program:
         """All that was seen; what the user's code still holds, it lets go of behind the step."""
-        living = [number for number in self._known.values() if number is not None]
         return Program(
             census=self.census,
             itemsizes={
@@ -414,10 +354,10 @@ class Tracer(TorchDispatchMode):
             buffers_nbytes=sum(buffer.nbytes for buffer in self._model.buffers()),
             tokens=tokens,
             operations=tuple(self._operations),
-            storages=tuple(self._storages),
+            storages=self._storages.nbytes,
             uses=tuple(self._uses),
             lookups=tuple(self._lookups),
-            events=(*self._events, *(Event(What.FREE, number) for number in living)),
+            events=(*self._events, *(Event(What.FREE, number) for number in self._storages.living)),
             stepping=None if optimizer is None else stepping_of(self._model, optimizer, precision),
             row_gradients=dict(self._row_gradients),
             rows=None if self._watch is None else self._watch.program(),

@@ -14,128 +14,83 @@ comparison, and a lane needs attention only when one of its own transfers ends.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple
 
+from offload.swap.planning.compiled import Moment
+from offload.swap.planning.sim_memory import Memory
 from offload.tiers.events import Recorder, Stall
 from offload.tiers.hostmem import PAGE
 from offload.tiers.journal import Journal, Label
 from offload.tiers.pieces import PIECE_NBYTES
 
-Role: TypeAlias = Literal[
-    "fixed", "weights", "saved", "transients", "gradients", "staging", "states", "pages"
-]
-_READING, _WRITING = "file→host", "host→file"  # as ``Lanes`` names them
+_NEVER_S = math.inf
 # By which rounding may part two ends that are one: early in a run, and late.
 _NO_TIME_S, _ROUNDED = 1e-12, 1 + 2.0**-52
 
 
-class Memory:
-    """Bytes of the resident set by role, and their peak.
-
-    ``pages`` are clean pages of files, which the governor takes back above ``limit_nbytes``.
-    """
-
-    def __init__(self, limit_nbytes: int) -> None:
-        self.limit_nbytes = limit_nbytes
-        self.now: dict[Role, int] = dict.fromkeys(get_args(Role), 0)
-        self.nbytes = 0  # pages of files are not counted in
-        self.peak_nbytes = 0
-        self.peak_roles: dict[Role, int] = {}
-
-    def add(self, role: Role, nbytes: int) -> None:
-        """``nbytes`` more are resident, or fewer."""
-        self.now[role] += nbytes
-        if role != "pages":
-            self.nbytes += nbytes
-        # What is resident is at most the sum: it most often tells that this is no new peak.
-        if nbytes > 0 and self.nbytes + self.now["pages"] > self.peak_nbytes:
-            resident = self.resident_nbytes
-            if resident > self.peak_nbytes:
-                self.peak_nbytes = resident
-                self.peak_roles = dict(self.now)
-
-    def turn(self, role: Role, into: Role, nbytes: int) -> None:
-        """``nbytes`` have another role from now on; neither is that of pages."""
-        self.now[role] -= nbytes
-        self.now[into] += nbytes
-
-    def pass_through(self, role: Role, highs: Sequence[int], nbytes: int) -> None:
-        """``role`` comes and goes: it is ``nbytes`` more in the end.
-
-        Args:
-            highs: bytes more than at the beginning, each time that they were more than ever before.
-        """
-        if highs and self.nbytes + highs[-1] + self.now["pages"] > self.peak_nbytes:
-            for high in highs:
-                resident = self._resident(self.nbytes + high)
-                if resident > self.peak_nbytes:
-                    self.peak_nbytes = resident
-                    self.peak_roles = {**self.now, role: self.now[role] + high}
-        self.now[role] += nbytes
-        self.nbytes += nbytes
-
-    @property
-    def resident_nbytes(self) -> int:
-        """The resident set."""
-        return self._resident(self.nbytes)
-
-    def _resident(self, nbytes: int) -> int:
-        """With ``nbytes`` of everything but pages of files."""
-        return nbytes + min(self.now["pages"], max(self.limit_nbytes - nbytes, 0))
-
-    def room(self) -> int:
-        """Bytes left below the limit; negative above it."""
-        free = self.limit_nbytes - self.nbytes
-        return max(free - self.now["pages"], 0) if free > 0 else free
-
-    def restart_peak(self) -> None:
-        """Begin a new measurement of the peak."""
-        self.peak_nbytes = self.resident_nbytes
-        self.peak_roles = dict(self.now)
-
-
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A transfer: ``work_s`` is what the drive has to do for it, alone and at full speed."""
+    """A transfer of the bytes of ``key``, in their ``role``.
 
-    label: Label
+    Attributes:
+        work_s: what the drive has to do for it, alone and at full speed.
+        ended_s: when its bytes have arrived; never, as long as that is not known.
+        follower: what is queued when this has ended.
+    """
+
+    key: str
+    role: str
     nbytes: int
     work_s: float
-    began_s: float | None = None
-    ended_s: float | None = None
-    follower: "tuple[SimLane, Flight] | None" = None  # what is queued when this has ended
+    began_s: float = _NEVER_S
+    ended_s: float = _NEVER_S
+    follower: "tuple[SimLane, Flight] | None" = None
+
+
+class _Work(dict[int, float]):
+    """Seconds of the drive by bytes, cut into pieces as a run cuts them.
+
+    Args:
+        seconds: of one request.
+    """
+
+    def __init__(self, seconds: Callable[[int], float]) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    def __missing__(self, nbytes: int) -> float:
+        pieces, rest = divmod(max(nbytes, PAGE), PIECE_NBYTES)
+        found = pieces * self._seconds(PIECE_NBYTES) + (self._seconds(rest) if rest else 0.0)
+        self[nbytes] = found
+        return found
 
 
 class SimLane:
     """The queue of one direction.
 
     Args:
+        source, target: as ``Lanes`` names them.
         seconds: that a request of so many bytes takes of the drive.
         latency_s: of one request on an idle link, beyond what it takes of the drive.
 
     Attributes:
         due_s: when the drive is done with the first transfer, as things stand.
+        work_s: of the drive, for so many bytes.
     """
 
-    def __init__(self, name: str, seconds: Callable[[int], float], latency_s: float) -> None:
-        self.name = name
+    def __init__(
+        self, source: str, target: str, seconds: Callable[[int], float], latency_s: float
+    ) -> None:
+        self.source, self.target = source, target
+        self.name = f"{source}→{target}"
         self.queue: deque[Flight] = deque()
-        self.due_s = math.inf
+        self.due_s = _NEVER_S
         self.latency_s = latency_s
-        self._seconds = seconds
-        self._known_s: dict[int, float] = {}
-
-    def work_s(self, nbytes: int) -> float:
-        """Seconds of the drive for ``nbytes``, cut into pieces as a run cuts them."""
-        found = self._known_s.get(nbytes)
-        if found is None:
-            pieces, rest = divmod(max(nbytes, PAGE), PIECE_NBYTES)
-            found = pieces * self._seconds(PIECE_NBYTES) + (self._seconds(rest) if rest else 0.0)
-            self._known_s[nbytes] = found
-        return found
+        self.other = self  # the lane that shares the drive, once there is a world
+        self.work_s: Mapping[int, float] = _Work(seconds)
 
 
 class Reading(NamedTuple):
@@ -171,9 +126,10 @@ class World:
         self._lost_s_per_byte = lost_s_per_byte
         self._busy_s = 0.0  # of the drive, until it last had nothing to do
         self._busy_since_s: float | None = None
-        self._due_s = math.inf  # when the next transfer ends
+        self._due_s = _NEVER_S  # when the next transfer ends
         self._speed = 1.0  # of each lane that works
         self.reads, self.writes = reads, writes
+        reads.other, writes.other = writes, reads
         self.memory = memory
         self.is_recorded = recorder is not None
         self.journal = Journal(recorder, clock=lambda: self.now_s)
@@ -182,6 +138,28 @@ class World:
 
     # What the training thread does.
 
+    def go_through(
+        self, moments: Iterable[Moment], handlers: Sequence[Callable[[int], None]]
+    ) -> None:
+        """Let time pass and memory come and go as ``moments`` tell, and handle each of them.
+
+        Args:
+            handlers: for each ``What``.
+        """
+        memory, now = self.memory, self.memory.now
+        for seconds, highs, nbytes, what, which in moments:
+            if seconds:  # as ``compute`` does
+                until_s = self.now_s + seconds
+                while self._due_s <= until_s:
+                    until_s += self._end_next() * self._lost_s_per_byte
+                self.now_s = until_s
+            if highs and memory.nbytes + highs[-1] + now["pages"] > memory.peak_nbytes:
+                memory.look_at(highs)
+            if nbytes:
+                now["transients"] += nbytes
+                memory.nbytes += nbytes
+            handlers[what](which)
+
     def compute(self, seconds: float) -> None:
         """Let time pass: ``seconds``, and what moves take from them."""
         until_s = self.now_s + seconds
@@ -189,44 +167,51 @@ class World:
             until_s += self._end_next() * self._lost_s_per_byte
         self.now_s = until_s
 
-    def submit(
-        self,
-        lane: SimLane,
-        label: Label,
-        nbytes: int,
-        *,
-        urgent: bool = False,
-        after: Flight | None = None,
-    ) -> Flight:
-        """Queue a transfer; ``urgent`` is next after the one that is served.
-
-        One ``after`` another is queued when that one, which nothing else follows, has ended.
-        """
-        flight, queue = Flight(label, nbytes, lane.work_s(nbytes)), lane.queue
-        if after is not None and after.ended_s is None:
-            after.follower = lane, flight
-        elif not queue:
-            self._begin(lane, flight)
-            self._due_s = min(self.reads.due_s, self.writes.due_s)
-        elif urgent:
-            queue.insert(1, flight)
-        else:
+    def submit(self, lane: SimLane, key: str, role: str, nbytes: int) -> Flight:
+        """Queue a transfer."""
+        flight, queue = Flight(key, role, nbytes, lane.work_s[nbytes]), lane.queue
+        if queue:
             queue.append(flight)
+        else:
+            self._begin(lane, flight)
         return flight
 
-    def done(self, flight: Flight) -> bool:
-        """Whether it has ended."""
-        return flight.ended_s is not None and flight.ended_s <= self.now_s
+    def submit_after(
+        self, before: Flight, lane: SimLane, key: str, role: str, nbytes: int
+    ) -> Flight:
+        """As ``submit``, when ``before``, which nothing else follows, has ended."""
+        if before.ended_s < _NEVER_S:
+            return self.submit(lane, key, role, nbytes)
+        flight = Flight(key, role, nbytes, lane.work_s[nbytes])
+        before.follower = lane, flight
+        return flight
+
+    def move(self, lane: SimLane, key: str, role: str, nbytes: int, reason: str) -> None:
+        """Submit a transfer, and stall until it has ended."""
+        if self._due_s < _NEVER_S or self.is_recorded:
+            self.wait(lane, self.submit(lane, key, role, nbytes), reason)
+            return
+        # Nothing else is on the way: the same without a flight.
+        began_s, totals = self.now_s, self._totals
+        due_s = began_s + lane.work_s[nbytes]
+        self._busy_s += due_s - began_s
+        self.now_s = due_s + lane.latency_s
+        totals.stall_s += self.now_s - began_s
+        if lane is self.reads:
+            totals.read_nbytes += nbytes
+        else:
+            totals.written_nbytes += nbytes
 
     def wait(self, lane: SimLane, flight: Flight, reason: str) -> None:
         """Stall until ``flight`` has ended."""
-        if flight.ended_s is not None and flight.ended_s <= self.now_s:
-            return
-        if flight in lane.queue and lane.queue[0] is not flight:
-            lane.queue.remove(flight)
-            lane.queue.insert(1, flight)
         began_s = self.now_s
-        while flight.ended_s is None:
+        if flight.ended_s <= began_s:
+            return
+        queue = lane.queue
+        if queue and queue[0] is not flight and flight in queue:
+            queue.remove(flight)
+            queue.insert(1, flight)
+        while flight.ended_s == _NEVER_S:
             self._end_next()
         # The drive is done with it, the link may not be.
         while self._due_s <= flight.ended_s:
@@ -235,12 +220,11 @@ class World:
         stalled_s = self.now_s - began_s
         self._totals.stall_s += stalled_s
         if self.is_recorded:
-            label = flight.label
             self.journal.record(
                 Stall(
                     t_s=self.now_s,
-                    key=label.key,
-                    role=label.role,
+                    key=flight.key,
+                    role=flight.role,
                     lane=lane.name,
                     reason=reason,
                     duration_s=stalled_s,
@@ -249,7 +233,7 @@ class World:
 
     def drain(self) -> None:
         """Let everything end; counts as a stall of nobody."""
-        while self._due_s < math.inf:
+        while self._due_s < _NEVER_S:
             self._end_next()
 
     @property
@@ -265,34 +249,25 @@ class World:
         now_s = self.now_s = self._due_s
         reads, writes = self.reads, self.writes
         until_s = now_s * _ROUNDED + _NO_TIME_S
-        ended_nbytes = 0
-        if reads.due_s <= until_s:
-            ended_nbytes += self._end(reads)
+        if reads.due_s > until_s:
+            return self._end(writes)
+        ended_nbytes = self._end(reads)
         if writes.due_s <= until_s:
             ended_nbytes += self._end(writes)
-        self._due_s = min(reads.due_s, writes.due_s)
         return ended_nbytes
 
     def _begin(self, lane: SimLane, flight: Flight) -> None:
         """An idle lane begins to work."""
         now_s = flight.began_s = self.now_s
         lane.queue.append(flight)
-        other = self.writes if lane is self.reads else self.reads
+        other = lane.other
         if other.queue:
             self._go_on(other, self._together)
-            lane.due_s = now_s + flight.work_s / self._together
+            due_s = lane.due_s = now_s + flight.work_s / self._together
+            self._due_s = due_s if due_s < other.due_s else other.due_s
         else:
             self._busy_since_s = now_s
-            lane.due_s = now_s + flight.work_s
-
-    def _rest(self, lane: SimLane) -> None:
-        """A lane has nothing more to do."""
-        lane.due_s = math.inf
-        other = self.writes if lane is self.reads else self.reads
-        if other.queue:
-            self._go_on(other, 1.0)
-        else:
-            self._busy_s, self._busy_since_s = self.drive_busy_s, None
+            self._due_s = lane.due_s = now_s + flight.work_s
 
     def _go_on(self, lane: SimLane, speed: float) -> None:
         """All work goes on at this speed: that of ``lane``, and what begins from now on."""
@@ -300,15 +275,24 @@ class World:
         self._speed = speed
 
     def _end(self, lane: SimLane) -> int:
-        queue = lane.queue
+        """The first transfer of ``lane`` has ended; its bytes."""
+        now_s, queue, other = self.now_s, lane.queue, lane.other
         flight = queue.popleft()
-        flight.ended_s = self.now_s + lane.latency_s
+        flight.ended_s = now_s + lane.latency_s
         if queue:
             first = queue[0]
-            first.began_s = self.now_s
-            lane.due_s = self.now_s + first.work_s / self._speed
+            first.began_s = now_s
+            due_s = lane.due_s = now_s + first.work_s / self._speed
+            self._due_s = due_s if due_s < other.due_s else other.due_s
         else:
-            self._rest(lane)
+            lane.due_s = _NEVER_S
+            if other.queue:
+                self._go_on(other, 1.0)
+            else:
+                assert self._busy_since_s is not None
+                self._busy_s += now_s - self._busy_since_s
+                self._busy_since_s = None
+            self._due_s = other.due_s
         if flight.follower is not None:
             following, follower = flight.follower
             if following.queue:
@@ -316,9 +300,8 @@ class World:
             else:
                 self._begin(following, follower)
         if self.is_recorded:
-            assert flight.began_s is not None
             self.journal.moved(
-                flight.label,
+                Label(flight.key, flight.role, lane.source, lane.target),
                 flight.nbytes,
                 flight.ended_s - flight.began_s,
                 lane.name,
@@ -342,7 +325,7 @@ class World:
     def ahead_s(self, flights: Iterable[Flight]) -> tuple[float, ...]:
         """What the future depends on: work in the queues, and when ``flights`` end, from now on."""
         ends = (
-            -1.0 if flight.ended_s is None else max(flight.ended_s - self.now_s, 0.0)
+            -1.0 if flight.ended_s == _NEVER_S else max(flight.ended_s - self.now_s, 0.0)
             for flight in flights
         )
         lanes = [lane for lane in (self.reads, self.writes) if lane.queue]
@@ -355,8 +338,7 @@ class World:
         totals = self._totals
         later_s = (self.now_s - since.now_s) * times
         for flight in flights:
-            if flight.ended_s is not None:
-                flight.ended_s += later_s
+            flight.ended_s += later_s
         self._busy_s += (self.drive_busy_s - since.drive_busy_s) * times
         totals.stall_s += (totals.stall_s - since.stall_s) * times
         totals.read_nbytes += (totals.read_nbytes - since.read_nbytes) * times
@@ -371,9 +353,9 @@ class World:
 
 def read_lane(seconds: Callable[[int], float], latency_s: float) -> SimLane:
     """From the drive to memory."""
-    return SimLane(_READING, seconds, latency_s)
+    return SimLane("file", "host", seconds, latency_s)
 
 
 def write_lane(seconds: Callable[[int], float], latency_s: float) -> SimLane:
     """From memory to the drive."""
-    return SimLane(_WRITING, seconds, latency_s)
+    return SimLane("host", "file", seconds, latency_s)

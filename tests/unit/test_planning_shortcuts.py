@@ -1,6 +1,7 @@
 """What the simulator does at once is what it would have done step by step."""
 
 import dataclasses
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +11,16 @@ from hypothesis import strategies as st
 from planning_models import BASELINE, DRIVE, machine, settings
 from planning_programs import decoder
 
+from offload.allocator.errors import BudgetError
 from offload.swap.planning.compiled import compile_program
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.predict import predict
 from offload.swap.planning.program import What
+from offload.swap.planning.sim_memory import Memory
 from offload.swap.planning.sim_pipeline import SimPipeline, SimTile
 from offload.swap.planning.simulate import SimulatedStep, Simulation
 from offload.swap.planning.whatif import changed, parse_changes
-from offload.swap.planning.world import Memory, Reading, World, read_lane, write_lane
+from offload.swap.planning.world import Reading, World, read_lane, write_lane
 from offload.tiers.events import ListRecorder
 
 RATES = st.floats(1e5, 1e8)
@@ -172,7 +175,7 @@ def test_what_nobody_decides_upon_is_added_up() -> None:
     program = decoder(blocks=4)
     costs = Costs(machine(), DRIVE)
     moments = compile_program(program, costs).moments
-    assert not {moment.what for moment in moments[:-1]} & {What.COMPUTE, What.ALLOCATE}
+    assert not {what for _, _, _, what, _ in moments[:-1]} & {What.COMPUTE, What.ALLOCATE}
     computing = [event.which for event in program.events if event.what is What.COMPUTE]
     made = [event.which for event in program.events if event.what is What.ALLOCATE]
     calls = sum(event.what in {What.SAVE, What.UNSAVE} for event in program.events)
@@ -180,7 +183,32 @@ def test_what_nobody_decides_upon_is_added_up() -> None:
     expected_s = sum(costs.seconds(program.operations[which]) for which in computing)
     expected_s += sum(costs.fresh_s(program.storages[which]) for which in made)
     expected_s += costs.hook_s * (uses + calls / 2)
-    assert sum(moment.seconds for moment in moments) == pytest.approx(expected_s)
-    freed = sum(program.storages[moment.which] for moment in moments if moment.what is What.FREE)
-    assert sum(moment.nbytes for moment in moments) == freed
-    assert all(list(moment.highs) == sorted(set(moment.highs)) for moment in moments)
+    assert sum(seconds for seconds, *_ in moments) == pytest.approx(expected_s)
+    freed = sum(program.storages[which] for *_, what, which in moments if what is What.FREE)
+    assert sum(nbytes for _, _, nbytes, _, _ in moments) == freed
+    assert all(list(highs) == sorted(set(highs)) for _, highs, *_ in moments)
+
+
+def test_no_garbage_is_looked_for_while_a_run_is_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[bool] = []
+    plain = Simulation.step
+
+    def step(self: Simulation) -> SimulatedStep:
+        looked.append(gc.isenabled())
+        return plain(self)
+
+    monkeypatch.setattr(Simulation, "step", step)
+    found = predict(decoder(), machine(), settings(375), BASELINE)
+    assert looked == [False] * len(found.steps)
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_the_collector_goes_on_as_it_was_even_behind_a_refusal(was_enabled: bool) -> None:
+    try:
+        (gc.enable if was_enabled else gc.disable)()
+        with pytest.raises(BudgetError):
+            predict(decoder(), machine(), settings(330), BASELINE)
+        assert gc.isenabled() is was_enabled
+    finally:
+        gc.enable()

@@ -26,11 +26,11 @@ from offload.swap.plan import MARGIN_NBYTES, soft_limit_nbytes
 from offload.swap.planning.compiled import compile_program
 from offload.swap.planning.cost import Costs, Curve
 from offload.swap.planning.predict import drive_use, largest, least_budget, predict
+from offload.swap.planning.sim_memory import Memory
 from offload.swap.planning.simulate import Simulation
 from offload.swap.planning.whatif import changed, parse_changes
-from offload.swap.planning.world import Memory, World, read_lane, write_lane
+from offload.swap.planning.world import World, read_lane, write_lane
 from offload.tiers.events import ListRecorder, Move, Stall
-from offload.tiers.journal import Label
 from offload.tiers.machine import ComputeRate
 
 PROGRAM = trace()
@@ -191,8 +191,8 @@ def world(together: float = 0.5) -> World:
 def test_lanes_that_work_at_once_share_the_drive() -> None:
     for together, end_s in ((0.5, 2.0), (1.0, 1.0)):
         both = world(together)
-        reading = both.submit(both.reads, Label("a", "weight", "file", "host"), 1_000_000)
-        writing = both.submit(both.writes, Label("b", "state", "host", "file"), 1_000_000)
+        reading = both.submit(both.reads, "a", "weight", 1_000_000)
+        writing = both.submit(both.writes, "b", "state", 1_000_000)
         both.wait(both.reads, reading, "late")
         both.wait(both.writes, writing, "full")
         assert both.now_s == pytest.approx(end_s)
@@ -201,9 +201,9 @@ def test_lanes_that_work_at_once_share_the_drive() -> None:
 
 def test_time_that_is_computed_away_is_no_stall() -> None:
     one = world()
-    flight = one.submit(one.reads, Label("a", "weight", "file", "host"), 1_000_000)
+    flight = one.submit(one.reads, "a", "weight", 1_000_000)
     one.compute(0.4)
-    assert not one.done(flight)
+    assert flight.ended_s > one.now_s
     one.wait(one.reads, flight, "late")
     assert one.now_s == pytest.approx(1.0)
     assert one.journal.totals.stall_s == pytest.approx(0.6)
@@ -212,13 +212,12 @@ def test_time_that_is_computed_away_is_no_stall() -> None:
 
 def test_what_is_waited_for_overtakes_what_is_not_served_yet() -> None:
     one = world()
-    labels = [Label(name, "weight", "file", "host") for name in "abc"]
-    first, second, third = (one.submit(one.reads, label, 1_000_000) for label in labels)
+    first, second, third = (one.submit(one.reads, key, "weight", 1_000_000) for key in "abc")
     one.compute(0.1)
     one.wait(one.reads, third, "late")
     assert one.now_s == pytest.approx(2.0)
-    assert one.done(first)
-    assert not one.done(second)
+    assert first.ended_s <= one.now_s
+    assert second.ended_s > one.now_s
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(4096, 10**7)), max_size=20), st.floats(0.5, 1))
@@ -228,8 +227,7 @@ def test_no_byte_is_lost_and_none_is_faster_than_the_drive(
     one = world(together)
     for reading, nbytes in transfers:
         lane = one.reads if reading else one.writes
-        ends = ("file", "host") if reading else ("host", "file")
-        one.submit(lane, Label("x", "state", *ends), nbytes)
+        one.submit(lane, "x", "state", nbytes)
     one.drain()
     sums = [sum(n for r, n in transfers if r is way) for way in (True, False)]
     assert one.journal.totals.read_nbytes == sums[0]
@@ -280,8 +278,7 @@ def test_lanes_go_on_as_their_work_that_is_left_tells(
     for gap_s, reading, nbytes in arrivals:
         one.compute(gap_s)
         lane = one.reads if reading else one.writes
-        ends = ("file", "host") if reading else ("host", "file")
-        flights.append(one.submit(lane, Label("x", "state", *ends), nbytes))
+        flights.append(one.submit(lane, "x", "state", nbytes))
     one.drain()
     expected, busy_s = ends_of(arrivals, together)
     assert [flight.ended_s for flight in flights] == pytest.approx(expected, abs=1e-6)
@@ -290,7 +287,7 @@ def test_lanes_go_on_as_their_work_that_is_left_tells(
 
 def test_clean_pages_give_way_to_what_is_needed() -> None:
     memory = Memory(100)
-    memory.add("pages", 60)
+    memory.add_pages(60)
     memory.add("weights", 70)
     assert memory.resident_nbytes == 100
     assert memory.room() == 0
@@ -326,30 +323,6 @@ def test_an_operation_takes_the_slower_of_arithmetic_and_memory() -> None:
     assert costs.seconds(view) < costs.call_s
 
 
-def test_small_fresh_results_have_a_rate_of_their_own() -> None:
-    others = [rate for rate in machine().compute if rate.work != "first touch"]
-    rates = [
-        ComputeRate(processor="cpu", work="first touch", dtype="float32", size=size, per_s=per_s)
-        for size, per_s in ((MIB, 2e9), (64 * MIB, 20e9))
-    ]
-    costs = Costs(dataclasses.replace(machine(), compute=(*others, *rates)), DRIVE)
-    assert costs.fresh_s(MIB) == pytest.approx(MIB / 2e9)
-    assert costs.fresh_s(64 * MIB) == pytest.approx(64 * MIB / 20e9)
-    assert costs.fresh_s(MIB // 8) == 0.0  # the heap's own, which is there
-
-
-@pytest.mark.parametrize(
-    ("keys", "computed"), [(100, 2.0), (512, 2.0), (1024, 1.5), (4096, 1.125), (768, 14 / 9)]
-)
-def test_causal_attention_computes_whole_blocks_of_keys(keys: int, computed: float) -> None:
-    costs = Costs(machine(), DRIVE)
-    attention = next(o for o in PROGRAM.operations if o.kind == "attention")
-    assert attention.causal_keys == 64
-    whole = dataclasses.replace(attention, flops=10**12, causal_keys=0)
-    causal = dataclasses.replace(whole, causal_keys=keys)
-    assert costs.seconds(causal) == pytest.approx(computed * costs.seconds(whole))
-
-
 def test_a_machine_without_rates_names_the_command() -> None:
     bare = dataclasses.replace(machine(), compute=())
     with pytest.raises(ConfigError, match=r"offload doctor -o machine\.json"):
@@ -376,3 +349,27 @@ def test_the_largest_that_fits_is_found(bound: int, start: int, grid: int) -> No
 def test_changes_without_their_units_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_changes(text)
+
+
+def test_small_fresh_results_have_a_rate_of_their_own() -> None:
+    others = [rate for rate in machine().compute if rate.work != "first touch"]
+    rates = [
+        ComputeRate(processor="cpu", work="first touch", dtype="float32", size=size, per_s=per_s)
+        for size, per_s in ((MIB, 2e9), (64 * MIB, 20e9))
+    ]
+    costs = Costs(dataclasses.replace(machine(), compute=(*others, *rates)), DRIVE)
+    assert costs.fresh_s(MIB) == pytest.approx(MIB / 2e9)
+    assert costs.fresh_s(64 * MIB) == pytest.approx(64 * MIB / 20e9)
+    assert costs.fresh_s(MIB // 8) == 0.0  # the heap's own, which is there
+
+
+@pytest.mark.parametrize(
+    ("keys", "computed"), [(100, 2.0), (512, 2.0), (1024, 1.5), (4096, 1.125), (768, 14 / 9)]
+)
+def test_causal_attention_computes_whole_blocks_of_keys(keys: int, computed: float) -> None:
+    costs = Costs(machine(), DRIVE)
+    attention = next(o for o in PROGRAM.operations if o.kind == "attention")
+    assert attention.causal_keys == 64
+    whole = dataclasses.replace(attention, flops=10**12, causal_keys=0)
+    causal = dataclasses.replace(whole, causal_keys=keys)
+    assert costs.seconds(causal) == pytest.approx(computed * costs.seconds(whole))

@@ -1,0 +1,161 @@
+"""Forward and backward of a simulated step: what the runtime does at each moment of a program."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from offload.swap.gradients import MIN_NBYTES
+from offload.swap.planning.compiled import Moment
+from offload.swap.planning.cost import Costs
+from offload.swap.planning.program import Program, What
+from offload.swap.planning.sim_backward import SimBackwardStep
+from offload.swap.planning.sim_gradients import SimGradients
+from offload.swap.planning.sim_saved import SimSaved
+from offload.swap.planning.sim_weights import SimWeight, SimWeights
+from offload.swap.planning.world import World
+from offload.tiers.hostmem import PAGE
+
+# What one look at a mapped file brings in: the kernel maps the pages around it, too (debugfs
+# fault_around_bytes: 64 KiB).
+_FAULT_AROUND_NBYTES = 64 << 10
+
+
+class _Gradient(NamedTuple):
+    """What is known of a weight's gradient.
+
+    Attributes:
+        rows_nbytes: if it is made of rows alone.
+        pages: of its home, in which there are such rows.
+        is_used: making it uses the weight, as other than a table.
+    """
+
+    weight: SimWeight
+    rows_nbytes: int | None
+    pages: float
+    is_used: bool
+
+
+class SimPass:
+    """Hands the moments of a program to the parts that act.
+
+    Args:
+        backward: of a step in backward.
+
+    Attributes:
+        forwards: of the last step.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        program: Program,
+        costs: Costs,
+        *,
+        weights: SimWeights,
+        saved: SimSaved,
+        gradients: SimGradients,
+        backward: SimBackwardStep | None,
+    ) -> None:
+        self._world = world
+        self._program = program
+        self._costs = costs
+        self._weights = weights
+        self._saved = saved
+        self._gradients = gradients
+        self._backward = backward
+        by_name = weights.weights
+        self._uses = [[by_name[name] for name in names] for names in program.uses]
+        self._of_weights = [
+            _gradient_of(by_name[weight.name], program) for weight in program.census.weights
+        ]
+        self._looked_up: dict[str, int] = {}
+        self.forwards = 0
+
+    def go_through(self, moments: Sequence[Moment]) -> None:
+        """Forward and backward."""
+        self.forwards = 0
+        self._world.go_through(moments, self._handlers())
+
+    def end(self) -> None:
+        """The step is over."""
+        for name in list(self._looked_up):  # a new version is mapped afresh
+            self._world.memory.add_pages(-self._looked_up.pop(name))
+
+    def _handlers(self) -> tuple[Callable[[int], None], ...]:
+        """What each kind of moment does, in the order of ``What``."""
+        saved = self._saved
+        by_kind: Mapping[What, Callable[[int], None]] = {
+            What.USE: self._use,
+            What.LOOKUP: self._look_up,
+            What.FREE: saved.let_go,
+            What.SAVE: saved.save,
+            What.UNSAVE: saved.unsave,
+            What.FORGET: saved.forget,
+            What.BORROW: saved.borrow,
+            What.PREFETCH: self._prefetch,
+            What.GRADIENT: self._take_gradient,
+            What.FORWARD: self._begin,
+            What.STEP: self._end_backward,
+        }
+        return tuple(by_kind.get(what, _do_nothing) for what in What)
+
+    def _begin(self, _which: int) -> None:
+        self.forwards += 1
+        self._gradients.poll()
+        self._weights.begin_pass()
+        self._saved.begin()
+
+    def _use(self, which: int) -> None:
+        self._weights.use(self._uses[which])
+
+    def _prefetch(self, which: int) -> None:
+        self._saved.prefetch(self._program.prefetches[which])
+
+    def _take_gradient(self, which: int) -> None:
+        weight, rows_nbytes, pages, is_used = self._of_weights[which]
+        if rows_nbytes is not None and weight.name not in self._gradients.kept:
+            self._world.compute(self._costs.fresh_s(rows_nbytes))
+            self._world.compute(pages * self._costs.page_write_s)
+            self._gradients.take_rows(weight.name, rows_nbytes)
+            if self._backward is not None:
+                self._backward.take(weight, gradient_nbytes=0)
+        elif self._backward is not None and weight.nbytes >= MIN_NBYTES:
+            self._backward.take(weight, gradient_nbytes=weight.nbytes)
+        else:
+            self._gradients.take(weight.name, weight.nbytes)
+        if is_used:
+            self._weights.trace.use(weight.number)
+
+    def _end_backward(self, _which: int) -> None:
+        if self._backward is not None:
+            self._backward.end_backward()
+
+    def _look_up(self, which: int) -> None:
+        lookup = self._program.lookups[which]
+        weight = self._weights.weights[lookup.weight]
+        if weight.in_memory:
+            return
+        known, table = self._looked_up.get(lookup.weight, 0), weight.nbytes
+        # Rows are as good as random: how much of the table is around one of them.
+        seen = -math.expm1(-lookup.rows * _FAULT_AROUND_NBYTES / table) * table
+        nbytes = max(known, int(seen))
+        self._world.memory.add_pages(nbytes - known)
+        # A row that an earlier look brought in, with what is around it, is there.
+        looks = (nbytes - known) / _FAULT_AROUND_NBYTES
+        self._world.compute(looks * self._costs.read_latency_s)
+        self._looked_up[lookup.weight] = nbytes
+
+
+def _gradient_of(weight: SimWeight, program: Program) -> _Gradient:
+    name = weight.name
+    rows_nbytes = program.row_gradients.get(name)
+    pages = 0.0
+    if rows_nbytes is not None:  # they are as good as random
+        rows = sum(lookup.rows for lookup in program.lookups if lookup.weight == name)
+        touched, pages = max(rows, rows_nbytes / PAGE), weight.nbytes / PAGE
+        pages *= -math.expm1(-touched / pages)
+    return _Gradient(weight, rows_nbytes, pages, name not in program.census.lookups)
+
+
+def _do_nothing(_which: int) -> None:
+    """Behind backward: memory comes and goes."""
