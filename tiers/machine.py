@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-# Outside of these a figure was written in another unit: no link is slower than 10 kB/s or
-# faster than 100 TB/s, no request takes a minute.
+# A figure beyond these was written in another unit.
 _SLOWEST_BYTES_PER_S, _FASTEST_BYTES_PER_S = 1e4, 1e14
 _LONGEST_S = 60.0
 _SLOWEST_PER_S, _FASTEST_PER_S = 1e2, 1e16  # of any work
-_SLOWEST_FLUSHES_PER_S = 1e-1
+_COUNTED = {"flush", "gradients", "fetches", "tile parts", "small steps"}  # one by one
+_SLOWEST_COUNTED_PER_S = 1e-1
 
 # What pydantic is told when a file is read: no guessing, no unknown keys.
 _RULES: "ConfigDict" = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -109,6 +109,10 @@ Work: TypeAlias = Literal[
     "tiles",  # bytes that lanes move in a second of a streamed step of the optimizer
     "flush",  # flushes of what a commit makes durable
     "page writes",  # pages of a file that are written for the first time through its mapping
+    "gradients",  # gradients that leave memory, whatever their bytes
+    "fetches",  # weights that come and go again, whatever their bytes
+    "tile parts",  # parts of tiles that are laid out, written and published, but for the kernel
+    "small steps",  # weights that are too small for tiles: stepped whole and stored
 ]
 
 
@@ -366,7 +370,7 @@ def _problems(machine: Machine) -> Iterator[str]:
 
 def _compute_problems(machine: Machine) -> Iterator[str]:
     for place, rate in _placed("compute", machine.compute):
-        slowest = _SLOWEST_FLUSHES_PER_S if rate.work == "flush" else _SLOWEST_PER_S
+        slowest = _SLOWEST_COUNTED_PER_S if rate.work in _COUNTED else _SLOWEST_PER_S
         if rate.size < 1 or not slowest <= rate.per_s <= _FASTEST_PER_S:
             yield f"{place}: {rate.per_s:g} a second, by calls of {rate.size}: no {rate.work} does"
 

@@ -159,7 +159,7 @@ def _rehearsal(machine: "Machine") -> "Iterator[Finding]":
     """What a rehearsal found; or what a prediction lacks without one."""
     from offload.allocator.units import format_rate
     from offload.doctor.finding import Finding
-    from offload.planner.rehearsal import RECODED, REHEARSED
+    from offload.planner.rehearsal import FIXED, RECODED, REHEARSED
 
     found = {rate.work: rate.per_s for rate in machine.compute if rate.work in REHEARSED}
     if "flush" not in found:
@@ -177,5 +177,6 @@ def _rehearsal(machine: "Machine") -> "Iterator[Finding]":
         told.append(f"computing loses a second by {format_rate(found['moves'])[:-2]} moved")
     if "page writes" in found:
         told.append(f"{found['page writes']:,.0f} first writes to pages/s")
+    told += [f"{found[work]:,.0f} {work}/s" for work in FIXED if work in found]
     told += [f"{work} {format_rate(found[work])}" for work in RECODED if work in found]
     yield Finding(subject="rehearsal", value=", ".join(told))

@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from offload.tiers.events import StepFinished
 
 RECODED: tuple[Work, ...] = ("bf16 states", "8bit states", "masters")
+# Of each thing that moves, whatever its bytes (``fixed_costs``).
+FIXED: tuple[Work, ...] = ("gradients", "fetches", "tile parts", "small steps")
 REHEARSED: tuple[Work, ...] = (
     "moves",
     "tiles",
     "flush",
     "page writes",
+    *FIXED,
     *RECODED,
 )  # all that it measures
 _KERNELS: tuple[Work, ...] = (
@@ -97,6 +100,7 @@ def add_rehearsal(machine: Machine, directory: Path, drive: str, *, quick: bool 
     alone: dict[Work, float] = {
         "flush": FLUSHES / few.commit_s,
         "page writes": said["page_writes"],
+        **said["fixed"],
         **said["recoding"],
     }
     bare = _with(machine, alone)
@@ -227,12 +231,14 @@ def _rehearse(directory: str, counts: Mapping[int, int]) -> list[_Step]:
 
 
 if __name__ == "__main__":
+    from offload.planner.fixed_costs import measure_fixed_costs
     from offload.planner.page_writes import measure_page_writes
     from offload.planner.recoding import measure_recoding
 
     said = {
         "recoding": measure_recoding(),
         "page_writes": measure_page_writes(Path(sys.argv[1])),
+        "fixed": measure_fixed_costs(Path(sys.argv[1], "small"), _BUDGET),
     }
     counts = _QUICK_STEPS if "--quick" in sys.argv else _STEPS
     sys.stdout.write(json.dumps({**said, "steps": _rehearse(sys.argv[1], counts)}))

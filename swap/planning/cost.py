@@ -84,6 +84,10 @@ class Costs:
         self._read_bytes_per_s, self._write_bytes_per_s = read.bytes_per_s, write.bytes_per_s
         self.lost_s_per_byte = self._seconds_each("moves", 0.0)  # as if lanes took nothing from it
         self.page_write_s = self._seconds_each("page writes", 0.0)
+        self.gradient_s = self._seconds_each("gradients", 0.0)
+        self.fetch_s = self._seconds_each("fetches", 0.0)
+        self.tile_part_s = self._seconds_each("tile parts", 0.0)
+        self.small_step_s = self._seconds_each("small steps", self.hook_s)
         self._flush_s = self._seconds_each("flush", write.latency_s)
 
     def _seconds_each(self, work: Work, unknown: float) -> float:

@@ -22,6 +22,7 @@ class SimGradients:
 
     Args:
         limit_nbytes: that may wait for their write.
+        leaving_s: of the training thread, for each that leaves.
 
     Attributes:
         kept: the weights whose gradients stay.
@@ -29,8 +30,9 @@ class SimGradients:
         by_rows: those whose last gradients were made of rows alone.
     """
 
-    def __init__(self, world: World, *, limit_nbytes: int) -> None:
+    def __init__(self, world: World, *, limit_nbytes: int, leaving_s: float = 0.0) -> None:
         self._world = world
+        self._leaving_s = leaving_s
         self.limit_nbytes = limit_nbytes
         self._leaving: deque[_Leaving] = deque()
         self._leaving_nbytes = 0
@@ -48,6 +50,7 @@ class SimGradients:
         self.in_memory_nbytes += nbytes
         if nbytes < MIN_NBYTES or name in self.kept:
             return
+        world.compute(self._leaving_s)
         flight = world.submit(world.writes, name, _ROLE, nbytes)
         self._leaving.append(_Leaving(name, nbytes, flight))
         self._leaving_nbytes += nbytes

@@ -191,7 +191,8 @@ class SimStep:
             read_nbytes=read,
             staging_nbytes=staged,
             written_nbytes=written,
-            seconds=self._seconds(((weight.name, numel) for weight, _, numel in parts), "one"),
+            seconds=self._seconds(((weight.name, numel) for weight, _, numel in parts), "one")
+            + len(parts) * self._costs.tile_part_s,
             temporary_nbytes=self._temporaries(numel),
         )
 
@@ -239,9 +240,9 @@ class SimStep:
 
     def _step_small(self, weights: Sequence[SimWeight]) -> None:
         """Few elements: stepped whole, and stored at once."""
-        world, writes, hook_s = self._world, self._world.writes, self._costs.hook_s
+        world, writes, seconds = self._world, self._world.writes, self._costs.small_step_s
         for weight in weights:
-            world.compute(hook_s)
+            world.compute(seconds)
             world.move(writes, weight.name, "weight", weight.padded_nbytes, "full")
 
     def commit(self) -> None:

@@ -52,6 +52,7 @@ class SimWeights:
         sizes: bytes by name.
         order: of the first use, as the model's structure suggests it.
         checksum_bytes_per_s: at which a weight is compared with its version before it goes.
+        fetch_s: of the training thread, for each that comes and will go again.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class SimWeights:
         *,
         window_nbytes: int,
         checksum_bytes_per_s: float,
+        fetch_s: float = 0.0,
     ) -> None:
         self.weights = {
             name: SimWeight(name, nbytes, number)
@@ -75,6 +77,7 @@ class SimWeights:
         self._memory = world.memory
         self.window_nbytes = window_nbytes
         self._checksum_bytes_per_s = checksum_bytes_per_s
+        self._fetch_s = fetch_s
         self._uses = 0
         self._pool: dict[int, int] = {}  # ranges that wait for use, by their size
         self._pool_nbytes = 0
@@ -136,6 +139,7 @@ class SimWeights:
                     self.evict(victim)
             self._take_room(weight)
             world = self._world
+            world.compute(self._fetch_s)
             world.move(world.reads, weight.name, _ROLE, weight.nbytes, "cold")
             weight.ready = True
 
@@ -155,6 +159,7 @@ class SimWeights:
                 self.trace.settle(place)
                 return
             self._take_room(weight)
+            self._world.compute(self._fetch_s)
             weight.flight = submit(reads, weight.name, _ROLE, weight.nbytes)
         self.trace.settle(sys.maxsize)
 

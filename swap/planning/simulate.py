@@ -113,6 +113,7 @@ class Simulation:
             list(dict.fromkeys(order)),
             window_nbytes=plan.window_nbytes,
             checksum_bytes_per_s=costs.checksum_bytes_per_s,
+            fetch_s=costs.fetch_s,
         )
         self._drive = SimDrive(world.journal, program, write_budget_nbytes)
         self._saved = SimSaved(
@@ -122,7 +123,9 @@ class Simulation:
             min_nbytes=min_swap_nbytes,
             drive=self._drive,
         )
-        self._gradients = SimGradients(world, limit_nbytes=plan.gradients_nbytes)
+        self._gradients = SimGradients(
+            world, limit_nbytes=plan.gradients_nbytes, leaving_s=costs.gradient_s
+        )
         self._step: SimStep | None = None
         if program.stepping is not None:
             self._step = SimStep(

@@ -75,14 +75,16 @@ def test_what_a_plan_lacks_is_told_and_a_rehearsal_measures_it(
         assert machine.link(drive, "host").bytes_per_s > 0
         rates = {"flush": 50.0, "tiles": 1.5e9, "moves": 3e9, "page writes": 2e4}
         recoded = dict.fromkeys(rehearsal.RECODED, 2e9)
-        return rehearsal._with(machine, {**rates, **recoded})
+        fixed = dict.fromkeys(rehearsal.FIXED, 5e3)
+        return rehearsal._with(machine, {**rates, **fixed, **recoded})
 
     monkeypatch.setattr(rehearsal, "add_rehearsal", rehearsed)
     assert main([*words, "--rehearse"]) == 1
     out = " ".join(capsys.readouterr().out.split())
     told = (
         "ok rehearsal 50 flushes/s, tiles 1.50 GB/s, computing loses a second by 3.00 GB moved, "
-        "20,000 first writes to pages/s, bf16 states 2.00 GB/s, 8bit states 2.00 GB/s, "
+        "20,000 first writes to pages/s, 5,000 gradients/s, 5,000 fetches/s, 5,000 tile parts/s, "
+        "5,000 small steps/s, bf16 states 2.00 GB/s, 8bit states 2.00 GB/s, "
         "masters 2.00 GB/s"
     )
     assert told in out
