@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from offload.allocator.errors import OffloadError
@@ -99,11 +100,11 @@ def add_rehearsal(machine: Machine, directory: Path, drive: str, *, quick: bool 
     few, many = (_median(steps, tokens) for tokens in (_FEW, _MANY))
     alone: dict[Work, float] = {
         "flush": FLUSHES / few.commit_s,
-        "page writes": said["page_writes"],
         **said["fixed"],
         **said["recoding"],
     }
-    bare = _with(machine, alone)
+    apart = {int(pages): per_s for pages, per_s in said["page_writes"].items()}
+    bare = _with(machine, alone, apart=apart)
     alone_few, alone_many = (_simulated(bare, drive, tokens) for tokens in (_FEW, _MANY))
     slowness, lost_s = _solved(few, alone_few.compute_s, many, alone_many.compute_s)
     both = Costs(bare, drive).both_bytes_per_s
@@ -113,7 +114,7 @@ def add_rehearsal(machine: Machine, directory: Path, drive: str, *, quick: bool 
     }
     if lost_s > 0.0:
         found["moves"] = 1 / lost_s
-    return _with(machine, found, slowness)
+    return _with(machine, found, slowness, apart=apart)
 
 
 def _median(steps: list[_Step], tokens: int) -> _Step:
@@ -132,16 +133,28 @@ def _solved(few: _Step, few_s: float, many: _Step, many_s: float) -> tuple[float
     return slowness, (few.compute_s - slowness * few_s) / few.moved
 
 
-def _with(machine: Machine, found: Mapping[Work, float], slowness: float = 1.0) -> Machine:
-    """The machine with these rates and none of a former rehearsal, its kernels so much slower."""
+def _with(
+    machine: Machine,
+    found: Mapping[Work, float],
+    slowness: float = 1.0,
+    *,
+    apart: Mapping[int, float] = MappingProxyType({}),
+) -> Machine:
+    """The machine with these rates and none of a former rehearsal, its kernels so much slower.
+
+    Args:
+        apart: rates of page writes by how many pages they are apart.
+    """
     former = (
         replace(rate, per_s=rate.per_s / slowness) if rate.work in _KERNELS else rate
         for rate in machine.compute
         if rate.work not in REHEARSED
     )
+    sized: list[tuple[Work, int, float]] = [(work, 1, per_s) for work, per_s in found.items()]
+    sized += [("page writes", pages, per_s) for pages, per_s in apart.items()]
     rates = (
-        ComputeRate(processor="cpu", work=work, dtype="float32", size=1, per_s=per_s)
-        for work, per_s in found.items()
+        ComputeRate(processor="cpu", work=work, dtype="float32", size=size, per_s=per_s)
+        for work, size, per_s in sized
     )
     return replace(machine, compute=(*former, *rates))
 

@@ -83,17 +83,16 @@ class Costs:
         self.read_latency_s, self.write_latency_s = read.latency_s, write.latency_s
         self._read_bytes_per_s, self._write_bytes_per_s = read.bytes_per_s, write.bytes_per_s
         self.lost_s_per_byte = self._seconds_each("moves", 0.0)  # as if lanes took nothing from it
-        self.page_write_s = self._seconds_each("page writes", 0.0)
         self.gradient_s = self._seconds_each("gradients", 0.0)
         self.fetch_s = self._seconds_each("fetches", 0.0)
         self.tile_part_s = self._seconds_each("tile parts", 0.0)
         self.small_step_s = self._seconds_each("small steps", self.hook_s)
         self._flush_s = self._seconds_each("flush", write.latency_s)
 
-    def _seconds_each(self, work: Work, unknown: float) -> float:
+    def _seconds_each(self, work: Work, unknown: float, size: int = 1) -> float:
         """Of one unit of ``work``; ``unknown`` if nobody measured it."""
         try:
-            return 1 / self._curve(work, "float32").rate(1)
+            return 1 / self._curve(work, "float32").rate(size)
         except ConfigError:
             return unknown
 
@@ -136,6 +135,10 @@ class Costs:
     def fresh_s(self, nbytes: int) -> float:
         """What the kernel takes to make ``nbytes`` of fresh memory, in one piece."""
         return self._at("first touch", "float32", nbytes) if nbytes >= FRESH_NBYTES else 0.0
+
+    def page_write_s(self, apart: float) -> float:
+        """Of the first write to a page of a mapped file, so many pages from the next one."""
+        return self._seconds_each("page writes", 0.0, max(round(apart), 1))
 
     def optimizer_s(
         self, stepping: Stepping, nbytes: int, *, threads: Literal["one", "all"]

@@ -115,7 +115,8 @@ class SimPass:
         weight, rows_nbytes, pages, is_used = self._of_weights[which]
         if rows_nbytes is not None and weight.name not in self._gradients.kept:
             self._world.compute(self._costs.fresh_s(rows_nbytes))
-            self._world.compute(pages * self._costs.page_write_s)
+            apart = weight.nbytes / PAGE / pages
+            self._world.compute(pages * self._costs.page_write_s(apart))
             self._gradients.take_rows(weight.name, rows_nbytes)
             if self._backward is not None:
                 self._backward.take(weight, gradient_nbytes=0)

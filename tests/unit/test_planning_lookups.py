@@ -112,6 +112,14 @@ def test_pages_of_rows_are_written_once_each() -> None:
     assert pages * 0.9 < writes[1] < pages
 
 
+def test_pages_far_apart_take_longer_each_as_the_kernel_brings_those_around() -> None:
+    far = rehearsal._with(machine(), {}, apart={1: 1e4, 1000 * WIDTH * 4 // PAGE // 2: 1e2})
+    near = rehearsal._with(machine(), {}, apart={1: 1e4})
+    few, many = ((_passed_s(rows, far) - _passed_s(rows, near)) for rows in (2, 900))
+    assert few == pytest.approx(2 * (1e-2 - 1e-4), rel=0.05)
+    assert many < 250 * 1e-4
+
+
 def test_a_large_table_needs_no_memory_for_its_gradient() -> None:
     rows, whole = large(), large(plain=False)
     budgets = [
