@@ -25,9 +25,8 @@ class Memory:
         self.pages_nbytes = 0
         self.peak_nbytes = 0
         self.peak_roles: dict[Role, int] = {}
-        self._counted: dict[Role, int] = {
-            role: 0 for role in get_args(Role) if role not in {"transients", "pages"}
-        }
+        # Transients and pages stay 0 in it: they are there for the order of roles alone.
+        self._counted: dict[Role, int] = dict.fromkeys(get_args(Role), 0)
 
     @property
     def now(self) -> dict[Role, int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ from offload.swap.plan import MARGIN_NBYTES, soft_limit_nbytes
 from offload.swap.planning.compiled import compile_program
 from offload.swap.planning.cost import Costs, Curve
 from offload.swap.planning.predict import drive_use, largest, least_budget, predict
-from offload.swap.planning.sim_memory import Memory
+from offload.swap.planning.sim_memory import Memory, Role
 from offload.swap.planning.simulate import Simulation
 from offload.swap.planning.whatif import changed, parse_changes
 from offload.swap.planning.world import World, read_lane, write_lane
@@ -331,6 +332,7 @@ def test_transients_are_what_is_there_beside_all_else() -> None:
     memory.pass_through([5, 40])
     assert memory.peak_nbytes == 170
     assert memory.peak_roles["transients"] == 50
+    assert list(memory.peak_roles) == list(get_args(Role))
     assert memory.nbytes == sum(memory.now.values()) == 130
 
 
