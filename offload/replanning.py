@@ -253,7 +253,7 @@ class Replanner:
 
     def _measure(self, form: Form) -> Taken:
         """What a batch of ``form`` has taken since the measurement of the peak began."""
-        peak, is_exact = self._governor.peak_nbytes, self._governor.is_exact
+        peak, is_exact = self._governor.peak()
         self._note_peak()
         self._governor.restart_peak()
         taken = peak - self._held_nbytes()

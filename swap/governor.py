@@ -48,13 +48,13 @@ class Governor:
 
         Otherwise what the thread has seen, which may have missed a short one.
         """
-        kernel = hostmem.peak_resident_nbytes()
-        return max(self.seen_nbytes, kernel if kernel > self._known_nbytes else 0)
+        return self.peak()[0]
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether the kernel has measured the peak: it is above all before ``restart_peak``."""
-        return hostmem.peak_resident_nbytes() > self._known_nbytes
+    def peak(self) -> tuple[int, bool]:
+        """``peak_nbytes``, and whether the kernel has measured it."""
+        kernel = hostmem.peak_resident_nbytes()
+        is_exact = kernel > self._known_nbytes
+        return max(self.seen_nbytes, kernel if is_exact else 0), is_exact
 
     def _watch(self) -> None:
         # File pages that shedding can't give back: the libraries' own code.

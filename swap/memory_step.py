@@ -125,14 +125,10 @@ class MemoryStep:
 
     def held_nbytes(self) -> int:
         """Bytes of the kept gradients and states that are in memory."""
-        states = sum(
-            state.stored.nbytes
-            for parameter in self._kept
-            for state in self._keeper.shown(parameter) or ()
-            if state.held
-        )
         gradients = (parameter.grad for parameter in self._kept)
-        return states + sum(gradient.nbytes for gradient in gradients if gradient is not None)
+        return self._keeper.held_nbytes() + sum(
+            gradient.nbytes for gradient in gradients if gradient is not None
+        )
 
     def keep(self, names: Iterable[str], *, pending: bool = False) -> None:
         """Keep gradients and states of the weights ``names``, and of these alone.

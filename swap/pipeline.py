@@ -24,6 +24,7 @@ from offload.swap.gradients import GradientSwapper
 from offload.swap.optim_kinds import step_on, unscales
 from offload.swap.staging import Staging
 from offload.swap.step_targets import Target
+from offload.swap.tile_blocks import BlockStep
 from offload.swap.tile_parts import Move, Part
 from offload.swap.tiles import Piece, cut
 from offload.tiers.filetier import FileTier
@@ -89,6 +90,7 @@ class TilePipeline:
         self.chunk_numel = chunk_numel
         self.staging = Staging(staging_nbytes)
         self.device = device
+        self._blocks = BlockStep(optimizer, chunk_numel)
         self._waiting: deque[_Waiting] = deque()
         self._reading: deque[_Tile] = deque()
         self._visiting: deque[_Tile] = deque()  # the device
@@ -169,11 +171,12 @@ class TilePipeline:
         """
         while self.is_busy:
             self.advance_one()
-        self.staging.close()
+        self.trim()
 
     def trim(self) -> None:
         """Give back the staging that no tile is in."""
         self.staging.close()
+        self._blocks.close()
 
     def abandon(self) -> None:
         """After an error: wait until no lane uses a buffer, and forget all tiles."""
@@ -186,7 +189,7 @@ class TilePipeline:
         self._reading.clear()
         self._visiting.clear()
         self._writing.clear()
-        self.staging.close()
+        self.trim()
 
     def _move_on(self) -> None:
         """Let written tiles go and begin to read others, as far as staging reaches."""
@@ -228,6 +231,8 @@ class TilePipeline:
     def _came_back(self, tile: _Tile, afters: Sequence[Mapping[str, Any]]) -> None:
         with _one_thread():
             self._take(tile, afters)
+            for part in tile.parts:
+                part.narrow()
         self._visiting.remove(tile)
         self._send_home(tile)
 
@@ -294,20 +299,27 @@ class TilePipeline:
 
     def _compute(self, tile: _Tile) -> None:
         with _one_thread():
+            by_blocks = any(part.by_blocks for part in tile.parts)
             for part in tile.parts:
-                part.widen()
-            afters = step_on(
-                self.optimizer,
-                tile.group,
-                [part.parameter for part in tile.parts],
-                [part.state_before() for part in tile.parts],
-            )
-            self._take(tile, afters)
+                part.widen(by_blocks=by_blocks)
+            if by_blocks:
+                self._blocks.step(tile.group, tile.parts)
+            else:
+                self._take(tile, self._step_whole(tile))
+            for part in tile.parts:
+                part.narrow(by_blocks=by_blocks)
+
+    def _step_whole(self, tile: _Tile) -> Sequence[Mapping[str, Any]]:
+        return step_on(
+            self.optimizer,
+            tile.group,
+            [part.parameter for part in tile.parts],
+            [part.state_before() for part in tile.parts],
+        )
 
     def _take(self, tile: _Tile, afters: Sequence[Mapping[str, Any]]) -> None:
         for part, after in zip(tile.parts, afters, strict=True):
             part.take(after)
-            part.narrow()
 
     def _write(self, tile: _Tile) -> None:
         moves = [move for part in tile.parts for move in part.writes()]

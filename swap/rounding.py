@@ -58,6 +58,26 @@ def round_to_bf16(
         np.copyto(upper[part], found, casting="unsafe")
 
 
+def round_and_destroy(
+    values: torch.Tensor,  # 1-D float32
+    rounded: torch.Tensor,  # 1-D bfloat16, as many elements, in other memory
+    *,
+    key: int,
+    start: int,
+) -> None:
+    """``round_to_bf16`` in ``values`` themselves: fewer calls and bytes, for what is in a cache."""
+    numbers = values.numpy()
+    if np.isnan(np.maximum.reduce(numbers)):
+        round_to_bf16(values, rounded, key=key, start=start)
+        return
+    bits = numbers.view(np.uint32)
+    for begin, end in blocks_of(start, start + values.numel()):
+        part = bits[begin - start : end - start]
+        np.add(part, random_bits(key, begin, end), out=part)
+    np.right_shift(bits, np.uint32(16), out=bits)
+    np.copyto(rounded.view(torch.int16).numpy().view(np.uint16), bits, casting="unsafe")
+
+
 def widen(
     rounded: torch.Tensor,  # 1-D bfloat16
     values: torch.Tensor,  # 1-D float32, as many elements

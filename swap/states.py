@@ -179,8 +179,10 @@ class StateKeeper:
         known = self.states[parameter]
         states = []
         for name, value in self.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor) and is_large(value):
-                state = known.get(name)
+            state = known.get(name)
+            if state is not None and state.mapped is not None and value is state.mapped.tensor:
+                states.append(state)  # nearly always: asked for each parameter in each step
+            elif isinstance(value, torch.Tensor) and is_large(value):
                 if state is None or not self.shows(value, state):
                     return None
                 states.append(state)
@@ -188,12 +190,12 @@ class StateKeeper:
 
     def held_nbytes(self, *, dirty: bool = False) -> int:
         """Bytes of the states in memory; ``dirty``: of those that the store has not yet."""
-        return sum(
-            state.stored.nbytes
-            for states in self.states.values()
-            for state in states.values()
-            if state.held and (state.dirty or not dirty)
-        )
+        nbytes = 0
+        for states in self.states.values():
+            for state in states.values():
+                if state.mapped is not None and state.mapped.held and (state.dirty or not dirty):
+                    nbytes += state.stored.nbytes
+        return nbytes
 
     def materialised_nbytes(self) -> int:
         """Bytes of memory that ``materialise`` takes."""

@@ -38,6 +38,7 @@ class Part:
         gradient: of what ``parameter.grad`` is made, if that is more than ``source``.
         states: what the optimizer sees of per-element states.
         rounded: those of them that the store has in less bits.
+        by_blocks: those of ``rounded`` that may be widened and rounded in parts (``tile_blocks``).
     """
 
     piece: Piece
@@ -49,6 +50,7 @@ class Part:
     master: StagedMaster | None = None
     states: dict[str, torch.Tensor] = field(default_factory=dict)
     rounded: dict[str, StagedRounded | StagedPacked] = field(default_factory=dict)
+    by_blocks: dict[str, StagedRounded] = field(default_factory=dict)
 
     @classmethod
     def place(cls, target: Target, piece: Piece, buffer: HostBuffer, offset: int) -> Self:
@@ -89,6 +91,8 @@ class Part:
         elif name in self.target.rounding:
             staged = self.target.rounding[name].place(buffer, offset, numel)
             self.rounded[name], self.states[name] = staged, staged.values
+            if isinstance(staged, StagedRounded):
+                self.by_blocks[name] = staged
         else:
             dtype = self.target.states[name].stored.dtype
             self.states[name] = buffer.tensor(dtype, (numel,), offset=offset)
@@ -141,34 +145,42 @@ class Part:
             states=self.states,
         )
 
-    def take(self, after: Mapping[str, Any]) -> None:
-        """Keep what the optimizer made of the state."""
+    def take(self, after: Mapping[str, Any], start: int = 0, stop: int | None = None) -> None:
+        """Keep what the optimizer made of the state, of these elements of the piece."""
         for name, value in after.items():
             staged = self.states.get(name)
             if staged is None:
                 self.target.after[name] = value
                 continue
             self.target.after.setdefault(name, None)
+            staged = staged[start:stop]
             if value.data_ptr() != staged.data_ptr():
                 staged.copy_(value)  # made afresh: the first step, or an out-of-place one
 
-    def widen(self) -> None:
-        """What is narrower in the store has been read: make it what the optimizer computes with."""
+    def widen(self, *, by_blocks: bool = False) -> None:
+        """What is narrower in the store has been read: make it what the optimizer computes with.
+
+        ``by_blocks``: but for the states that ``tile_blocks`` widens.
+        """
         if self.master is not None:  # first: the gradient takes the weight's place
             self.master.combine(has_low=MASTER_LOW in self.target.before)
         if self.gradient is not None:
             self.gradient.widen()
         for name, staged in self.rounded.items():
-            if name in self.target.before:
+            if name in self.target.before and not (by_blocks and name in self.by_blocks):
                 staged.widen()
 
-    def narrow(self) -> None:
-        """It has been stepped: make what is narrower in the store what the store keeps."""
+    def narrow(self, *, by_blocks: bool = False) -> None:
+        """It has been stepped: make what is narrower in the store what the store keeps.
+
+        ``by_blocks``: but for the states that ``tile_blocks`` has rounded.
+        """
         if self.master is not None:  # the gradient goes
             self.master.split()
             self.target.after.setdefault(MASTER_LOW, None)
         for name, staged in self.rounded.items():
-            staged.round(self.target.rounding[name].key, self.piece.start)
+            if not (by_blocks and name in self.by_blocks):
+                staged.round(self.target.rounding[name].key, self.piece.start)
 
     def release_gradient(self) -> None:
         """It has been stepped, and what goes home of the gradient is on its way."""

@@ -8,7 +8,6 @@ import ctypes
 import errno as errno_codes
 import mmap
 import os
-from pathlib import Path
 
 import numpy as np
 
@@ -280,7 +279,14 @@ def resident_nbytes() -> tuple[int, int]:
 
 def peak_resident_nbytes() -> int:
     """The kernel's peak resident set of this process so far (``VmHWM``), in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    fd = os.open("/proc/self/status", os.O_RDONLY)  # asked several times in each step
+    try:
+        text = b""
+        while part := os.read(fd, 1 << 14):
+            text += part
+    finally:
+        os.close(fd)
+    _, found, rest = text.partition(b"\nVmHWM:")
+    if found:
+        return int(rest.split(maxsplit=1)[0]) * 1024
     raise TierIOError(errno_codes.ENOENT, "/proc/self/status has no VmHWM line")

@@ -13,7 +13,7 @@ import torch
 from benchlib import Result, arguments, finish
 from offload.swap.eightbit import pack, packed_nbytes, unpack
 from offload.swap.masters import combine, split
-from offload.swap.rounding import round_to_bf16, widen
+from offload.swap.rounding import round_and_destroy, widen
 
 _NUMEL = 1 << 18  # calls so short that others of the machine seldom interrupt them
 _REPEATS = 100
@@ -23,14 +23,14 @@ def measure(result: Result, numel: int) -> None:
     """Every form, both ways."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(numel, generator=generator) * torch.randn(numel, generator=generator).exp()
-    squares, out = values.square(), torch.empty(numel)
+    squares, out, scratch = values.square(), torch.empty(numel), values.clone()
     half = torch.empty(numel, dtype=torch.bfloat16)
     low = torch.empty(numel, dtype=torch.int16)
     packed = torch.empty(packed_nbytes(numel), dtype=torch.uint8)
     ways: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
         "master": (lambda: split(values, half, low), lambda: combine(half, low, out)),
         "bf16 state": (
-            lambda: round_to_bf16(values, half, key=1, start=0),
+            lambda: round_and_destroy(scratch, half, key=1, start=0),
             lambda: widen(half, out),
         ),
         "8bit state, signed": (

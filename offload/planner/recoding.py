@@ -8,7 +8,8 @@ import torch
 
 from offload.swap.eightbit import pack, packed_nbytes, unpack
 from offload.swap.masters import combine, split
-from offload.swap.rounding import round_to_bf16, widen
+from offload.swap.rounding import round_and_destroy, widen
+from offload.swap.tile_blocks import block_numel
 from offload.tiers.machine import Work
 
 _NUMEL = 1 << 20  # of one tile
@@ -24,9 +25,12 @@ def measure_recoding() -> dict[Work, float]:
     low = torch.empty(_NUMEL, dtype=torch.int16)
     packed = torch.empty(packed_nbytes(_NUMEL), dtype=torch.uint8)
 
+    scratch = torch.empty(block_numel(_NUMEL))
+
     def round_states() -> None:
-        widen(half, out)
-        round_to_bf16(values, half, key=1, start=0)
+        for rounded in half.split(scratch.numel()):
+            widen(rounded, scratch)
+            round_and_destroy(scratch, rounded, key=1, start=0)
 
     def pack_states() -> None:
         unpack(packed, out, signed=True)

@@ -1,6 +1,6 @@
 """The memory of a simulated run: bytes of its resident set, by what they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Literal, TypeAlias, get_args
 
 Role: TypeAlias = Literal[
@@ -11,59 +11,71 @@ Role: TypeAlias = Literal[
 class Memory:
     """Bytes of the resident set by role, and their peak.
 
-    ``pages`` are clean pages of files, which the governor takes back above ``limit_nbytes``.
+    Transients, which come and go most often, are not counted: they are what is there beside all
+    else. ``pages`` are clean pages of files, which the governor takes back above ``limit_nbytes``.
+
+    Attributes:
+        nbytes: of all but pages of files.
+        peak_roles: what the resident set was made of at its peak.
     """
 
     def __init__(self, limit_nbytes: int) -> None:
         self.limit_nbytes = limit_nbytes
-        self.now: dict[Role, int] = dict.fromkeys(get_args(Role), 0)
-        self.nbytes = 0  # pages of files are not counted in
+        self.nbytes = 0
+        self.pages_nbytes = 0
         self.peak_nbytes = 0
         self.peak_roles: dict[Role, int] = {}
+        # Transients and pages stay 0 in it: they are there for the order of roles alone.
+        self._counted: dict[Role, int] = dict.fromkeys(get_args(Role), 0)
+
+    @property
+    def now(self) -> dict[Role, int]:
+        """The resident set by role, as if no page of a file was taken back."""
+        return self._roles(self.nbytes)
+
+    def _roles(self, nbytes: int) -> dict[Role, int]:
+        counted = self._counted
+        transients = nbytes - sum(counted.values())
+        return {**counted, "transients": transients, "pages": self.pages_nbytes}
 
     def add(self, role: Role, nbytes: int) -> None:
-        """``nbytes`` more are resident; not of pages."""
-        now = self.now
-        now[role] += nbytes
+        """``nbytes`` more are resident; neither of transients nor of pages."""
+        self._counted[role] += nbytes
         self.nbytes += nbytes
         # What is resident is at most the sum: it most often tells that this is no new peak.
-        if self.nbytes + now["pages"] > self.peak_nbytes and nbytes:
-            self._look_at_peak()
+        if self.nbytes + self.pages_nbytes > self.peak_nbytes and nbytes:
+            self._look_at(self.nbytes)
 
     def drop(self, role: Role, nbytes: int) -> None:
-        """``nbytes`` fewer are resident; not of pages."""
-        self.now[role] -= nbytes
+        """``nbytes`` fewer are resident; neither of transients nor of pages."""
+        self._counted[role] -= nbytes
         self.nbytes -= nbytes
+
+    def keep(self, role: Role, nbytes: int) -> None:
+        """``nbytes`` of transients have this role from now on."""
+        self._counted[role] += nbytes
 
     def add_pages(self, nbytes: int) -> None:
         """``nbytes`` more pages of files are resident, or fewer."""
-        self.now["pages"] += nbytes
+        self.pages_nbytes += nbytes
         if nbytes > 0:
-            self._look_at_peak()
+            self._look_at(self.nbytes)
 
-    def _look_at_peak(self) -> None:
-        resident = self.resident_nbytes
-        if resident > self.peak_nbytes:
-            self.peak_nbytes = resident
-            self.peak_roles = dict(self.now)
-
-    def turn(self, role: Role, into: Role, nbytes: int) -> None:
-        """``nbytes`` have another role from now on; neither is that of pages."""
-        self.now[role] -= nbytes
-        self.now[into] += nbytes
-
-    def look_at(self, highs: Sequence[int]) -> None:
-        """Transients have come and gone: see whether that was a new peak.
+    def pass_through(self, highs: Iterable[int]) -> None:
+        """Transients come and go: as many more are left as there were.
 
         Args:
             highs: bytes more than now, each time that they were more than ever before.
         """
-        now = self.now
         for high in highs:
-            resident = self._resident(self.nbytes + high)
-            if resident > self.peak_nbytes:
-                self.peak_nbytes = resident
-                self.peak_roles = {**now, "transients": now["transients"] + high}
+            self._look_at(self.nbytes + high)
+
+    def _look_at(self, nbytes: int) -> None:
+        """So much is there for a moment, pages of files not counted in."""
+        resident = self._resident(nbytes)
+        if resident > self.peak_nbytes:
+            self.peak_nbytes = resident
+            self.peak_roles = self._roles(nbytes)
 
     @property
     def resident_nbytes(self) -> int:
@@ -72,17 +84,17 @@ class Memory:
 
     def _resident(self, nbytes: int) -> int:
         """With ``nbytes`` of everything but pages of files."""
-        return nbytes + min(self.now["pages"], max(self.limit_nbytes - nbytes, 0))
+        return nbytes + min(self.pages_nbytes, max(self.limit_nbytes - nbytes, 0))
 
     def room(self) -> int:
         """Bytes left below the limit; negative above it."""
         free = self.limit_nbytes - self.nbytes
         if free <= 0:
             return free
-        free -= self.now["pages"]
+        free -= self.pages_nbytes
         return free if free > 0 else 0
 
     def restart_peak(self) -> None:
         """Begin a new measurement of the peak."""
         self.peak_nbytes = self.resident_nbytes
-        self.peak_roles = dict(self.now)
+        self.peak_roles = self.now

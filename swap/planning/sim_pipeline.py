@@ -261,8 +261,7 @@ class SimPipeline:
         tile = first.tile
         world.wait(world.reads, first.flight, "late")
         if tile.temporary_nbytes:
-            world.memory.add("transients", tile.temporary_nbytes)
-            world.memory.drop("transients", tile.temporary_nbytes)
+            world.memory.pass_through([tile.temporary_nbytes])
         world.compute(tile.seconds)
         first.stepped()
         first.flight = world.submit(world.writes, tile.name, _ROLE, tile.written_nbytes)

@@ -89,9 +89,9 @@ class SimSaved:
         else:
             is_kept = storage in self._batched
         if is_kept:
-            self._world.memory.turn("transients", "saved", nbytes)
+            self._world.memory.keep("saved", nbytes)
         else:
-            self._world.memory.drop("transients", nbytes)
+            self._world.memory.nbytes -= nbytes
 
     def _come(self, unit: Unit) -> None:
         """Its bytes are in memory again; each storage may be the one of the peak."""

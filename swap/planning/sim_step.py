@@ -232,11 +232,10 @@ class SimStep:
         tiles = _FUSED_TILES if self._stepping.fused else 1
         for call in cut(numels, self._chunk_numel * tiles):
             numel = sum(piece.numel for piece in call)
-            temporaries = self._temporaries(numel)
-            world.memory.add("transients", temporaries)
+            if temporaries := self._temporaries(numel):
+                world.memory.pass_through([temporaries])
             parts = ((names[piece.index], piece.numel) for piece in call)
             world.compute(self._seconds(parts, "all"))
-            world.memory.drop("transients", temporaries)
 
     def _step_small(self, weights: Sequence[SimWeight]) -> None:
         """Few elements: stepped whole, and stored at once."""

@@ -150,30 +150,24 @@ class SimWeights:
 
     def _prefetch(self) -> None:
         # What is nearer than a weight is never given up for it: its place says so.
-        numbered, reads, submit = self._numbered, self._world.reads, self._world.submit
-        for place, number in self.trace.unsettled():
+        trace, numbered = self.trace, self._numbered
+        reads, submit = self._world.reads, self._world.submit
+        for place, number in trace.unsettled():
             weight = numbered[number]
             if weight.ready or weight.flight is not None or weight.held:
                 continue
-            if not self._make_room(weight):
-                self.trace.settle(place)
-                return
+            excess = self._excess_nbytes(weight)
+            if excess > 0:
+                victims, nbytes = self._farthest(excess, trace.place(number))
+                if excess > nbytes:
+                    trace.settle(place)
+                    return
+                for victim in victims:
+                    self.evict(victim)
             self._take_room(weight)
             self._world.compute(self._fetch_s)
             weight.flight = submit(reads, weight.name, _ROLE, weight.nbytes)
-        self.trace.settle(sys.maxsize)
-
-    def _make_room(self, weight: SimWeight) -> bool:
-        """Have room for ``weight`` without giving up what is used before it; whether there is."""
-        excess = self._excess_nbytes(weight)
-        if excess <= 0:
-            return True
-        victims, nbytes = self._farthest(excess, self.trace.place(weight.number))
-        if excess > nbytes:
-            return False
-        for victim in victims:
-            self.evict(victim)
-        return True
+        trace.settle(sys.maxsize)
 
     def _excess_nbytes(self, weight: SimWeight) -> int:
         """Bytes that have to go before ``weight`` comes."""

@@ -199,7 +199,7 @@ class Simulation:
         world.drain()
         self._drive.finish_step()
         self._steps += 1
-        after = world.reading()
+        after, left = world.reading(), world.memory.now
         step_s = after.now_s - before.now_s
         stall_s = stalled_s - before.stall_s - inside_stall_s
         finished = StepFinished(
@@ -214,9 +214,9 @@ class Simulation:
             written_nbytes=after.written_nbytes - before.written_nbytes,
             peak_nbytes=world.memory.peak_nbytes,
             resident_nbytes={
-                "weight": world.memory.now["weights"],
+                "weight": left["weights"],
                 "activation": self._saved.kept_nbytes,
-                "state": world.memory.now["states"],
+                "state": left["states"],
             },
         )
         world.journal.record(finished)

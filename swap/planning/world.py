@@ -146,18 +146,17 @@ class World:
         Args:
             handlers: for each ``What``.
         """
-        memory, now = self.memory, self.memory.now
+        memory = self.memory
         for seconds, highs, nbytes, what, which in moments:
             if seconds:  # as ``compute`` does
                 until_s = self.now_s + seconds
                 while self._due_s <= until_s:
                     until_s += self._end_next() * self._lost_s_per_byte
                 self.now_s = until_s
-            if highs and memory.nbytes + highs[-1] + now["pages"] > memory.peak_nbytes:
-                memory.look_at(highs)
-            if nbytes:
-                now["transients"] += nbytes
-                memory.nbytes += nbytes
+            # What is resident is at most the sum: it most often tells that there is no new peak.
+            if highs and memory.nbytes + highs[-1] + memory.pages_nbytes > memory.peak_nbytes:
+                memory.pass_through(highs)
+            memory.nbytes += nbytes  # of transients
             handlers[what](which)
 
     def compute(self, seconds: float) -> None:

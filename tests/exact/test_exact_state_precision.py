@@ -19,6 +19,7 @@ import offload
 from offload.allocator.errors import UnsupportedError
 from offload.engine import Engine
 from offload.saving import step_writes_nbytes
+from offload.swap import optim_kinds, tile_blocks
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.state_precision import Precision
 from offload.tiers.events import Move
@@ -75,6 +76,30 @@ def test_tiles_of_any_size_give_the_same_bits(
     """Small budgets choose small tiles."""
     monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: chunk_numel)
     ROUNDED.run_both(starve, two_groups, config, range(STEPS))
+
+
+@pytest.mark.parametrize("block_numel", [64, 64 * 100, 1 << 16])
+@pytest.mark.parametrize("config", [BF16, IN_BACKWARD], ids=["behind", "in backward"])
+def test_blocks_of_any_size_give_the_same_bits(
+    block_numel: int, config: dict[str, Any], starve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a tile is cut into while its states are float32."""
+    monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: 64 * 1024)
+    monkeypatch.setattr(tile_blocks, "block_numel", lambda _chunk_numel: block_numel)
+    seen: list[int] = []
+
+    def step_on(optimizer: Any, group: Any, parameters: Any, states: Any) -> Any:
+        seen.append(sum(one.numel() for one in parameters))
+        return optim_kinds.step_on(optimizer, group, parameters, states)
+
+    monkeypatch.setattr(tile_blocks, "step_on", step_on)
+    ROUNDED.run_both(
+        starve,
+        lambda model: torch.optim.AdamW(model.parameters(), 1e-3, amsgrad=True, fused=True),
+        config,
+        range(3),
+    )
+    assert max(seen) <= block_numel < sum(seen)
 
 
 def test_half_of_the_bytes_of_states_move(starve: Any) -> None:

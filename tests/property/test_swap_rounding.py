@@ -10,7 +10,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.swap.rounding import BLOCK_NUMEL, round_to_bf16, widen
+from offload.swap.rounding import BLOCK_NUMEL, round_and_destroy, round_to_bf16, widen
 from offload.swap.staged_states import StagedRounded, rounded_staging_nbytes, rounding_key
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.memory import HostBuffer
@@ -48,6 +48,15 @@ def test_any_float_becomes_one_of_its_two_neighbours(bits, key, start):
     assert torch.equal(found[holds].view(torch.int16), below[holds].bfloat16().view(torch.int16))
     assert torch.equal(found.signbit()[ordinary], values.signbit()[ordinary])
     assert torch.equal(found.isnan(), values.isnan())
+
+
+@given(bits=BITS, key=KEYS, start=st.integers(0, 2 * BLOCK_NUMEL))
+def test_the_same_bits_in_memory_that_may_be_destroyed(bits, key, start):
+    values = from_bits(bits).repeat(400)
+    found = torch.empty(values.numel(), dtype=torch.bfloat16)
+    expected = rounded_of(values, key, start)
+    round_and_destroy(values, found, key=key, start=start)
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf, 0.0, -0.0, 2.0**-133])

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ from offload.swap.plan import MARGIN_NBYTES, soft_limit_nbytes
 from offload.swap.planning.compiled import compile_program
 from offload.swap.planning.cost import Costs, Curve
 from offload.swap.planning.predict import drive_use, largest, least_budget, predict
-from offload.swap.planning.sim_memory import Memory
+from offload.swap.planning.sim_memory import Memory, Role
 from offload.swap.planning.simulate import Simulation
 from offload.swap.planning.whatif import changed, parse_changes
 from offload.swap.planning.world import World, read_lane, write_lane
@@ -285,6 +286,31 @@ def test_lanes_go_on_as_their_work_that_is_left_tells(
     assert one.drive_busy_s == pytest.approx(busy_s, abs=1e-6)
 
 
+MOVES = st.lists(
+    st.tuples(st.booleans(), st.integers(1, 10**7), st.floats(0, 3), st.booleans()), max_size=30
+)
+
+
+@given(MOVES, st.floats(0.5, 1))
+def test_what_moves_on_an_idle_drive_takes_what_a_queued_transfer_takes(
+    moves: list[tuple[bool, int, float, bool]], together: float
+) -> None:
+    at_once, queued = world(together), world(together)
+    for reading, nbytes, gap_s, waits in moves:
+        for one in (at_once, queued):
+            lane = one.reads if reading else one.writes
+            if not waits:
+                one.submit(lane, "x", "weight", nbytes)
+            elif one is at_once:
+                one.move(lane, "x", "weight", nbytes, "cold")
+            else:
+                one.wait(lane, one.submit(lane, "x", "weight", nbytes), "cold")
+            one.compute(gap_s)
+    for one in (at_once, queued):
+        one.drain()
+    assert at_once.reading() == queued.reading()  # to the bit
+
+
 def test_clean_pages_give_way_to_what_is_needed() -> None:
     memory = Memory(100)
     memory.add_pages(60)
@@ -294,6 +320,21 @@ def test_clean_pages_give_way_to_what_is_needed() -> None:
     memory.add("weights", 50)
     assert memory.resident_nbytes == 120
     assert memory.peak_nbytes == 120
+
+
+def test_transients_are_what_is_there_beside_all_else() -> None:
+    memory = Memory(1000)
+    memory.add("weights", 100)
+    memory.nbytes += 30
+    memory.keep("saved", 20)
+    assert {role: nbytes for role, nbytes in memory.now.items() if nbytes} == {
+        "weights": 100, "saved": 20, "transients": 10
+    }  # fmt: skip
+    memory.pass_through([5, 40])
+    assert memory.peak_nbytes == 170
+    assert memory.peak_roles["transients"] == 50
+    assert list(memory.peak_roles) == list(get_args(Role))
+    assert memory.nbytes == sum(memory.now.values()) == 130
 
 
 def test_soft_limit_is_where_the_simulated_runtime_waits() -> None:

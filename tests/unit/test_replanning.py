@@ -66,9 +66,8 @@ class World:
     def restart_peak(self):
         self.peak_nbytes = 0
 
-    @property
-    def is_exact(self):
-        return self.exact
+    def peak(self):
+        return self.peak_nbytes, self.exact
 
     def needs_nbytes(self, form):
         count, length = form.shapes[0]

@@ -124,12 +124,12 @@ def test_the_peak_is_the_kernels_where_the_thread_was_too_late(make_governor, mo
     governor.restart_peak()
     governor.close()  # nothing is seen from now on
     governor.seen_nbytes = 900
-    assert governor.peak_nbytes == 900  # 1000 was before
+    assert governor.peak() == (900, False)  # 1000 was before
     kernel = 1001
-    assert governor.peak_nbytes == 1001
+    assert governor.peak() == (1001, True)
     governor.restart_peak()
     governor.seen_nbytes = 950
-    assert governor.peak_nbytes == 950
+    assert governor.peak() == (950, False)
 
 
 def test_tensors_that_are_gone_are_watched_no_more(tier, make_governor):
