@@ -128,7 +128,7 @@ def _table(result: Result) -> Table:
     names = list(dict.fromkeys(name for row in result.rows for name in row))
     cells = [[_text(name, row.get(name)) for name in names] for row in result.rows]
     table = Table(title=result.title)
-    if len(names) > _MOST_COLUMNS:
+    if len(names) > _MOST_COLUMNS and len(cells) < len(names):
         head = ["", *(str(number) for number in range(1, len(cells) + 1))]
         cells = [[name, *column] for name, *column in zip(names, *cells, strict=True)]
     else:

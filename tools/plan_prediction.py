@@ -16,6 +16,7 @@ user gets. Links are measured once, at the start. Every run counts and none is d
 are the measured ones, and nothing is fitted to a run.
 """
 
+import importlib.util
 import json
 import shutil
 import statistics
@@ -55,6 +56,8 @@ def main() -> int:
     parser.add_argument("--usual", action="store_true", help="only float32, on one drive")
     parser.add_argument("--others", action="store_true", help="neither of these")
     options = parser.parse_args()
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install 'offload[plots]'")
     result = Result("Predictions of the planner against real runs")
     measure(
         result,
