@@ -4,15 +4,17 @@ import json
 import os
 import statistics
 import sys
-import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import bench_fit
+import stepmeter
 from benchlib import Result, finish
 from cgroup import Finished
 from stepmeter import StepMeter, processors_s
@@ -25,18 +27,17 @@ def finished(processor_s, returncode=0):
     return Finished(returncode, False, 0, json.dumps(job) if returncode == 0 else "", "")
 
 
-def test_a_step_is_measured_in_seconds_of_the_clock_and_of_the_processors(tmp_path):
+def test_a_step_is_measured_in_seconds_of_the_clock_and_of_the_processors(monkeypatch):
+    passed_s = {"perf_counter": 100.0, "process_time": 7.0}
+    clocks = {name: partial(passed_s.__getitem__, name) for name in passed_s}
+    monkeypatch.setattr(stepmeter, "time", SimpleNamespace(**clocks))
     meter = StepMeter()
-    with meter.step():
-        until_s = time.process_time() + 0.02
-        while time.process_time() < until_s:
-            pass
-    with meter.step():
-        time.sleep(0.02)
-    worked, slept = meter.processor_s
-    assert worked >= 0.02
-    assert slept < worked
-    assert all(step_s >= 0.02 for step_s in meter.steps_s)
+    for clock_s, processors_s in ((2.0, 3.5), (1.0, 0.25)):  # two threads work, one sleeps
+        with meter.step():
+            passed_s["perf_counter"] += clock_s
+            passed_s["process_time"] += processors_s
+    assert meter.steps_s == [2.0, 1.0]
+    assert meter.processor_s == [3.5, 0.25]
     assert {name: len(values) for name, values in asdict(meter).items()} == dict.fromkeys(
         ("steps_s", "processor_s", "read_nbytes", "written_nbytes"), 2
     )
