@@ -32,10 +32,10 @@ def test_a_step_is_measured_in_seconds_of_the_clock_and_of_the_processors(monkey
     clocks = {name: partial(passed_s.__getitem__, name) for name in passed_s}
     monkeypatch.setattr(stepmeter, "time", SimpleNamespace(**clocks))
     meter = StepMeter()
-    for clock_s, processors_s in ((2.0, 3.5), (1.0, 0.25)):  # two threads work, one sleeps
+    for clock_s, worked_s in ((2.0, 3.5), (1.0, 0.25)):  # two threads work, one sleeps
         with meter.step():
             passed_s["perf_counter"] += clock_s
-            passed_s["process_time"] += processors_s
+            passed_s["process_time"] += worked_s
     assert meter.steps_s == [2.0, 1.0]
     assert meter.processor_s == [3.5, 0.25]
     assert {name: len(values) for name, values in asdict(meter).items()} == dict.fromkeys(
