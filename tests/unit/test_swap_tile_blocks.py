@@ -15,6 +15,7 @@ def test_a_block_is_no_more_than_a_tile_and_on_the_grid(chunk_numel):
     assert len(cut([chunk_numel], numel)) == -(-chunk_numel // numel)  # raises off the grid
 
 
+@pytest.mark.own_process
 def test_scratch_of_float32_is_given_back():
     blocks = BlockStep(torch.optim.AdamW([torch.zeros(64)]), 2 << 20)
 
