@@ -11,7 +11,8 @@ step time. Resident compute is measured on a model of the same width with few bl
 by block; the disk limit is measured with the same proportion of reads to writes. Both are taken
 right after the run that they are compared with. At the comfortable limit the optimizer steps
 behind backward, as by default, then in it (``step_in_backward``), and in the next forward
-(``step_in_forward``).
+(``step_in_forward``); ``--ways`` takes some of these alone, and leaves the smallest limit out.
+Seconds and bytes of a step are medians of five behind a first one, which reads no states.
 
 Efficiency does not count what the processors do beside the model: moving bytes, zeroing pages,
 checksums. ``processors_s`` is all that they do in a step, busy waiting left out, over their number:
@@ -24,13 +25,15 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchlib import Result, arguments, finish
+from benchlib import Result, arguments, finish, quantiles
 from cgroup import CgroupUnavailableError, Finished, MemoryCgroup
 from iolimit import DiskLimit
 from stepmeter import processors_s
@@ -63,6 +66,7 @@ _BEHIND, _IN_BACKWARD = "optimizer behind backward", "optimizer in backward"
 _IN_FORWARD = "optimizer in forward"
 _FLAGS = {_BEHIND: [], _IN_BACKWARD: ["--step-in-backward"], _IN_FORWARD: ["--step-in-forward"]}
 _ADVICE = re.compile(r"host=(\d+)MiB")
+_WARM_UP, _MEASURED = 1, 5  # steps
 _MOST_ADVICE = 4  # errors in a row; each names a larger budget than the one before
 # Gradients, and weights and states in one slot or in the two that commits take, with some air.
 _DISK_NBYTES_PER_PARAMETER = {"never": 18, "step": 30}
@@ -72,20 +76,23 @@ def main() -> int:
     """Run and print."""
     parser = arguments(__doc__ or "")
     parser.add_argument("--sizes", nargs="*", choices=[size.name for size in SIZES])
+    parser.add_argument("--ways", nargs="*", choices=list(_FLAGS), default=[])
     options = parser.parse_args()
     names = options.sizes or (["124M"] if options.quick else [size.name for size in SIZES])
     result = Result("Training within a memory limit that the kernel enforces")
     try:
         for size in SIZES:
             if size.name in names:
-                _measure(size, options.nvme, result, quick=options.quick)
+                _measure(size, options.nvme, result, options.ways, quick=options.quick)
     except CgroupUnavailableError as error:
         print(f"skipped: {error}", file=sys.stderr)
         return 1
     return finish(result, options.json)
 
 
-def _measure(size: Size, directory: Path, result: Result, *, quick: bool) -> None:
+def _measure(
+    size: Size, directory: Path, result: Result, only: Sequence[str], *, quick: bool
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory).free
     needs = {key: size.parameters * each for key, each in _DISK_NBYTES_PER_PARAMETER.items()}
@@ -96,12 +103,11 @@ def _measure(size: Size, directory: Path, result: Result, *, quick: bool) -> Non
             result.check(f"{size.name} trains in {size.limit_mib} MiB", 0.0, 1)
         return
     plain = _plain_need(size)
-    limits = [size.limit_mib]
-    if not quick:
-        limits.append(_smallest_limit_mib(size, commit, directory))
+    runs = [(size.limit_mib, step) for step in only or _FLAGS]
+    if not (quick or only):
+        runs.append((_smallest_limit_mib(size, commit, directory), _BEHIND))
     passed: list[dict[str, Any]] = []
-    ways = [(limits[0], _IN_BACKWARD), (limits[0], _IN_FORWARD)]
-    for limit_mib, step in [(mib, _BEHIND) for mib in limits] + ways:
+    for limit_mib, step in runs:
         done = _run(size, limit_mib, commit, directory, step)
         if done.returncode != 0:
             result.notes.append(f"{size.name} in {limit_mib} MiB, {step}: {_why(done)}")
@@ -112,7 +118,7 @@ def _measure(size: Size, directory: Path, result: Result, *, quick: bool) -> Non
         passed[-1] |= _bound(passed[-1], again)
         result.add(**passed[-1])
     if size.promised:
-        _check(size, passed, directory, result)
+        _check(size, passed, only or _FLAGS, directory, result)
 
 
 def _smallest_limit_mib(size: Size, commit: str, directory: Path) -> int:
@@ -132,11 +138,19 @@ def _smallest_limit_mib(size: Size, commit: str, directory: Path) -> int:
     return budget_mib + _KERNEL_NBYTES // _MIB
 
 
-def _check(size: Size, passed: list[dict[str, Any]], directory: Path, result: Result) -> None:
+def _check(
+    size: Size,
+    passed: list[dict[str, Any]],
+    ways: Collection[str],
+    directory: Path,
+    result: Result,
+) -> None:
     """The figures that are promised at one limit."""
     limit_mib = size.limit_mib
     kept = {row["step"]: row for row in passed if row["limit_nbytes"] == limit_mib * _MIB}
     for step, efficiency in ((_BEHIND, 0.6), (_IN_BACKWARD, 0.85)):
+        if step not in ways:
+            continue
         name = f"{size.name} in {limit_mib} MiB, {step}"
         result.check(f"{name}: trains", float(step in kept), 1)
         if step in kept:
@@ -151,10 +165,13 @@ def _row(
 ) -> dict[str, Any]:
     job = json.loads(done.stdout)
     compute_s = json.loads(_child(["--size", size.name, "--compute"]).stdout)["compute_s"]
-    stats = job["stats"]
-    moved = stats["read_bytes_per_step"] + stats["written_bytes_per_step"]
+    step_s, read, written = (
+        statistics.median(job[name][_WARM_UP:])
+        for name in ("steps_s", "read_nbytes", "written_nbytes")
+    )
+    moved = read + written
     disk = DiskLimit(directory, 4 << 30)
-    rate = disk.mixed_bytes_per_s(stats["read_bytes_per_step"] / moved, 8 << 30)
+    rate = disk.mixed_bytes_per_s(read / moved, 8 << 30)
     disk.close()
     return {
         "limit_nbytes": limit_mib * _MIB,
@@ -162,13 +179,14 @@ def _row(
         "resident_peak_nbytes": job["peak_nbytes"],
         "plain_nbytes": plain[1],
         "plain": plain[0],
-        "step_s": stats["step_s"],
-        "optimizer_s": stats["optimizer_s"],
+        "step_s": step_s,
+        "steps_s": quantiles(job["steps_s"][_WARM_UP:]),
+        "optimizer_s": job["stats"]["optimizer_s"],
         "moved_nbytes": moved,
         "disk_bytes_per_s": rate,
         "disk_s": moved / rate,
         "resident_compute_s": compute_s,
-        "efficiency": max(compute_s, moved / rate) / stats["step_s"],
+        "efficiency": max(compute_s, moved / rate) / step_s,
     }
 
 
@@ -177,11 +195,11 @@ def _bound(row: dict[str, Any], again: Finished) -> dict[str, Any]:
     if again.returncode:
         return {}
     job = json.loads(again.stdout)
-    work_s = processors_s(job["processor_s"])
+    work_s = processors_s(job["processor_s"][_WARM_UP:])
     return {
         "processors_s": work_s,
         "bound_s": max(row["resident_compute_s"], row["disk_s"], work_s),
-        "passive_step_s": job["stats"]["step_s"],
+        "passive_step_s": statistics.median(job["steps_s"][_WARM_UP:]),
     }
 
 
@@ -199,7 +217,9 @@ def _run(
         shutil.rmtree(store, ignore_errors=True)
 
 
-def _command(size: Size, budget: str | None, store: Path, steps: int = 3) -> list[str]:
+def _command(
+    size: Size, budget: str | None, store: Path, steps: int = _WARM_UP + _MEASURED
+) -> list[str]:
     command = [sys.executable, str(_JOB), "--size", size.name, "--steps", str(steps)]
     return command if budget is None else [*command, "--budget", budget, "--nvme", str(store)]
 
