@@ -201,7 +201,7 @@ def hook_s(swap: ActivationSwap, saved: list[torch.Tensor], repeats: int = 50) -
 def main() -> int:
     """Run and print."""
     parser = arguments(__doc__ or "")
-    parser.add_argument("--turns", type=int, default=5, help="steps of each mode (default: 5)")
+    parser.add_argument("--turns", type=int, default=15, help="steps of each mode (default: 15)")
     options = parser.parse_args()
     size = Size(layers=2, length=128) if options.quick else Size()
     torch.manual_seed(0)
