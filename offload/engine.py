@@ -23,13 +23,13 @@ from offload.checkpoint import save_pretrained
 from offload.committing import Commits
 from offload.computing import Computing
 from offload.hooks import ModelHooks
+from offload.hosting import host_passes
 from offload.optimizing import Optimizing, no_masters
-from offload.recomputing import rebuild_rows
 from offload.recording import record_finish, record_start
 from offload.replanning import Replanner
 from offload.returning import take_back
 from offload.runtime import Runtime
-from offload.saving import make_homes, open_cache
+from offload.saving import make_homes
 from offload.sharing import open_device_step
 from offload.steplog import Stats, StepLog
 from offload.swap.buckets import Form
@@ -108,33 +108,12 @@ class Engine(Attachment):
             self.gradients,
             homes,
         )
-        self.activations = (
-            self.computing.activations
-            if self.computing is not None
-            else open_cache(homes, runtime, plan, model, self.weights)
-        )
+        passes = self.computing or host_passes(model, runtime, plan, census, self.weights, homes)
+        self.activations, self.tokenwise = passes.activations, passes.tokenwise
         self._replanner.activations = self.activations if self.computing is None else None
-        self.tokenwise = (
-            self.computing.tokenwise
-            if self.computing is not None
-            else rebuild_rows(model, self.activations, runtime.config)
-        )
-        self._hooks = ModelHooks(
-            model,
-            self.computing.census if self.computing is not None else census,
-            self.computing.weights if self.computing is not None else self.weights,
-            self.activations,
-            self._before_pass,
-            self.computing.saved if self.computing is not None else self.tokenwise,
-            self.computing,
-        )
+        self._hooks = ModelHooks(model, passes, self._before_pass)
         self._vertical = Vertical(
-            model,
-            census,
-            self.weights,
-            self.gradients,
-            self._hooks,
-            self._replanner,
+            model, census, self.weights, self.gradients, self._hooks, self._replanner
         )
         for name, weight in self.weights.weights.items():
             for parameter in weight.parameters:

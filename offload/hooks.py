@@ -19,16 +19,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 
 from offload.computing import Computing
-from offload.swap.activations import ActivationCache
+from offload.hosting import Hosting
 from offload.swap.buckets import Form, form_of
-from offload.swap.census import Census
 from offload.swap.selective import SavedTensors, put_on, take_off
 from offload.swap.uncompiled import uncompiled
 from offload.swap.weights import Weight
-from offload.swap.window import Window
 
 if TYPE_CHECKING:
     from offload.swap.forward_step import ForwardStep
+    from offload.swap.window import Window
 
 
 def in_backward() -> bool:
@@ -52,9 +51,7 @@ class ModelHooks:
     """Installs the hooks of one model; ``remove`` takes them off again.
 
     Args:
-        weights: in memory, or on the device, where the model computes.
-        saved: takes what autograd saves, on top of ``activations``; by default that itself.
-        computing: the device, if it computes on one.
+        passes: what they go through, on the CPU or on the device on which the model computes.
         on_pass: called as a pass begins, with the form of its inputs.
 
     Attributes:
@@ -64,24 +61,20 @@ class ModelHooks:
     def __init__(
         self,
         model: nn.Module,
-        census: Census,
-        weights: Window[Any],
-        activations: ActivationCache,
+        passes: Hosting | Computing,
         on_pass: Callable[[Form], None],
-        saved: SavedTensors | None = None,
-        computing: Computing | None = None,
     ) -> None:
-        self._computing = computing
-        self._weights: Window[Any] = weights
-        self._activations = activations
+        self._computing = passes if isinstance(passes, Computing) else None
+        self._weights: Window[Any] = passes.weights
+        self._activations = passes.activations
         self._on_pass = on_pass
-        self._saved = saved
+        self._saved: SavedTensors | None = passes.saved
         self.in_forward: ForwardStep | None = None
         self._here = _Here()
         self._in_turns = False
         self._handles: list[RemovableHandle] = []
         self._running: dict[nn.Module, Callable[[tuple[Any, ...]], object]] = {}
-        users = {info.name: info.weights for info in census.modules}
+        users = {info.name: info.weights for info in passes.census.modules}
         for name, module in model.named_modules():
             if name in users or module is model or module._parameters:
                 self._hook(name, module, users.get(name, ()))

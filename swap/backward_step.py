@@ -138,7 +138,7 @@ class BackwardStep:
     def _coming_nbytes(self, parameter: nn.Parameter) -> int:
         """Of the gradient that autograd makes next: nobody asks before it takes that memory."""
         if (coming := self._next.get(parameter)) is not None:
-            return 0 if coming in self._streamed.gradients.by_rows else coming.nbytes
+            return 0 if coming in self._streamed.gradients.rows.came else coming.nbytes
         unseen = self._groups.keys() - self._stepped if not self._next else ()
         return max((other.nbytes for other in unseen if other.requires_grad), default=0)
 

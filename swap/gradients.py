@@ -26,6 +26,7 @@ from offload.swap.governor import Governor
 from offload.swap.gradient_homes import GradientHomes
 from offload.swap.incomplete import IncompleteGradients
 from offload.swap.known_norms import KnownNorms
+from offload.swap.rows_at_home import RowsAtHome
 from offload.tiers.filetier import FileTier
 from offload.tiers.journal import Journal, Label
 from offload.tiers.mapped import MappedTensor
@@ -64,12 +65,10 @@ class GradientSwapper:
         self.limit_nbytes = limit_nbytes
         self._names: dict[nn.Parameter, str] = {}
         self.places = GradientHomes(scratch, journal, governor, self._names)
+        self.rows = RowsAtHome(scratch, journal, self.places, self._names)
         self._leaving = Departures()
         self._incomplete = IncompleteGradients(governor)
         self._kept: frozenset[nn.Parameter] = frozenset()
-        self._begun: set[nn.Parameter] = set()  # their fresh gradients are made at home
-        self._written: set[nn.Parameter] = set()  # some rows of their gradients were
-        self.by_rows: set[nn.Parameter] = set()  # as their last ones were, too
         self.stepper: Stepper | None = None  # uses gradients up as they arrive
         self.before_backward: Callable[[], None] = lambda: None  # called at its first gradient
         self.before_end: Callable[[], None] = lambda: None  # called as a backward ends
@@ -121,28 +120,6 @@ class GradientSwapper:
         while self._leaving.of(parameter):
             self._await_oldest("drain")
 
-    def begin(self, parameter: nn.Parameter, dtype: torch.dtype) -> MappedTensor:
-        """The home of a fresh gradient of ``parameter``, all zeros: what is written there is it.
-
-        Call ``settle`` before.
-
-        Raises:
-            TierIOError: the disk could not take it.
-        """
-        home = self.places.clear(parameter, dtype)
-        self._begun.add(parameter)
-        return home
-
-    @contextmanager
-    def writing(self, parameter: nn.Parameter, nbytes: int) -> Iterator[None]:
-        """Records that ``nbytes`` of the gradient of ``parameter`` are written to its home."""
-        began_s = self.journal.now()
-        yield
-        self._written.add(parameter)
-        label = Label(self._names[parameter], "gradient", "host", self.scratch.spec.name)
-        duration_s = self.journal.now() - began_s
-        self.journal.moved(label, nbytes, duration_s, self.scratch.lanes.writes.name)
-
     def name_of(self, parameter: nn.Parameter) -> str:
         """The name of the weight behind ``parameter``, which is watched."""
         return self._names[parameter]
@@ -162,13 +139,11 @@ class GradientSwapper:
         self.watch_backward()  # first of all: to poll may send a gradient on its way again
         self.poll()
         gradient = parameter.grad
-        begun = parameter in self._begun
-        self._begun.discard(parameter)
-        (self.by_rows.add if begun else self.by_rows.discard)(parameter)
+        begun = self.rows.accumulated(parameter)
         if gradient is None or not _movable(gradient, parameter):
             return
         if self.stepper is not None and self._step(parameter, self.stepper, begun=begun):
-            self._written.discard(parameter)
+            self.rows.written.discard(parameter)
             return
         if self._stays_incomplete(parameter, gradient):
             return
@@ -199,12 +174,12 @@ class GradientSwapper:
         self.places.share(home)
         if parameter in self._kept:
             parameter.grad = gradient.clone()
-        elif parameter in self._written:  # its norm would bring all of it into memory
+        elif parameter in self.rows.written:  # its norm would bring all of it into memory
             self.norms.forget(home)
         elif self.norms.wanted and self.stepper is None:
             self.norms.take(home, gradient)
             self.places.watch_writes(parameter, home)
-        self._written.discard(parameter)
+        self.rows.written.discard(parameter)
         home.shed()
 
     def _step(self, parameter: nn.Parameter, stepper: Stepper, *, begun: bool) -> bool:

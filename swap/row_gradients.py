@@ -205,8 +205,8 @@ class RowGradients:
         gradients.settle(parameter)
         gradient = parameter.grad
         if gradient is None and not gradients.keeps(parameter):
-            fresh = gradients.begin(parameter, total.dtype)
-            with gradients.writing(parameter, values.nbytes):
+            fresh = gradients.rows.begin(parameter, total.dtype)
+            with gradients.rows.writing(parameter, values.nbytes):
                 _write_rows(fresh, rows, values)
             parameter.grad = fresh.tensor.detach()
         elif gradient is None:
@@ -214,7 +214,7 @@ class RowGradients:
         elif gradient.layout is not torch.strided:
             parameter.grad = total.to_dense() + gradient
         elif type(gradient) is torch.Tensor and (home := gradients.home_of(parameter)) is not None:
-            with gradients.writing(parameter, values.nbytes):
+            with gradients.rows.writing(parameter, values.nbytes):
                 _lose_signs_of_zeros(home)
                 _write_rows(home, rows, values, add=True)
         else:  # in memory; one that a step in backward has used up says so

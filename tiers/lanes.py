@@ -16,15 +16,9 @@ nobody has to come by.
 [Note: forked processes] A process that is forked has the lanes, and not their threads: whoever
 waited for a transfer there would wait for ever. It is told so.
 
-[Note: who wakes whom] To wake a thread is a system call, and the kernel may give the woken thread
-the processor of the one that called, which is the training thread, in the middle of its work. So
-``submit`` wakes one worker at most for each queue, none while one is still waking up, and after it
-has given up the lock, which the woken one wants first of all. A worker that takes a job and leaves
-others behind wakes the next worker. Ctrl-C may come before the call was made: so it is made again
-by the next ``submit`` after a while, and by whoever waits for the lane or closes it.
+A worker that finds nothing to do waits for its bell (``lane_queue``).
 """
 
-import contextlib
 import os
 import threading
 import time
@@ -35,10 +29,9 @@ from typing import TypeAlias
 
 from offload.allocator.errors import ForkedProcessError
 from offload.tiers.journal import Journal, Label
+from offload.tiers.lane_queue import LaneQueue, ring
 
 Job: TypeAlias = Callable[[], None]
-
-_LOST_S = 0.1  # a worker that was called and has not come for so long may not have been called
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +152,6 @@ def check_process(pid: int) -> None:
         )
 
 
-def _ring(bells: Sequence[threading.Lock]) -> None:
-    for bell in bells:
-        with contextlib.suppress(RuntimeError):  # it has been rung, and nobody has come yet
-            bell.release()
-
-
 def _no_job() -> None:
     """Nothing has to move, but not before another transfer has ended."""
 
@@ -184,41 +171,7 @@ def wait_for_all(transfers: Sequence[Transfer]) -> None:
         failed[0].wait()
 
 
-class _Queue:
-    """The jobs of one path that wait, and the workers that wait for them ([Note: who wakes whom]).
-
-    Everything here is done under the lane's lock.
-    """
-
-    __slots__ = ("_asleep", "_called_s", "jobs")
-
-    def __init__(self) -> None:
-        self.jobs: deque[tuple[Transfer, Job]] = deque()
-        self._asleep: list[threading.Lock] = []  # of each worker its own, which it waits for
-        self._called_s: float | None = None  # when one was called that has not come yet
-
-    def sleep(self, bell: threading.Lock) -> None:
-        """A worker goes to wait for ``bell``, which it holds."""
-        self._asleep.append(bell)
-
-    def come(self, bell: threading.Lock) -> None:
-        """The worker that waited for ``bell`` has come."""
-        self._asleep.remove(bell)
-        self._called_s = None
-
-    def call(self) -> "threading.Lock | None":
-        """What is to be released to wake a worker; None if none need be."""
-        if not self.jobs or not self._asleep:
-            return None
-        now_s = time.monotonic()
-        if self._called_s is not None and now_s - self._called_s < _LOST_S:
-            return None
-        self._called_s = now_s
-        return self._asleep[-1]
-
-    def call_all(self) -> list[threading.Lock]:
-        """What is to be released to wake every worker."""
-        return list(self._asleep)
+_Queue: TypeAlias = LaneQueue[tuple[Transfer, Job]]
 
 
 class Lane:
@@ -283,7 +236,7 @@ class Lane:
             else:
                 self._following += 1
             self._pending += len(jobs)
-        _ring(bells)
+        ring(bells)
         if after is not None:
             after.then(lambda: self._follow(transfer, jobs))
         return transfer
@@ -294,7 +247,7 @@ class Lane:
             bells = self._enqueue(transfer, jobs)
             if self._closed:
                 bells += self._all_bells()
-        _ring(bells)
+        ring(bells)
 
     def _enqueue(
         self, transfer: Transfer, jobs: Sequence[Job], *, urgent: bool = False
@@ -338,7 +291,7 @@ class Lane:
         check_process(self._process)
         with self._lock:
             bells = self._all_bells() if self._pending else []
-        _ring(bells)
+        ring(bells)
         with self._idle:
             self._idle.wait_for(lambda: self._pending == 0)
 
@@ -347,7 +300,7 @@ class Lane:
         with self._lock:
             self._closed = True
             bells = self._all_bells()
-        _ring(bells)
+        ring(bells)
         for thread in self._threads:
             thread.join()
 
@@ -370,7 +323,7 @@ class Lane:
                 queue.sleep(bell)
             bell.acquire()
             is_called = True
-        _ring([] if other is None else [other])
+        ring([] if other is None else [other])
         return taken
 
     def _work(self, queue: _Queue) -> None:

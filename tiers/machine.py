@@ -9,25 +9,18 @@ import dataclasses
 import difflib
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from offload.allocator.errors import ConfigError
+from offload.tiers.machine_faults import faults_of
 
 if TYPE_CHECKING:
     from pydantic import ConfigDict, ValidationError
 
 FORMAT_VERSION = 1
-
-# A figure beyond these was written in another unit.
-_SLOWEST_BYTES_PER_S, _FASTEST_BYTES_PER_S = 1e4, 1e14
-_LONGEST_S = 60.0
-_SLOWEST_PER_S, _FASTEST_PER_S = 1e2, 1e16  # of any work
-_COUNTED = {"flush", "gradients", "fetches", "tile parts", "small steps"}  # one by one
-_SLOWEST_COUNTED_PER_S = 1e-1
 
 # What pydantic is told when a file is read: no guessing, no unknown keys.
 _RULES: "ConfigDict" = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
@@ -160,7 +153,7 @@ class Machine:
     format: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if problems := tuple(_problems(self)):
+        if problems := tuple(faults_of(self)):
             raise ConfigError(*problems)
 
     def tier(self, name: str) -> MachineTier:
@@ -324,10 +317,10 @@ def _decode(text: str) -> Machine:
     try:
         return TypeAdapter(Machine).validate_json(text)
     except ValidationError as error:
-        raise ConfigError(*_faults(error)) from error
+        raise ConfigError(*_decoding_faults(error)) from error
 
 
-def _faults(error: "ValidationError") -> Iterator[str]:
+def _decoding_faults(error: "ValidationError") -> Iterator[str]:
     known = sorted(
         field.name
         for kind in (Machine, MachineTier, Link, Processor, ComputeRate)
@@ -344,58 +337,3 @@ def _faults(error: "ValidationError") -> Iterator[str]:
             yield from cause.problems
         else:
             yield f"{place}: {fault['msg']}, not {fault['input']!r}"
-
-
-def _problems(machine: Machine) -> Iterator[str]:
-    names = Counter(tier.name for tier in machine.tiers)
-    for name, count in names.items():
-        if count > 1:
-            yield f"tiers: {name!r} stands there {count} times"
-    for place, tier in _placed("tiers", machine.tiers):
-        if min(tier.capacity_nbytes, tier.free_nbytes) < 0 or tier.align_nbytes < 1:
-            yield f"{place}: sizes are bytes and can't be negative"
-    measured = Counter(
-        (link.source, link.target, link.block_nbytes, link.in_flight) for link in machine.links
-    )
-    for (source, target, block_nbytes, in_flight), count in measured.items():
-        if count > 1:
-            yield (
-                f"links: {source} → {target} with {in_flight} blocks of {block_nbytes} bytes "
-                f"stands there {count} times"
-            )
-    for place, link in _placed("links", machine.links):
-        yield from _link_problems(place, link, set(names))
-    yield from _compute_problems(machine)
-
-
-def _compute_problems(machine: Machine) -> Iterator[str]:
-    for place, rate in _placed("compute", machine.compute):
-        slowest = _SLOWEST_COUNTED_PER_S if rate.work in _COUNTED else _SLOWEST_PER_S
-        if rate.size < 1 or not slowest <= rate.per_s <= _FASTEST_PER_S:
-            yield f"{place}: {rate.per_s:g} a second, by calls of {rate.size}: no {rate.work} does"
-
-
-def _placed(name: str, records: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
-    return ((f"{name}.{index}", record) for index, record in enumerate(records))
-
-
-def _link_problems(place: str, link: Link, tiers: set[str]) -> Iterator[str]:
-    for end in (link.source, link.target):
-        if end not in tiers:
-            yield f"{place}: {end!r} is no tier of this machine; it has {', '.join(sorted(tiers))}"
-    if min(link.block_nbytes, link.in_flight, link.repeats) < 1:
-        yield f"{place}: block_nbytes, in_flight and repeats count from 1"
-    rates = (link.low_bytes_per_s, link.bytes_per_s, link.high_bytes_per_s)
-    for rate in rates:
-        if not _SLOWEST_BYTES_PER_S <= rate <= _FASTEST_BYTES_PER_S:
-            yield (
-                f"{place}: {rate:g} bytes per second is no rate of a link: "
-                "rates are in bytes per second, 7 GB/s is 7e9"
-            )
-    if sorted(rates) != list(rates):
-        yield f"{place}: low_bytes_per_s <= bytes_per_s <= high_bytes_per_s does not hold"
-    if not 0 <= link.latency_s <= _LONGEST_S:
-        yield (
-            f"{place}: {link.latency_s:g} seconds is no latency of a link: "
-            "latencies are in seconds, 80 us is 80e-6"
-        )

@@ -125,20 +125,17 @@ def in_memory(result: Result, folder: Path, *, quick: bool) -> None:
             if len(seconds) >= least and _is_sure(_ratios(seconds)):
                 break
         kept = len(engine.plan.resident_states)
-    ratios = _ratios(seconds)
     result.add(
         model=f"{count * width * width / 1e6:.0f}M of matrices",
         way=f"{IN_MEMORY}: states of {kept} of {count} matrices",
-        step_s=statistics.median(ours_s for _, ours_s in seconds),
-        plain_step_s=statistics.median(plain_s for plain_s, _ in seconds),
-        ratio_min_median_max=quantiles(ratios),
-        pairs=len(ratios),
-        ratio_median_interval=_interval_text(ratios),
+        **_of_pairs(seconds, ours="step_s"),
     )
     result.check("states that are in memory", kept, count)
     if not quick:
         result.at_most(
-            "step visible part over plain fused AdamW's", statistics.median(ratios), MOST_IN_MEMORY
+            "step visible part over plain fused AdamW's",
+            statistics.median(_ratios(seconds)),
+            MOST_IN_MEMORY,
         )
 
 
@@ -151,9 +148,17 @@ def _is_sure(ratios: Sequence[float]) -> bool:
     return high - low <= 2 * SURE
 
 
-def _interval_text(ratios: Sequence[float]) -> str:
+def _of_pairs(seconds: Sequence[tuple[float, float]], ours: str) -> dict[str, Any]:
+    """What pairs of plain and our seconds tell; ``ours`` is the name of the latter."""
+    ratios = _ratios(seconds)
     low, high = median_interval(ratios)
-    return f"{low:.3g} to {high:.3g}"
+    return {
+        ours: statistics.median(ours_s for _, ours_s in seconds),
+        "plain_step_s": statistics.median(plain_s for plain_s, _ in seconds),
+        "ratio_min_median_max": quantiles(ratios),
+        "pairs": len(ratios),
+        "ratio_median_interval": f"{low:.3g} to {high:.3g}",
+    }
 
 
 def _timed_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
@@ -204,19 +209,14 @@ def _in_memory_jobs(
             break
         plain, ours = (found[way][0] or {} for way in ("plain", IN_MEMORY))
         seconds.append((plain["visible_s"], ours["visible_s"]))
-    ratios = _ratios(seconds)
     result.add(
         model=size,
         way=f"{IN_MEMORY}, processes in turn",
-        visible_s=statistics.median(ours_s for _, ours_s in seconds),
-        plain_step_s=statistics.median(plain_s for plain_s, _ in seconds),
-        ratio_min_median_max=quantiles(ratios),
-        pairs=len(ratios),
-        ratio_median_interval=_interval_text(ratios),
+        **_of_pairs(seconds, ours="visible_s"),
     )
     result.at_most(
         f"{size}: step visible part over plain fused AdamW's",
-        statistics.median(ratios),
+        statistics.median(_ratios(seconds)),
         MOST_IN_MEMORY,
     )
 

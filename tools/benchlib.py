@@ -4,9 +4,10 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-_MOST_COLUMNS = 15
+_WIDTH = 150  # of what is printed, but to a terminal, which has its own
+_TEXT = 40  # characters that a cell may ask for; more are folded
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def finish(result: Result, path: Path | None) -> int:
     """Print the table and checks, write the JSON; the exit code."""
-    console = Console(width=150)
-    console.print(_table(result))
+    console = Console(width=shutil.get_terminal_size((_WIDTH, 24)).columns)
+    for table in _tables(result, console.width):
+        console.print(table)
     for check in result.checks:
         state = "holds" if check.holds else "DOES NOT HOLD"
         console.print(f"{check.name}: {check.value:.3g} ({check.target}) {state}")
@@ -123,21 +126,42 @@ def finish(result: Result, path: Path | None) -> int:
     return 0 if all(check.holds for check in result.checks) else 1
 
 
-def _table(result: Result) -> Table:
-    """A line for each row; or, where these would be too wide to be read, for each figure."""
+def _tables(result: Result, width: int) -> Iterator[Table]:
+    """A line for each row; or, where these are too wide, for each figure, in parts that fit."""
     names = list(dict.fromkeys(name for row in result.rows for name in row))
-    cells = [[_text(name, row.get(name)) for name in names] for row in result.rows]
-    table = Table(title=result.title)
-    if len(names) > _MOST_COLUMNS and len(cells) < len(names):
-        head = ["", *(str(number) for number in range(1, len(cells) + 1))]
-        cells = [[name, *column] for name, *column in zip(names, *cells, strict=True)]
-    else:
-        head = names
-    for name in head:
-        table.add_column(name)
-    for line in cells:
+    rows = [[_text(name, row.get(name)) for name in names] for row in result.rows]
+    figures = [list(column) for column in zip(names, *rows, strict=True)]
+    if _width(figures) <= width:
+        yield _table(result.title, figures)
+        return
+    numbered = [[str(number), *row] for number, row in enumerate(rows, 1)]
+    parts: list[list[list[str]]] = []
+    for column in numbered:
+        if not parts or _width([["", *names], *parts[-1], column]) > width:
+            parts.append([])
+        parts[-1].append(column)
+    for part in parts:
+        first, last = part[0][0], part[-1][0]
+        which = f", {first} to {last} of {len(rows)}" if len(parts) > 1 else ""
+        yield _table(result.title + which, [["", *names], *part])
+
+
+def _table(title: str, columns: list[list[str]]) -> Table:
+    """Columns with their heads."""
+    table = Table(title=title)
+    for head, *_ in columns:
+        table.add_column(head, overflow="fold")
+    for line in list(zip(*columns, strict=True))[1:]:
         table.add_row(*line)
     return table
+
+
+def _width(columns: list[list[str]]) -> int:
+    """Of a table of which nothing but long text is folded, lines and space included."""
+    widths = [
+        max(len(head), *(min(len(cell), _TEXT) for cell in cells)) for head, *cells in columns
+    ]
+    return 1 + sum(3 + width for width in widths)
 
 
 def _text(name: str, value: Any) -> str:

@@ -1,104 +1,18 @@
-"""States in memory: the bits of training in memory, no reads, nothing stored before a commit."""
+"""States in memory: the bits of training in memory, whatever the optimizer and the user do."""
 
 import copy
-from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from memory_runs import IN_BACKWARD, SOME, STEPS, adamw, hold, loop_with, loss_of, moves, train
 from test_exact_optimizers import OPTIMIZERS, make_model, two_groups
 from torch import nn
 from torch.nn import functional as F
 
-import offload
 from offload.engine import Engine
-from offload.swap.plan import MARGIN_NBYTES
-from offload.tiers.events import Move
 
-STEPS = 12
-IN_BACKWARD = {"step_in_backward": True}
-# Of ``make_model``; the others are ``2.bias`` and ``2.weight``.
-SOME = ("scale", "0.bias", "0.weight")
-
-
-@pytest.fixture(autouse=True)
-def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an end that is off every grid: 300 * 257 = 77,100 elements."""
-    monkeypatch.setattr("offload.runtime.choose_chunk_numel", lambda _budget: 64 * 160)
-
-
-def adamw(model: nn.Module) -> Any:
-    return torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
-
-
-def loss_of(model: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.mse_loss(model(x) * model.scale, x) + model.empty.sum()
-
-
-def hold(engine: Engine | None, names: Iterable[str] | None = None) -> None:
-    """Have ``names`` in memory, or everything, whatever the plan says."""
-    if engine is not None:
-        engine.keep_streaming()
-        chosen = engine.weights.weights if names is None else names
-        engine.weights.keep(chosen)
-        engine._optimizing.streamed.memory.keep(chosen)
-
-
-def train(
-    model: Any, optimizer: Any, steps: range, between: Callable[[int], None] = lambda _step: None
-) -> list[float]:
-    losses = []
-    for step in steps:
-        x = torch.randn(32, 300, generator=torch.Generator().manual_seed(step))
-        loss = loss_of(model, x)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        between(step)
-    return losses
-
-
-def loop_with(names: Iterable[str] | None, after: int = 1) -> Callable[..., list[float]]:
-    """Some steps that stream, then those with ``names`` in memory."""
-
-    def loop(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
-        losses = train(model, optimizer, range(after))
-        hold(engine, names)
-        return losses + train(model, optimizer, range(after, STEPS))
-
-    return loop
-
-
-def assert_same(plain: Any, plain_optimizer: Any, model: Any, optimizer: Any) -> None:
-    """Weights and their states have the same bits."""
-    for parameter, twin in zip(plain.parameters(), model.parameters(), strict=True):
-        assert torch.equal(parameter, twin)
-        theirs = optimizer.state[twin]
-        if parameter.numel():  # a store knows nothing of the others
-            for name, value in plain_optimizer.state[parameter].items():
-                assert torch.equal(value, theirs[name]), (parameter.shape, name)
-
-
-def moves(engine: Engine) -> list[Move]:
-    events = engine._journal.recorder.events  # type: ignore[attr-defined]
-    return [event for event in events if isinstance(event, Move)]
-
-
-def held_names(engine: Engine) -> set[str]:
-    """The weights of which a large state is in memory."""
-    keeper = engine._optimizing.keeper
-    assert keeper is not None
-    return {
-        keeper.names[parameter]
-        for parameter, states in keeper.states.items()
-        if any(state.held for state in states.values())
-    }
-
-
-def forget_moves(engine: Engine) -> None:
-    engine._journal.recorder.events.clear()  # type: ignore[attr-defined]
+pytestmark = pytest.mark.usefixtures("many_tiles")
 
 
 @pytest.mark.parametrize("held", ["all", "some"])
@@ -164,68 +78,6 @@ def test_coming_and_going(compare: Any) -> None:
         return losses
 
     compare(make_model, adamw, changing)
-
-
-@pytest.mark.parametrize("commit", ["step", "manual", "never"])
-def test_a_plan_that_must_shrink(commit: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    plain: Any = make_model()
-    model = copy.deepcopy(plain)
-    plain_optimizer, optimizer = adamw(plain), adamw(model)
-    expected = train(plain, plain_optimizer, range(STEPS))
-    kept: list[set[str]] = []
-    with offload.attach(model, optimizer, budget="8GiB", nvme=tmp_path, commit=commit) as engine:
-        everything = set(engine.weights.weights)
-        losses = []
-        for step, excess in enumerate([0, 0, 1, 0, 1 << 30, 0]):
-            losses += train(model, optimizer, range(2 * step, 2 * step + 1))
-            if excess:  # as if the coming step took so much more than was planned
-                enough = engine.plan.budget_nbytes - MARGIN_NBYTES // 2
-                engine._runtime.governor.seen_nbytes = enough + excess
-            losses += train(model, optimizer, range(2 * step + 1, 2 * step + 2))
-            kept.append(set(engine.plan.resident_states))
-            assert held_names(engine) <= kept[-1]
-    assert kept == [everything] * 2 + [everything - {"2.weight"}] * 2 + [set()] * 2
-    assert losses == expected
-    assert_same(plain, plain_optimizer, model, optimizer)
-
-
-@pytest.mark.parametrize("commit", ["manual", "never"])
-def test_steps_in_memory_move_nothing(commit: str, compare: Any) -> None:
-    def counted(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
-        losses = train(model, optimizer, range(1))
-        hold(engine)
-        losses += train(model, optimizer, range(1, 2))
-        if engine is not None:
-            held = [value for state in optimizer.state.values() for value in state.values()]
-            large = sum(value.nbytes for value in held if value.numel() > 1024)
-            assert engine._optimizing.keeper is not None
-            assert engine._optimizing.keeper.held_nbytes() == large
-            forget_moves(engine)
-        return losses + train(model, optimizer, range(2, STEPS))
-
-    same = compare(make_model, adamw, counted, commit=commit)
-    assert {event.role for event in moves(same.engine)} <= {"activation"}
-
-
-def test_each_commit_writes_each_version_once_and_reads_nothing(compare: Any) -> None:
-    def counted(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
-        losses = train(model, optimizer, range(2))
-        hold(engine)
-        losses += train(model, optimizer, range(2, 3))
-        if engine is not None:
-            forget_moves(engine)
-        return losses + train(model, optimizer, range(3, STEPS))
-
-    same = compare(make_model, adamw, counted, commit="step")
-    moved = [event for event in moves(same.engine) if event.role in ("weight", "state", "gradient")]
-    assert not [event for event in moved if event.src != "host"]
-    states = [event for event in moved if event.key == "0.weight#exp_avg"]
-    assert len(states) == STEPS - 3
-    nbytes = {event.key: event.nbytes for event in moved}
-    weights = sum(parameter.nbytes for parameter in same.model.parameters())
-    assert sum(event.nbytes for event in moved) == sum(nbytes.values()) * (STEPS - 3)
-    assert weights < sum(nbytes.values()) <= 3 * weights  # biases' small states are in the record
 
 
 def test_other_parts_of_the_model_have_no_gradient(compare: Any) -> None:
@@ -340,65 +192,3 @@ def test_states_that_are_exchanged_or_made_anew(compare: Any) -> None:
     assert same.engine._optimizing.keeper is not None
     assert same.engine._optimizing.keeper.shown(same.model[0].weight) is not None
     assert len({value.data_ptr() for value in state.values()}) == 3
-
-
-@pytest.mark.parametrize("commit", ["step", "manual"])
-@pytest.mark.parametrize("config", [{}, IN_BACKWARD], ids=["behind", "in backward"])
-def test_a_resumed_run_continues_bit_for_bit(
-    commit: str, config: dict[str, Any], tmp_path: Path
-) -> None:
-    torch.manual_seed(0)
-    plain: Any = make_model()
-    start = copy.deepcopy(plain.state_dict())
-    plain_optimizer = adamw(plain)
-    expected = train(plain, plain_optimizer, range(STEPS))
-    losses = []
-    for steps in (range(5), range(5, STEPS)):
-        model: Any = make_model()
-        model.load_state_dict(start)
-        optimizer = adamw(model)
-        options: Any = {"nvme": tmp_path, "commit": commit, "config": config}
-        with offload.attach(model, optimizer, budget="8GiB", **options) as engine:
-            assert engine.step == steps.start
-            losses += train(model, optimizer, steps)
-            assert set(engine.plan.resident_states) == set(engine.weights.weights)
-            assert all(weight.dirty for weight in engine.weights.weights.values()) == (
-                commit == "manual"
-            )
-            if commit == "manual":
-                engine.commit()
-                assert not engine._commits.owed_nbytes()
-                if steps.start == 0:  # these are of no commit
-                    train(model, optimizer, range(90, 92))
-                    assert engine._commits.owed_nbytes()
-    assert losses == expected
-    assert_same(plain, plain_optimizer, model, optimizer)
-
-
-def test_after_a_detach_all_is_ordinary_and_newest(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    plain: Any = make_model()
-    model = copy.deepcopy(plain)
-    plain_optimizer, optimizer = adamw(plain), adamw(model)
-    expected = train(plain, plain_optimizer, range(STEPS))
-    with offload.attach(model, optimizer, budget="8GiB", nvme=tmp_path, commit="never"):
-        losses = train(model, optimizer, range(5))
-    losses += train(model, optimizer, range(5, STEPS))
-    assert losses == expected
-    assert_same(plain, plain_optimizer, model, optimizer)
-
-
-def test_the_record_tells_what_is_in_memory(tmp_path: Path) -> None:
-    model: Any = make_model()
-    optimizer = adamw(model)
-    with offload.attach(
-        model, optimizer, budget="8GiB", nvme=tmp_path / "nvme", record=tmp_path / "run"
-    ) as engine:
-        train(model, optimizer, range(3))
-        plan = engine.plan
-        large = sum(p.nbytes for p in model.parameters() if p.nbytes > 64 << 10)
-        assert plan.resident_states_nbytes >= 3 * large
-    lines = (tmp_path / "run" / "rank0.jsonl").read_text().splitlines()
-    steps = [line for line in lines if '"StepFinished"' in line]
-    assert '"state": 0' in steps[0]
-    assert '"state": 0' not in steps[2]

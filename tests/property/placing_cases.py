@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from offload.swap.planning.placing.check import held_nbytes, lane_seconds, phase_seconds
+from offload.swap.planning.placing.check import check, held_nbytes, lane_seconds, phase_seconds
 from offload.swap.planning.placing.choices import REBUILD, Rules, class_nbytes, stepped_roles
 from offload.swap.planning.placing.network import (
     COMPUTE,
@@ -19,6 +19,7 @@ from offload.swap.planning.placing.network import (
 )
 from offload.swap.planning.placing.placement import ClassPlacement, Placement, Share
 from offload.swap.planning.placing.schedule import schedule_of
+from offload.swap.planning.placing.solve import place
 from offload.swap.planning.placing.work import BlockWork, Recoded, SavedPart, Work
 from offload.tiers.machine import Link, Machine, MachineTier, Processor
 
@@ -93,6 +94,18 @@ def small_work(blocks=12, **changes):
 
 
 # Random small cases, whose every plan can be listed.
+
+
+def placed(work=None, network=None, rules=None, **budgets):
+    work, network = work or small_work(), network or small_network(**budgets)
+    found = place([work], network, rules)
+    check(found, work, network)
+    return found
+
+
+def fraction(found, role, where, part=None):
+    shares = [share for share in found.of(0, role, part) if share.where == where]
+    return sum(share.fraction for share in shares)
 
 
 def random_case(seed: int) -> tuple[Work, Network, Rules]:

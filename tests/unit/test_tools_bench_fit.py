@@ -74,14 +74,30 @@ def test_a_second_run_that_fails_takes_the_bound_alone_from_the_row():
     assert bench_fit._bound(ROW, finished([], returncode=1)) == {}
 
 
-@pytest.mark.parametrize("columns", [3, 18])
-def test_every_name_and_figure_of_a_table_can_be_read(columns, capsys):
+@pytest.mark.parametrize(
+    ("rows", "figures", "width"),
+    [(2, 3, 150), (2, 18, 150), (27, 3, 80), (27, 30, 80), (27, 30, 150), (40, 16, 80)],
+)
+def test_every_name_and_figure_of_a_table_can_be_read(rows, figures, width, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
     result = Result("title")
-    for row in range(2):
-        result.add(**{f"figure_{number}_of_it": f"{row}:{number}" for number in range(columns)})
+    for row in range(rows):
+        result.add(**{f"figure_{number}_of_it": f"{row}:{number}" for number in range(figures)})
     assert finish(result, None) == 0
     shown = capsys.readouterr().out
-    for number in range(columns):
-        assert all(
-            word in shown for word in (f"figure_{number}_of_it", f"0:{number}", f"1:{number}")
-        )
+    assert max(map(len, shown.splitlines())) <= width
+    words = {f"{row}:{number}" for row in range(rows) for number in range(figures)}
+    words |= {f"figure_{number}_of_it" for number in range(figures)}
+    assert words <= set(shown.split())
+
+
+def test_long_text_is_folded_beside_its_figures(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = Result("title")
+    result.add(case="a", step_s=1.5)
+    result.add(case="b", failed="no room " * 40)
+    assert finish(result, None) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.split().count("room") == 40
+    assert {"case", "step_s", "failed"} <= set(shown.splitlines()[2].split())  # a line for each row

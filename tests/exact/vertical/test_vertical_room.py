@@ -58,7 +58,7 @@ def test_gradients_wait_for_tiles_that_make_room(
     engine, stepper = attach(starve, model)
     steppers.append(stepper)
     stepper.limit_nbytes = 1 << 30
-    engine.gradients._reserve_nbytes = 4 * MIB
+    engine.gradients._incomplete._reserve_nbytes = 4 * MIB
     for step in range(3):
         engine._journal.recorder.events.clear()
         engine.accumulate(batches_of(step), lambda x: model(x).square().mean() / COUNT)

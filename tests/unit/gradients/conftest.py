@@ -1,4 +1,6 @@
-"""A swapper of gradients over a scratch file, and the stream through it."""
+"""A swapper of gradients over a scratch file, the stream through it, and lookups that give rows."""
+
+import copy
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from offload.swap.governor import Governor
 from offload.swap.gradient_stream import GradientStream
 from offload.swap.gradients import GradientSwapper
+from offload.swap.row_gradients import RowGradients
 from offload.swap.torch_seams import lead, leave
 from offload.tiers.events import ListRecorder
 from offload.tiers.filetier import FileTier, Lanes
@@ -65,3 +68,21 @@ def stream(swapper):
 @pytest.fixture
 def twins(swapper, stream):
     return Twins(swapper)
+
+
+@pytest.fixture
+def watched(swapper, journal):
+    """Makes a copy of a model whose lookups give rows; hooks go when the test ends."""
+    installed = []
+
+    def watch(model):
+        twin = copy.deepcopy(model)
+        for name, parameter in twin.named_parameters():
+            swapper.watch(name, parameter)
+        installed.append(RowGradients(twin, swapper, journal))
+        return twin
+
+    yield watch
+    for rows in installed:
+        rows.remove()
+    swapper.drain()

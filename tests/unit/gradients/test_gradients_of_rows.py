@@ -1,84 +1,19 @@
 """Gradients of lookups are made of rows, and are torch's to the bit, whoever looks at them."""
 
-import copy
 import errno
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from looked_up import ROWS, WIDTH, Several, assert_same_bits, lookup, loss_of, tokens
 from torch import nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from offload.allocator.errors import TierIOError
-from offload.swap.governor import Governor
-from offload.swap.gradients import GradientSwapper
-from offload.swap.row_gradients import RowGradients, rows_of
-from offload.tiers.events import ListRecorder, Move
-from offload.tiers.filetier import FileTier, Lanes
-from offload.tiers.journal import Journal
-
-ROWS, WIDTH = 600, 64
-PLENTY = 1 << 40
-
-
-@pytest.fixture
-def journal():
-    return Journal(ListRecorder())
-
-
-@pytest.fixture
-def swapper(tmp_path, journal):
-    lanes, governor = Lanes(journal), Governor(PLENTY)
-    with FileTier(tmp_path, None, lanes) as scratch:
-        swapper = GradientSwapper(scratch, journal, governor, PLENTY)
-        yield swapper
-        swapper.stop()
-        swapper.drain()
-    governor.close()
-    lanes.close()
-
-
-@pytest.fixture
-def watched(swapper, journal):
-    """Makes a copy of a model whose lookups give rows; hooks go when the test ends."""
-    installed = []
-
-    def watch(model):
-        twin = copy.deepcopy(model)
-        for name, parameter in twin.named_parameters():
-            swapper.watch(name, parameter)
-        installed.append(RowGradients(twin, swapper, journal))
-        return twin
-
-    yield watch
-    for rows in installed:
-        rows.remove()
-
-
-def tokens(seed, *shape):
-    return torch.randint(ROWS, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def lookup(**options):
-    torch.manual_seed(0)
-    return nn.Embedding(ROWS, WIDTH, **options)
-
-
-def loss_of(model, indices):
-    found = model(indices)
-    return (found * torch.linspace(-1, 1, found.numel()).view_as(found)).sum()
-
-
-def bits(tensor):
-    return tensor.contiguous().view(torch.uint8)
-
-
-def assert_same_bits(one, other):
-    assert one.dtype == other.dtype
-    assert torch.equal(bits(one), bits(other))
+from offload.swap.row_gradients import rows_of
+from offload.tiers.events import Move
 
 
 class Tables(TorchDispatchMode):
@@ -202,25 +137,6 @@ def test_gradients_elsewhere_get_the_same_bits(kind, watched, swapper):
     assert_same_bits(model.weight.grad, plain.weight.grad)
 
 
-class Several(nn.Module):
-    """Lookups and a head that share a weight."""
-
-    def __init__(self, lookups, head):
-        super().__init__()
-        torch.manual_seed(0)
-        self.lookups = nn.ModuleList(nn.Embedding(ROWS, WIDTH) for _ in range(lookups))
-        for other in self.lookups[1:]:
-            other.weight = self.lookups[0].weight
-        self.head = head
-
-    def forward(self, indices):
-        weight = self.lookups[0].weight
-        x = self.lookups[0](indices).tanh()
-        for at, other in enumerate(self.lookups[1:], 1):
-            x = (x + other((indices + at) % ROWS)).tanh()
-        return F.linear(x, weight) if self.head else x
-
-
 @pytest.mark.parametrize("head", [False, True], ids=["no head", "tied head"])
 @pytest.mark.parametrize("lookups", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -318,87 +234,3 @@ def test_a_disk_that_fails_fails_backward_and_the_next_one_begins_anew(
     for one in (plain, model):
         loss_of(one, tokens(2, 9)).backward()
     assert_same_bits(model.weight.grad, plain.weight.grad)
-
-
-def test_more_tokens_than_rows_make_the_table(watched, swapper):
-    plain = lookup()
-    model = watched(plain)
-    for one in (plain, model):
-        loss_of(one, tokens(1, 2, ROWS)).backward()
-    swapper.drain()
-    assert_same_bits(model.weight.grad, plain.weight.grad)
-
-
-def test_no_token_at_all(watched):
-    model = watched(lookup())
-    model(torch.zeros(0, dtype=torch.int64)).sum().backward()
-    assert model.weight.grad.shape == (ROWS, WIDTH)
-    assert not model.weight.grad.any()
-
-
-def test_what_autograd_does_not_follow_is_left_alone(watched):
-    model = watched(lookup())
-    with torch.no_grad():
-        assert model(tokens(1, 5)).grad_fn is None
-    model.weight.requires_grad_(False)
-    assert not model(tokens(1, 5)).requires_grad
-    gradient = torch.func.grad(lambda weight: F.embedding(tokens(1, 5), weight).sum())
-    assert gradient(model.weight).sum() == 5 * WIDTH
-
-
-class Scaled(nn.Embedding):
-    def forward(self, indices):
-        return super().forward(indices) * 8.0
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lambda: nn.EmbeddingBag(ROWS, WIDTH), "this is EmbeddingBag"),
-        (lambda: Scaled(ROWS, WIDTH), "this is Scaled with a forward of its own"),
-        (lambda: nn.Embedding(ROWS, WIDTH, sparse=True), None),
-        (lambda: nn.Embedding(ROWS, WIDTH, max_norm=1.0), None),
-    ],
-    ids=["bag", "scaled", "sparse", "max_norm"],
-)
-def test_other_lookups_are_left_to_torch_with_a_reason(make, reason, watched, journal, swapper):
-    torch.manual_seed(0)
-    plain = make()
-    model = watched(plain)
-    for one in (plain, model):
-        loss_of(one, tokens(1, 4, 5)).backward()
-    swapper.drain()
-    assert [reason in notice for notice in journal.notices] == ([True] if reason else [])
-    found, expected = model.weight.grad, plain.weight.grad
-    assert found.layout is expected.layout
-    assert_same_bits(found.to_dense(), expected.to_dense())
-
-
-def test_a_table_that_is_also_looked_up_sparsely_is_left_alone(watched):
-    plain = Several(2, head=False)
-    plain.lookups[1].sparse = True
-    model = watched(plain)
-    for one in (plain, model):
-        loss_of(one, tokens(1, 4, 30)).backward()
-    found, expected = (one.lookups[0].weight.grad for one in (model, plain))
-    assert_same_bits(found, expected)
-
-
-def test_a_user_s_hook_that_came_first_may_change_what_was_looked_up(swapper, journal):
-    plain = lookup()
-    model = copy.deepcopy(plain)
-    for one in (plain, model):
-        one.register_forward_hook(lambda _module, _args, output: output * 2)
-    swapper.watch("weight", model.weight)
-    rows = RowGradients(model, swapper, journal)
-    for one in (plain, model):
-        loss_of(one, tokens(1, 5)).backward()
-    rows.remove()
-    assert_same_bits(model.weight.grad, plain.weight.grad)
-
-
-def test_removed_hooks_leave_torch_s_own_graph(swapper, journal):
-    model = lookup()
-    swapper.watch("weight", model.weight)
-    RowGradients(model, swapper, journal).remove()
-    assert model(tokens(1, 5)).grad_fn.name() == "EmbeddingBackward0"
