@@ -26,7 +26,9 @@ FORMAT_VERSION = 1
 _SLOWEST_BYTES_PER_S, _FASTEST_BYTES_PER_S = 1e4, 1e14
 _LONGEST_S = 60.0
 _SLOWEST_PER_S, _FASTEST_PER_S = 1e2, 1e16  # of any work
-_COUNTED = {"flush", "gradients", "fetches", "tile parts", "small steps"}  # one by one
+_COUNTED = {  # one by one
+    "flush", "page reads", "page writes", "gradients", "fetches", "tile parts", "small steps"
+}  # fmt: skip
 _SLOWEST_COUNTED_PER_S = 1e-1
 
 # What pydantic is told when a file is read: no guessing, no unknown keys.
@@ -108,7 +110,8 @@ Work: TypeAlias = Literal[
     "moves",  # bytes that lanes move while computing loses a second by it
     "tiles",  # bytes that lanes move in a second of a streamed step of the optimizer
     "flush",  # flushes of what a commit makes durable
-    "page writes",  # pages of a mapped file, first written; its size: how many they are apart
+    "page reads",  # pages of a mapped file, first looked at; its size: how many they are apart
+    "page writes",  # pages of a mapped file, zeroed and first written; its size likewise
     "gradients",  # gradients that leave memory, whatever their bytes
     "fetches",  # weights that come and go again, whatever their bytes
     "tile parts",  # parts of tiles that are laid out, written and published, but for the kernel
