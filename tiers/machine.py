@@ -101,7 +101,8 @@ Work: TypeAlias = Literal[
     "moves",  # bytes that lanes move while computing loses a second by it
     "tiles",  # bytes that lanes move in a second of a streamed step of the optimizer
     "flush",  # flushes of what a commit makes durable
-    "page writes",  # pages of a mapped file, first written; its size: how many they are apart
+    "page reads",  # pages of a mapped file, first looked at; its size: how many they are apart
+    "page writes",  # pages of a mapped file, zeroed and first written; its size likewise
     "gradients",  # gradients that leave memory, whatever their bytes
     "fetches",  # weights that come and go again, whatever their bytes
     "tile parts",  # parts of tiles that are laid out, written and published, but for the kernel

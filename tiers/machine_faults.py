@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 _SLOWEST_BYTES_PER_S, _FASTEST_BYTES_PER_S = 1e4, 1e14
 _LONGEST_S = 60.0
 _SLOWEST_PER_S, _FASTEST_PER_S = 1e2, 1e16  # of any work
-_COUNTED = {"flush", "gradients", "fetches", "tile parts", "small steps"}  # one by one
+_COUNTED = {  # one by one
+    "flush", "page reads", "page writes", "gradients", "fetches", "tile parts", "small steps"
+}  # fmt: skip
 _SLOWEST_COUNTED_PER_S = 1e-1
 
 

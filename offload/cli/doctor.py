@@ -175,6 +175,8 @@ def _rehearsal(machine: "Machine") -> "Iterator[Finding]":
     told = [f"{found['flush']:,.0f} flushes/s", f"tiles {format_rate(found['tiles'])}"]
     if "moves" in found:
         told.append(f"computing loses a second by {format_rate(found['moves'])[:-2]} moved")
+    if "page reads" in found:
+        told.append(f"{found['page reads']:,.0f} first looks at pages/s")
     if "page writes" in found:
         told.append(f"{found['page writes']:,.0f} first writes to pages/s")
     told += [f"{found[work]:,.0f} {work}/s" for work in FIXED if work in found]

@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 RECODED: tuple[Work, ...] = ("bf16 states", "8bit states", "masters")
 # Of each thing that moves, whatever its bytes (``fixed_costs``).
 FIXED: tuple[Work, ...] = ("gradients", "fetches", "tile parts", "small steps")
+# Of pages of mapped files, by how many pages they are apart (``mapped_pages``).
+MAPPED: tuple[Work, ...] = ("page writes", "page reads")
 REHEARSED: tuple[Work, ...] = (
     "moves",
     "tiles",
     "flush",
-    "page writes",
+    *MAPPED,
     *FIXED,
     *RECODED,
 )  # all that it measures
@@ -103,7 +105,10 @@ def add_rehearsal(machine: Machine, directory: Path, drive: str, *, quick: bool 
         **said["fixed"],
         **said["recoding"],
     }
-    apart = {int(pages): per_s for pages, per_s in said["page_writes"].items()}
+    apart = {
+        work: {int(pages): per_s for pages, per_s in said["mapped_pages"][work].items()}
+        for work in MAPPED
+    }
     bare = _with(machine, alone, apart=apart)
     alone_few, alone_many = (_simulated(bare, drive, tokens) for tokens in (_FEW, _MANY))
     slowness, lost_s = _solved(few, alone_few.compute_s, many, alone_many.compute_s)
@@ -138,12 +143,12 @@ def _with(
     found: Mapping[Work, float],
     slowness: float = 1.0,
     *,
-    apart: Mapping[int, float] = MappingProxyType({}),
+    apart: Mapping[Work, Mapping[int, float]] = MappingProxyType({}),
 ) -> Machine:
     """The machine with these rates and none of a former rehearsal, its kernels so much slower.
 
     Args:
-        apart: rates of page writes by how many pages they are apart.
+        apart: rates of work on pages, by how many pages these are apart.
     """
     former = (
         replace(rate, per_s=rate.per_s / slowness) if rate.work in _KERNELS else rate
@@ -151,7 +156,8 @@ def _with(
         if rate.work not in REHEARSED
     )
     sized: list[tuple[Work, int, float]] = [(work, 1, per_s) for work, per_s in found.items()]
-    sized += [("page writes", pages, per_s) for pages, per_s in apart.items()]
+    for work, by_pages in apart.items():
+        sized += [(work, pages, per_s) for pages, per_s in by_pages.items()]
     rates = (
         ComputeRate(processor="cpu", work=work, dtype="float32", size=size, per_s=per_s)
         for work, size, per_s in sized
@@ -245,12 +251,12 @@ def _rehearse(directory: str, counts: Mapping[int, int]) -> list[_Step]:
 
 if __name__ == "__main__":
     from offload.planner.fixed_costs import measure_fixed_costs
-    from offload.planner.page_writes import measure_page_writes
+    from offload.planner.mapped_pages import measure_mapped_pages
     from offload.planner.recoding import measure_recoding
 
     said = {
         "recoding": measure_recoding(),
-        "page_writes": measure_page_writes(Path(sys.argv[1])),
+        "mapped_pages": measure_mapped_pages(Path(sys.argv[1])),
         "fixed": measure_fixed_costs(Path(sys.argv[1], "small"), _BUDGET),
     }
     counts = _QUICK_STEPS if "--quick" in sys.argv else _STEPS

@@ -25,7 +25,8 @@ from offload.tiers.inventory import file_tier_name, take_inventory
 from offload.tiers.machine import Machine
 from offload.tiers.system import System, read_cpu, read_memory
 
-FORMAT_VERSION = 3  # since 2 it holds the rates of GPUs, since 3 fresh memory by its size
+# Since 2 it holds the rates of GPUs, since 3 fresh memory by its size, since 4 looks at pages.
+FORMAT_VERSION = 4
 FRESH = timedelta(days=30)
 _AHEAD = timedelta(minutes=5)  # a clock that was set back a little
 

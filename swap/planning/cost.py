@@ -137,8 +137,12 @@ class Costs:
         return self._at("first touch", "float32", nbytes) if nbytes >= FRESH_NBYTES else 0.0
 
     def page_write_s(self, apart: float) -> float:
-        """Of the first write to a page of a mapped file, so many pages from the next one."""
+        """Of zeroing a page of a mapped file, and its first write, so far from the next one."""
         return self._seconds_each("page writes", 0.0, max(round(apart), 1))
+
+    def page_read_s(self, apart: float) -> float:
+        """Of the first look at a page of a mapped file, so many pages from the next one."""
+        return self._seconds_each("page reads", self.read_latency_s, max(round(apart), 1))
 
     def optimizer_s(
         self, stepping: Stepping, nbytes: int, *, threads: Literal["one", "all"]

@@ -15,8 +15,9 @@ from offload.swap.planning.sim_weights import SimWeight, SimWeights
 from offload.swap.planning.world import World
 from offload.tiers.hostmem import PAGE
 
-# What one look at a mapped file brings in: the kernel maps the pages around it, too (debugfs
-# fault_around_bytes: 64 KiB).
+# What one look at a mapped file maps: the kernel maps the pages around it, too (debugfs
+# fault_around_bytes: 64 KiB). It may read far more, which is measured (``Costs.page_read_s``), but
+# that is no memory of the process.
 _FAULT_AROUND_NBYTES = 64 << 10
 
 
@@ -143,7 +144,8 @@ class SimPass:
         self._world.memory.add_pages(nbytes - known)
         # A row that an earlier look brought in, with what is around it, is there.
         looks = (nbytes - known) / _FAULT_AROUND_NBYTES
-        self._world.compute(looks * self._costs.read_latency_s)
+        apart = table / PAGE / max(looks, 1.0)
+        self._world.compute(looks * self._costs.page_read_s(apart))
         self._looked_up[lookup.weight] = nbytes
 
 

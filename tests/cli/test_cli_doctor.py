@@ -73,19 +73,20 @@ def test_what_a_plan_lacks_is_told_and_a_rehearsal_measures_it(
     def rehearsed(machine: Machine, directory: Path, drive: str) -> Machine:
         assert directory == tmp_path  # the first whose links were measured
         assert machine.link(drive, "host").bytes_per_s > 0
-        rates = {"flush": 50.0, "tiles": 1.5e9, "moves": 3e9, "page writes": 2e4}
+        rates = {"flush": 50.0, "tiles": 1.5e9, "moves": 3e9}
+        mapped = {"page writes": 2e4, "page reads": 3e3}
         recoded = dict.fromkeys(rehearsal.RECODED, 2e9)
         fixed = dict.fromkeys(rehearsal.FIXED, 5e3)
-        return rehearsal._with(machine, {**rates, **fixed, **recoded})
+        return rehearsal._with(machine, {**rates, **mapped, **fixed, **recoded})
 
     monkeypatch.setattr(rehearsal, "add_rehearsal", rehearsed)
     assert main([*words, "--rehearse"]) == 1
     out = " ".join(capsys.readouterr().out.split())
     told = (
         "ok rehearsal 50 flushes/s, tiles 1.50 GB/s, computing loses a second by 3.00 GB moved, "
-        "20,000 first writes to pages/s, 5,000 gradients/s, 5,000 fetches/s, 5,000 tile parts/s, "
-        "5,000 small steps/s, bf16 states 2.00 GB/s, 8bit states 2.00 GB/s, "
-        "masters 2.00 GB/s"
+        "3,000 first looks at pages/s, 20,000 first writes to pages/s, 5,000 gradients/s, "
+        "5,000 fetches/s, 5,000 tile parts/s, 5,000 small steps/s, "
+        "bf16 states 2.00 GB/s, 8bit states 2.00 GB/s, masters 2.00 GB/s"
     )
     assert told in out
     assert {*rehearsal.REHEARSED} <= {rate.work for rate in read_machine(file).compute}

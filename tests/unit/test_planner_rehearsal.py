@@ -7,8 +7,8 @@ import pytest
 from planning_models import BASELINE, DRIVE, machine, settings, trace
 
 from offload.allocator.errors import OffloadError
-from offload.planner import rehearsal
-from offload.planner.page_writes import measure_page_writes
+from offload.planner import mapped_pages, rehearsal
+from offload.planner.mapped_pages import measure_mapped_pages
 from offload.planner.recoding import measure_recoding
 from offload.planner.rehearsal import _solved, _Step, _with, add_rehearsal
 from offload.swap.planning.cost import Costs
@@ -75,11 +75,29 @@ def test_a_quick_rehearsal_has_steps_of_both_lengths_behind_the_warm_ones() -> N
         assert rehearsal._WARM < count < rehearsal._STEPS[tokens]
 
 
-def test_pages_of_a_mapped_file_are_written_at_some_rate(tmp_path: Path) -> None:
-    rates = measure_page_writes(tmp_path)
-    assert list(rates) == sorted(rates)
-    assert all(per_s > 0 for per_s in rates.values())
+def test_pages_of_a_mapped_file_are_read_and_written_at_some_rate(tmp_path: Path) -> None:
+    found = measure_mapped_pages(tmp_path)
+    assert set(found) == {*rehearsal.MAPPED}
+    for rates in found.values():
+        assert list(rates) == sorted(rates)
+        assert all(per_s > 0 for per_s in rates.values())
     assert not list(tmp_path.iterdir())
+
+
+def test_zeroing_the_home_of_rows_takes_of_the_time_of_their_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 0.0
+
+    def zero(_fd: int, _offset: int, _nbytes: int) -> bool:
+        nonlocal now_s
+        now_s += 2.0
+        return True
+
+    monkeypatch.setattr(mapped_pages, "zero_range", zero)
+    monkeypatch.setattr(mapped_pages.time, "perf_counter", lambda: now_s)
+    rates = measure_mapped_pages(tmp_path)["page writes"]
+    assert rates == {every: 8192 / every / 2.0 for every in (1, 8, 64, 512)}
 
 
 def test_a_failing_rehearsal_says_where_and_why(

@@ -103,6 +103,17 @@ def test_a_row_that_came_with_another_one_is_not_waited_for() -> None:
     assert looks[1] == pytest.approx(1000 * WIDTH * 4 / (64 << 10), rel=0.01)  # all of the table
 
 
+def test_a_look_takes_as_long_as_one_at_a_page_so_far_from_the_next() -> None:
+    table = 1000 * WIDTH * 4
+    most = table / (64 << 10)  # looks
+    spacings = {round(table / PAGE / most): 1e4, table // PAGE // 2: 1e1}
+    slow = rehearsal._with(machine(), {}, apart={"page reads": spacings})
+    latency_s = Costs(machine(), DRIVE).read_latency_s
+    few, many = (_passed_s(rows, slow) - _passed_s(rows, machine()) for rows in (2, 900))
+    assert few == pytest.approx(2 * (1e-1 - latency_s), rel=0.1)
+    assert many == pytest.approx(most * (1e-4 - latency_s), rel=0.05)
+
+
 def test_pages_of_rows_are_written_once_each() -> None:
     per_s = 10_000.0
     slow = rehearsal._with(machine(), {"page writes": per_s})
@@ -113,8 +124,10 @@ def test_pages_of_rows_are_written_once_each() -> None:
 
 
 def test_pages_far_apart_take_longer_each_as_the_kernel_brings_those_around() -> None:
-    far = rehearsal._with(machine(), {}, apart={1: 1e4, 1000 * WIDTH * 4 // PAGE // 2: 1e2})
-    near = rehearsal._with(machine(), {}, apart={1: 1e4})
+    far = rehearsal._with(
+        machine(), {}, apart={"page writes": {1: 1e4, 1000 * WIDTH * 4 // PAGE // 2: 1e2}}
+    )
+    near = rehearsal._with(machine(), {}, apart={"page writes": {1: 1e4}})
     few, many = ((_passed_s(rows, far) - _passed_s(rows, near)) for rows in (2, 900))
     assert few == pytest.approx(2 * (1e-2 - 1e-4), rel=0.05)
     assert many < 250 * 1e-4
