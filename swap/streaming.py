@@ -67,7 +67,9 @@ class Streaming(Generic[_Key, _Item]):
         item = self._items.pop(key, None)
         if item is not None:
             self.nbytes -= item.nbytes
-            self._unrank(self._ranks.pop(key))
+            rank = self._ranks.pop(key)
+            del self._ranked[rank]
+            del self._order[bisect_left(self._order, rank)]
 
     def farthest(self, limit: int) -> Iterator[_Item]:
         """The items used behind the place ``limit``, the last one first."""
@@ -81,10 +83,6 @@ class Streaming(Generic[_Key, _Item]):
         rank = (place << _ORDER_BITS) - joined
         self._ranks[key], self._ranked[rank] = rank, item
         insort(self._order, rank)
-
-    def _unrank(self, rank: int) -> None:
-        del self._ranked[rank]
-        del self._order[bisect_left(self._order, rank)]
 
     def _rerank(self, key: _Key, place: int) -> None:
         before = self._ranks[key]  # as to unrank and rank it

@@ -111,7 +111,8 @@ class Stepping:
 
     def forms_of(self, name: str) -> tuple[StateForm, ...]:
         """The form of each of its states, in the order of ``states_nbytes``."""
-        return self.forms.get(name) or tuple("plain" for _ in self.states_nbytes[name])
+        plain: tuple[StateForm, ...] = ("plain",)
+        return self.forms.get(name) or plain * len(self.states_nbytes[name])
 
     @property
     def is_exact(self) -> bool:

@@ -50,7 +50,8 @@ class SimGradients:
         self.in_memory_nbytes += nbytes
         if nbytes < MIN_NBYTES or name in self.kept:
             return
-        world.compute(self._leaving_s)
+        if self._leaving_s:
+            world.compute(self._leaving_s)
         flight = world.submit(world.writes, name, _ROLE, nbytes)
         self._leaving.append(_Leaving(name, nbytes, flight))
         self._leaving_nbytes += nbytes

@@ -56,6 +56,7 @@ class SimSaved:
         self.spilled_nbytes = 0  # the most that units took of the drive at once
         self._on_file_nbytes = 0
         self._absent = 0  # units whose bytes are in the file only
+        self._work_s = world.reads.work_s
         self._looked_ahead = -1  # from this turn, and nothing has changed since then
         self._keys: list[str] = []  # of units, by position
 
@@ -92,12 +93,6 @@ class SimSaved:
             self._world.memory.keep("saved", nbytes)
         else:
             self._world.memory.nbytes -= nbytes
-
-    def _come(self, unit: Unit) -> None:
-        """Its bytes are in memory again; each storage may be the one of the peak."""
-        for storage in unit.members:
-            if not self._held_by_others[storage]:
-                self._world.memory.add("saved", self._storages[storage])
 
     # Units.
 
@@ -182,24 +177,29 @@ class SimSaved:
         if staying < 0 and sparing is not None:
             staying = 0
         excess = self.kept_nbytes - self._writing_nbytes - staying
-        if excess <= 0:
-            return
         for queue in (self._order, self._staying):
-            passed_over: list[Unit] = []
-            while excess > 0 and queue:
-                unit = queue.popleft()
-                if not unit.members:
-                    continue
-                if unit is sparing or unit.fetching is not None:
+            if excess > 0:
+                excess = self._send_first_away(queue, excess, sparing)
+
+    def _send_first_away(self, queue: deque[Unit], excess: int, sparing: Unit | None) -> int:
+        """The first units of ``queue``, up to ``excess`` bytes; how many of these are left."""
+        passed_over: list[Unit] = []
+        while excess > 0 and queue:
+            unit = queue.popleft()
+            if not unit.members:
+                continue
+            if unit is sparing or unit.fetching is not None:
+                passed_over.append(unit)
+            elif unit.in_memory and unit.writing is None:
+                excess -= unit.nbytes
+                if self._drive is None or unit.on_file:
+                    self._send_away(unit)
+                elif not self._try_to_send_away(unit, refusable=sparing is None):
                     passed_over.append(unit)
-                elif unit.in_memory and unit.writing is None:
-                    excess -= unit.nbytes
-                    if self._drive is None or unit.on_file:
-                        self._send_away(unit)
-                    elif not self._try_to_send_away(unit, refusable=sparing is None):
-                        passed_over.append(unit)
-                        break
+                    break
+        if passed_over:
             queue.extendleft(reversed(passed_over))
+        return excess
 
     def _try_to_send_away(self, unit: Unit, *, refusable: bool) -> bool:
         """Whether the drive takes the bytes of ``unit``; if not, they stay."""
@@ -290,7 +290,10 @@ class SimSaved:
             if unit.turn is not None:
                 turns.fetching.pop(unit.turn, None)
         if self._absent and unit.turn != self._looked_ahead:
-            self._fetch_ahead(unit)
+            if unit.turn is None:
+                self._fetch_backwards(unit)
+            else:
+                self._look_ahead(unit.turn)
 
     def _fetch(self, unit: Unit) -> None:
         unit.in_memory = True
@@ -305,29 +308,26 @@ class SimSaved:
                 self._turns.fetching[turn] = unit.nbytes
         self.kept_nbytes += unit.nbytes
         self._looked_ahead = -1
-        self._come(unit)
+        memory = self._world.memory
+        for storage in unit.members:  # each may be the one of the peak
+            if not self._held_by_others[storage]:
+                memory.add("saved", self._storages[storage])
         (self._staying if unit.stays else self._order).append(unit)
 
-    def _fetch_ahead(self, present: Unit) -> None:
-        """Fetch what is due behind ``present``, which is used now."""
-        if present.turn is None:
-            self._fetch_backwards(present)
-        else:
-            self._look_ahead(present.turn)
-            self._looked_ahead = present.turn
-
     def _look_ahead(self, present: int) -> None:
-        turns, work_s = self._turns, self._world.reads.work_s
+        """Fetch what is due behind the turn ``present``, which is that of what is used now."""
+        turns, limit_nbytes = self._turns, self._limit_nbytes
         absent, units, order = turns.absent, turns.units, turns.order
         turn = absent.find(True, present + 1)
         while turn >= 0:
             unit = units[order[turn]]
-            if self.kept_nbytes + unit.nbytes > self._limit_nbytes:
-                return
-            if turns.is_early(present, unit, turn, work_s):
-                return
+            if self.kept_nbytes + unit.nbytes > limit_nbytes:
+                break
+            if turns.is_early(present, unit, turn, self._work_s):
+                break
             self._fetch(unit)
             turn = absent.find(True, turn + 1)
+        self._looked_ahead = present
 
     def _fetch_backwards(self, present: Unit) -> None:
         """Nobody knew that ``present`` would be used: expect the ones that were saved before it."""
@@ -339,23 +339,24 @@ class SimSaved:
 
     def forget(self, storage: int) -> None:
         """Autograd needs it no more."""
-        if storage in self._batched:
-            self._batched.discard(storage)
-            self._batch.remove(storage)  # the next pass may save one with its number
+        unit, nbytes = self._unit_of[storage], self._storages[storage]
+        if unit is None:  # the next pass may save one with its number
+            self._batched.remove(storage)
+            self._batch.remove(storage)
             if not self._held_by_others[storage]:
-                self._world.memory.drop("saved", self._storages[storage])
+                self._world.memory.drop("saved", nbytes)
             return
-        unit = self._unit_of[storage]
-        assert unit is not None
         self._unit_of[storage] = None
-        unit.members.discard(storage)
+        unit.members.remove(storage)
         if not self._held_by_others[storage]:
-            nbytes = self._storages[storage]
             unit.own_nbytes -= nbytes
             if unit.in_memory:
                 self._world.memory.drop("saved", nbytes)
-        if unit.members:
-            return
+        if not unit.members:
+            self._forget_unit(unit)
+
+    def _forget_unit(self, unit: Unit) -> None:
+        """Autograd needs none of its members any more."""
         self._looked_ahead = -1
         if unit.on_file or unit.writing is not None:
             self._on_file_nbytes -= unit.nbytes

@@ -82,9 +82,9 @@ class SimStep:
         self._stepped = stepped_weights(stepping, nbytes, numels)
         self._cuts: dict[tuple[str, ...], _Cut] = {}
         self._tiles: dict[tuple[object, ...], SimTile] = {}  # those that differ
-        self.states_nbytes = {
-            name: sum(map(page_ceil, sizes)) for name, sizes in stepping.states_nbytes.items()
-        }
+        states = stepping.states_nbytes
+        paged = {sizes: sum(map(page_ceil, sizes)) for sizes in set(states.values())}
+        self.states_nbytes = {name: paged[sizes] for name, sizes in states.items()}
 
     def keep(self, names: Collection[str]) -> None:
         """Keep gradients and states of ``names`` in memory, and of these alone."""

@@ -7,7 +7,7 @@ each turn whose unit is absent, so that the next one to be fetched is found at o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from offload.swap.lookahead import LIKENESS
 from offload.swap.planning.world import Flight
@@ -42,14 +42,6 @@ class Unit:
     used: bool = False
 
 
-class _Foreseen(NamedTuple):
-    """What the last pass had at a position."""
-
-    nbytes: int
-    turn: int | None
-    stays: bool
-
-
 class SimTurns:
     """The units of the present pass, and what the last one lets expect of them.
 
@@ -73,7 +65,10 @@ class SimTurns:
         self.fetching: dict[int, int] = {}
         self.order: Sequence[int] = range(most - 1, -1, -1)
         self._expected_s: list[float] = []  # of the last pass, by turn: its ``times_s``
-        self._foreseen: list[_Foreseen] = []  # by position
+        # Of the last pass, by position: units, their turns, and those that are to stay.
+        self._before: list[Unit] = []
+        self._turns: dict[int, int] = {}
+        self._staying: set[int] = set()
         self._differs = False  # the present pass from the last one
         self._choices: list[_Choice] = []  # that times decided, of the present pass
 
@@ -81,12 +76,9 @@ class SimTurns:
         """A pass begins, of which so many bytes may stay; the last one is expected to repeat."""
         if self.used:
             self.order, self._expected_s = self.used, self.times_s
-            turns = {position: turn for turn, position in enumerate(self.used)}
-            staying = self._used_first(limit_nbytes)
-            self._foreseen = [
-                _Foreseen(unit.nbytes, turns.get(unit.position), unit.position in staying)
-                for unit in self.units
-            ]
+            self._turns = {position: turn for turn, position in enumerate(self.used)}
+            self._staying = self._used_first(limit_nbytes)
+            self._before = self.units
         self.used, self.times_s, self.units, self._choices = [], [], [], []
         self._differs = False
         self.absent, self.fetching = bytearray(self._most), {}
@@ -109,7 +101,7 @@ class SimTurns:
             self._expect_nothing()
         turn: int | None
         if self._expected_s:
-            _, turn, stays = self._foreseen[position]
+            turn, stays = self._turns.get(position), position in self._staying
         else:
             turn, stays = self._most - 1 - position, False
         unit = Unit(position, nbytes, members, turn, stays, len(members) > 1)
@@ -118,9 +110,9 @@ class SimTurns:
 
     def _was_alike(self, position: int, nbytes: int) -> bool:
         """Whether the last pass had a unit of about ``nbytes`` there."""
-        if position >= len(self._foreseen):
+        if position >= len(self._before):
             return False
-        before = self._foreseen[position].nbytes
+        before = self._before[position].nbytes
         return before == nbytes or LIKENESS * abs(before - nbytes) <= max(before, nbytes)
 
     def _expect_nothing(self) -> None:

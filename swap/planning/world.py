@@ -156,7 +156,8 @@ class World:
             # What is resident is at most the sum: it most often tells that there is no new peak.
             if highs and memory.nbytes + highs[-1] + memory.pages_nbytes > memory.peak_nbytes:
                 memory.pass_through(highs)
-            memory.nbytes += nbytes  # of transients
+            if nbytes:  # of transients
+                memory.nbytes += nbytes
             handlers[what](which)
 
     def compute(self, seconds: float) -> None:
