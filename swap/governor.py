@@ -12,7 +12,7 @@ from offload.tiers import hostmem
 from offload.tiers.mapped import MappedTensor
 
 _PERIOD_S = 0.01
-_WORTH_NBYTES = 8 << 20
+WORTH_NBYTES = 8 << 20  # fewer pages are not shed
 
 
 class Governor:
@@ -62,7 +62,7 @@ class Governor:
         while not self._stop.wait(_PERIOD_S):
             resident, from_files = hostmem.resident_nbytes()
             self.seen_nbytes = max(self.seen_nbytes, resident)
-            if resident > self.limit_nbytes and from_files > fixed_nbytes + _WORTH_NBYTES:
+            if resident > self.limit_nbytes and from_files > fixed_nbytes + WORTH_NBYTES:
                 self.shed()
                 fixed_nbytes = hostmem.resident_nbytes()[1]
 

@@ -299,7 +299,7 @@ class TilePipeline:
 
     def _compute(self, tile: _Tile) -> None:
         with _one_thread():
-            by_blocks = any(part.by_blocks for part in tile.parts)
+            by_blocks = any(part.by_blocks or part.makes_states for part in tile.parts)
             for part in tile.parts:
                 part.widen(by_blocks=by_blocks)
             if by_blocks:

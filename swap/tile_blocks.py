@@ -1,11 +1,14 @@
-"""A tile whose states are rounded is stepped by blocks that stay in the processor's cache.
+"""A tile whose states are rounded, or do not exist yet, is stepped by small blocks.
 
 [Note: blocks of a tile] Widened, stepped and rounded as a whole, a tile's states pass through
 memory three times in float32, and that takes longer than the step itself. Here they are float32
 only in a scratch of a few MiB that every block uses again; staging memory has them as they are read
 and written. An optimizer that may be cut into tiles may be cut so, too (``optim_kinds``
 [Note: tiles]), and the random bits of an element depend on its place alone, so nothing depends on
-the blocks.
+the blocks. They stay in the processor's cache.
+
+In a first step the optimizer makes the states itself, in fresh memory that no budget has planned
+for. A block's are little; a tile's would be half of its staging once more.
 """
 
 from collections.abc import Mapping, Sequence

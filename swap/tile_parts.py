@@ -157,6 +157,11 @@ class Part:
             if value.data_ptr() != staged.data_ptr():
                 staged.copy_(value)  # made afresh: the first step, or an out-of-place one
 
+    @property
+    def makes_states(self) -> bool:
+        """Whether this step makes states of its elements, as a first one does."""
+        return any(name not in self.target.before for name in self.states)
+
     def widen(self, *, by_blocks: bool = False) -> None:
         """What is narrower in the store has been read: make it what the optimizer computes with.
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Literal, TypeAlias, get_args
 
+from offload.swap.governor import WORTH_NBYTES
+
 Role: TypeAlias = Literal[
     "fixed", "weights", "saved", "transients", "gradients", "staging", "states", "pages"
 ]
@@ -12,7 +14,8 @@ class Memory:
     """Bytes of the resident set by role, and their peak.
 
     Transients, which come and go most often, are not counted: they are what is there beside all
-    else. ``pages`` are clean pages of files, which the governor takes back above ``limit_nbytes``.
+    else. ``pages`` are clean pages of files. Above ``limit_nbytes`` the governor takes them back,
+    but not so few that it would hardly help.
 
     Attributes:
         nbytes: of all but pages of files.
@@ -84,7 +87,7 @@ class Memory:
 
     def _resident(self, nbytes: int) -> int:
         """With ``nbytes`` of everything but pages of files."""
-        return nbytes + min(self.pages_nbytes, max(self.limit_nbytes - nbytes, 0))
+        return nbytes + min(self.pages_nbytes, max(self.limit_nbytes - nbytes, WORTH_NBYTES))
 
     def room(self) -> int:
         """Bytes left below the limit; negative above it."""

@@ -60,6 +60,11 @@ class SteppedWeight:
             if form != "low"
         )
 
+    @property
+    def by_blocks(self) -> int:
+        """How many states are widened and rounded block by block (``tile_blocks``)."""
+        return sum(form == "bf16" for form, _ in self.states)
+
     def computed_nbytes(self, numel: int) -> int:
         """Bytes of memory that the optimizer's own step of so many elements reads and writes."""
         return (3 * self.weight_nbytes + 2 * self.states_nbytes) * numel

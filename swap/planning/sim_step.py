@@ -16,6 +16,7 @@ from offload.swap.planning.sim_pipeline import SimPipeline, SimTile
 from offload.swap.planning.sim_weights import SimWeight, SimWeights
 from offload.swap.planning.world import Flight, World
 from offload.swap.states import SMALL_NUMEL
+from offload.swap.tile_blocks import block_numel
 from offload.swap.tiles import cut, cut_runs
 from offload.tiers.hostmem import page_ceil
 
@@ -193,8 +194,20 @@ class SimStep:
             written_nbytes=written,
             seconds=self._seconds(((weight.name, numel) for weight, _, numel in parts), "one")
             + len(parts) * self._costs.tile_part_s,
-            temporary_nbytes=self._temporaries(numel),
+            temporary_nbytes=self._temporaries(numel) + self._made_nbytes(parts),
         )
+
+    def _made_nbytes(self, parts: Sequence[_Part]) -> int:
+        """Of states beside staging: those of a block that are made or widened (``tile_blocks``)."""
+        numel = sum(numel for _, _, numel in parts)
+        made = (
+            0
+            if self._has_states
+            else sum(stepped.states_nbytes * numel for _, stepped, numel in parts)
+        )
+        scratch = 4 * max(stepped.by_blocks for _, stepped, _ in parts)
+        at_once = min(block_numel(self._chunk_numel), numel)
+        return made * at_once // numel + scratch * at_once
 
     def _seconds(self, parts: Iterable[tuple[str, int]], threads: Literal["one", "all"]) -> float:
         """Of one call of the optimizer's step, and of what is read or written in another form."""

@@ -21,12 +21,13 @@ from offload.allocator.errors import BudgetError, ConfigError
 from offload.planner.recording import recorded
 from offload.report.model import summarise
 from offload.report.reader import read_run
-from offload.swap.plan import MARGIN_NBYTES, soft_limit_nbytes
+from offload.swap.plan import MARGIN_NBYTES, choose_chunk_numel, soft_limit_nbytes
 from offload.swap.planning.compiled import compile_program
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.predict import drive_use, least_budget, predict
 from offload.swap.planning.simulate import Simulation
 from offload.swap.planning.whatif import changed, parse_changes
+from offload.swap.tile_blocks import block_numel
 from offload.tiers.events import ListRecorder, Move, Stall
 
 PROGRAM = trace()
@@ -50,6 +51,14 @@ def test_the_same_questions_get_the_same_answers() -> None:
         predict(PROGRAM, machine(), settings(LEAST + 8), BASELINE, recorder=recorder)
     assert first.events == second.events
     assert any(isinstance(event, Stall) for event in first.events)
+
+
+def test_a_first_step_makes_the_states_of_a_block_beside_its_tiles() -> None:
+    found = predict(PROGRAM, machine(), settings(LEAST), BASELINE)
+    first, second = (step.peak_roles for step in found.steps[:2])
+    chunk_numel = choose_chunk_numel(LEAST * MIB)
+    assert first["staging"] == second["staging"] > 0
+    assert (first["transients"], second["transients"]) == (2 * 4 * block_numel(chunk_numel), 0)
 
 
 @given(more=st.integers(0, 200))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload.swap.governor import WORTH_NBYTES
 from offload.swap.planning.sim_memory import Memory, Role
 from offload.swap.planning.world import World, read_lane, write_lane
 
@@ -142,15 +143,16 @@ def test_what_moves_on_an_idle_drive_takes_what_a_queued_transfer_takes(
     assert at_once.reading() == queued.reading()  # to the bit
 
 
-def test_clean_pages_give_way_to_what_is_needed() -> None:
-    memory = Memory(100)
-    memory.add_pages(60)
-    memory.add("weights", 70)
-    assert memory.resident_nbytes == 100
+def test_clean_pages_give_way_to_what_is_needed_but_for_few() -> None:
+    memory = Memory(5 * WORTH_NBYTES)
+    memory.add_pages(3 * WORTH_NBYTES)
+    memory.add("weights", 3 * WORTH_NBYTES)
+    assert memory.resident_nbytes == 5 * WORTH_NBYTES
     assert memory.room() == 0
-    memory.add("weights", 50)
-    assert memory.resident_nbytes == 120
-    assert memory.peak_nbytes == 120
+    memory.add("weights", 2 * WORTH_NBYTES)
+    assert memory.resident_nbytes == memory.peak_nbytes == 6 * WORTH_NBYTES
+    memory.add_pages(-2 * WORTH_NBYTES - 1)
+    assert memory.resident_nbytes == 6 * WORTH_NBYTES - 1  # none of so few is taken back
 
 
 def test_transients_are_what_is_there_beside_all_else() -> None:
