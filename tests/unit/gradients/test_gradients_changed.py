@@ -43,7 +43,9 @@ def test_a_change_by_the_user_is_kept_when_the_gradient_left_again_in_backward(
     swapper, parameter, scratch, monkeypatch
 ):
     """Its first write has ended, unnoticed, when the second backward adds to it."""
+    first = Gate(scratch, monkeypatch, "after")
     backward(parameter, values(1))
+    first.open()
     swapper._leaving[0].transfer.settle()
     gate = Gate(scratch, monkeypatch, "after")
     backward(parameter, values(2))
