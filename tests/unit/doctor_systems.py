@@ -1,4 +1,4 @@
-"""What the tests of the doctor share: systems made of files, tools that answer."""
+"""What the tests of the doctor and of facts share: systems made of files, tools that answer."""
 
 from pathlib import Path
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from doctor_systems import made, write
 
 from offload.tiers.cgroups import memory_limit_nbytes, read_cgroup_limits
 from offload.tiers.filesystem import (
@@ -24,19 +25,6 @@ from offload.tiers.system import (
     read_memory,
     run_tool,
 )
-
-
-def write(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-
-def made(tmp_path: Path, proc: dict[str, str] | None = None, sys: dict[str, str] | None = None):
-    write(tmp_path / "proc", proc or {})
-    write(tmp_path / "sys", sys or {})
-    return System(proc=tmp_path / "proc", sys=tmp_path / "sys", run=lambda _: None)
 
 
 def test_processor_memory_and_kernel(tmp_path: Path) -> None:
