@@ -10,20 +10,22 @@ step changed in memory is dirty: memory alone has it until it is stored.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from offload.swap.residency import Residency
-from offload.swap.window import Window
+from offload.swap.window import Window, in_backward
 from offload.swap.writeback import is_changed, write_back
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Transfer
 from offload.tiers.mapped import MappedTensor
 from offload.tiers.pages import PagePool
 from offload.tiers.store import Store, StoredTensor
+
+_EXPECTED_NBYTES = 1 << 20  # smaller gradients are not worth a look at the resident set
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +46,11 @@ class Weight:
     def nbytes(self) -> int:
         """Bytes of the weight."""
         return self.mapped.nbytes
+
+    @property
+    def gradient_nbytes(self) -> int:
+        """Bytes of the gradient that backward makes of it."""
+        return self.nbytes if self.parameters[0].requires_grad else 0
 
     @property
     def in_memory(self) -> bool:
@@ -71,6 +78,7 @@ class WeightSwapper(Window[Weight]):
             module's own weights may exceed it while it computes.
         room: bytes left until the budget; the window shrinks where the rest of the process
             (the user's own data, the kernels' buffers) takes more than was planned.
+        expect: told, before backward uses a weight, what its gradient will take.
     """
 
     def __init__(
@@ -79,15 +87,25 @@ class WeightSwapper(Window[Weight]):
         journal: Journal,
         window_nbytes: int,
         room: Callable[[], int] = lambda: sys.maxsize,
+        expect: Callable[[int], None] = lambda _nbytes: None,
     ) -> None:
         super().__init__(journal, store.tier.lanes.reads, window_nbytes, room=room)
         self.store = store
         self.pool = PagePool()
+        self._expect = expect
         self.overwritten: Callable[[Weight], None] = lambda _weight: None  # see ``absorb``
 
     def add(self, weight: Weight) -> None:
         """Take over a weight whose mapped tensor is filed at its current block."""
         self.weights[weight.name] = weight
+
+    def use(self, names: Sequence[str]) -> None:
+        """As of ``Window``; in backward there is room for the gradients that follow."""
+        super().use(names)
+        if in_backward():
+            coming = sum(self.weights[name].gradient_nbytes for name in names)
+            if coming >= _EXPECTED_NBYTES:
+                self._expect(coming)
 
     def keep(self, names: Iterable[str]) -> None:
         """Make ``names`` the resident weights, fetched at their next use."""
@@ -195,12 +213,14 @@ class WeightSwapper(Window[Weight]):
         kept_nbytes = self.pool.nbytes
         jobs = weight.mapped.fetch_jobs(None if weight.resident else self.pool)
         weight.landing_nbytes = weight.nbytes - (kept_nbytes - self.pool.nbytes)
-        weight.transfer = self._lane.submit(jobs, label, weight.nbytes, urgent=urgent)
         if not weight.resident:
             self._streaming.join(weight.name, weight)
+        # What the fetch left of its victims' pages may wait only within the window. The rest goes
+        # before the read begins: both would be there at once.
+        room = self._room() - weight.landing_nbytes - self.landing_nbytes
+        self.pool.trim(min(self.window_nbytes - self.streaming_nbytes, room))
+        weight.transfer = self._lane.submit(jobs, label, weight.nbytes, urgent=urgent)
         self._become(weight, Residency.FETCHING)
-        # What the fetch left of its victims' pages may wait only within the window.
-        self.pool.trim(min(self.window_nbytes - self.streaming_nbytes, self._room()))
         return True
 
     def evict(self, weight: Weight) -> None:
