@@ -6,11 +6,12 @@ optimizer's states come and go by tiles) saves the gradient's trip to the drive 
 read of the weight: 12 of 40 bytes that a parameter of an Adam-like step moves. And the moves hide
 behind the backward of the layers before it.
 
-What is computed is computed on the training thread, at the ends of accumulations, so nothing is
-ever stepped while a kernel reads it; lanes only move bytes. Where backward ends, everything has
-been stepped, written and published: the user's code never meets a half of a step. The price is
-that nothing may stand between backward and step: no clipping by a global norm, no loss scale, no
-skipped step. What tries to meets a ``ConsumedGradient``, which says so.
+Autograd has used a weight for the last time when its gradient is complete, so no kernel reads what
+is stepped. It is stepped on the training thread, at the ends of accumulations, and on a thread of
+ours while kernels run (``beside`` [Note: beside kernels]); lanes only move bytes. Where backward
+ends, everything has been stepped, written and published: the user's code never meets a half of a
+step. The price is that nothing may stand between backward and step: no clipping by a global norm,
+no loss scale, no skipped step. What tries to meets a ``ConsumedGradient``, which says so.
 """
 
 import itertools
@@ -129,7 +130,7 @@ class BackwardStep:
         nbytes = _waiting_nbytes(target)
         target.stepped = partial(self._used_up, nbytes)
         self._pending_nbytes += nbytes
-        self._pipeline.add(group, [target])
+        self._pipeline.add(group, [target], beside=True)
         parameter.grad = consumed_gradient(parameter, name)
         self._pipeline.advance()
         while self._pending_nbytes > self.limit_nbytes:
