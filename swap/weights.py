@@ -10,7 +10,7 @@ step changed in memory is dirty: memory alone has it until it is stored.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -84,6 +84,16 @@ class WeightSwapper(Window[Weight]):
         self.store = store
         self.pool = PagePool()
         self.overwritten: Callable[[Weight], None] = lambda _weight: None  # see ``absorb``
+        self.before_use: Callable[[Sequence[str]], None] = lambda _names: None  # may refuse it
+
+    def use(self, names: Sequence[str]) -> None:
+        """As in ``Window``.
+
+        Raises:
+            StepInterruptedError: backward reads a weight that it has stepped.
+        """
+        self.before_use(names)
+        super().use(names)
 
     def add(self, weight: Weight) -> None:
         """Take over a weight whose mapped tensor is filed at its current block."""
