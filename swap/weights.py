@@ -5,8 +5,9 @@ kernel, *held* it is in memory. Fetching and evicting change speed, never values
 user's own code are noticed in either state and become a new version in the store: in a filed
 weight by the kernel's page map (``absorb``), in a held one by comparing the checksums of its
 bytes with the store's (``evict``, ``absorb``). The same comparison catches a damaged disk: if
-the bytes in memory changed but nobody wrote, the block itself fails its checksum. A weight that a
-step changed in memory is dirty: memory alone has it until it is stored.
+the bytes in memory changed but nobody wrote, the block itself fails its checksum. What is written
+while it is on its way stays filed (``mapped`` [Note: landing]). A weight that a step changed in
+memory is dirty: memory alone has it until it is stored.
 """
 
 import sys
@@ -94,18 +95,24 @@ class WeightSwapper(Window[Weight]):
         self.pool = PagePool()
         self._expect = expect
         self.overwritten: Callable[[Weight], None] = lambda _weight: None  # see ``absorb``
-
-    def add(self, weight: Weight) -> None:
-        """Take over a weight whose mapped tensor is filed at its current block."""
-        self.weights[weight.name] = weight
+        self.before_use: Callable[[Sequence[str]], None] = lambda _names: None  # may refuse it
 
     def use(self, names: Sequence[str]) -> None:
-        """As of ``Window``; in backward there is room for the gradients that follow."""
+        """As in ``Window``; in backward there is room for the gradients that follow.
+
+        Raises:
+            StepInterruptedError: backward reads a weight that it has stepped.
+        """
+        self.before_use(names)
         super().use(names)
         if in_backward():
             coming = sum(self.weights[name].gradient_nbytes for name in names)
             if coming >= _EXPECTED_NBYTES:
                 self._expect(coming)
+
+    def add(self, weight: Weight) -> None:
+        """Take over a weight whose mapped tensor is filed at its current block."""
+        self.weights[weight.name] = weight
 
     def keep(self, names: Iterable[str]) -> None:
         """Make ``names`` the resident weights, fetched at their next use."""
@@ -203,6 +210,9 @@ class WeightSwapper(Window[Weight]):
     def _spare_nbytes(self) -> int:
         return self.pool.nbytes
 
+    def _arrived(self, weight: Weight) -> None:
+        weight.mapped.land()
+
     def _lost(self, weight: Weight) -> None:
         self._refile(weight)
 
@@ -252,6 +262,7 @@ class WeightSwapper(Window[Weight]):
         """
         if not self._written(weight):
             return False
+        self._await(weight, "drain")  # what is on its way is old
         self.overwritten(weight)
         self.store.write(weight.stored, weight.mapped.tensor)
         self._refile(weight)
