@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from offload.allocator.errors import ConfigError
-from offload.allocator.units import parse_memory_nbytes, parse_nbytes
+from offload.allocator.units import parse_memory_nbytes, parse_nbytes, parse_size
 from offload.tiers.engines.registry import AUTO, check_name
 
 TIERS = ("device", "host")
@@ -181,10 +181,20 @@ class OffloadConfig(BaseModel):
     def _check_io_engine(cls, value: str) -> str:
         return check_name(value)
 
-    @field_validator("min_swap_nbytes", "nvme_write_budget", "nvme_endurance", mode="before")
+    @field_validator("min_swap_nbytes", mode="before")
     @classmethod
-    def _parse_size(cls, value: Any) -> int | None:
-        return None if value is None else parse_nbytes(value)
+    def _parse_nbytes(cls, value: Any) -> int:
+        return parse_nbytes(value)
+
+    @field_validator("nvme_write_budget", mode="before")
+    @classmethod
+    def _parse_write_budget(cls, value: Any) -> int | None:
+        return None if value is None else parse_size(value)
+
+    @field_validator("nvme_endurance", mode="before")
+    @classmethod
+    def _parse_endurance(cls, value: Any) -> int | None:
+        return None if value is None else parse_size(value, unit="TB")
 
 
 def parse_budget(value: Any) -> dict[str, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.allocator.errors import BudgetError, ConfigError
-from offload.allocator.units import LEAST_MEMORY_NBYTES, parse_nbytes
+from offload.allocator.units import parse_memory_nbytes
 from offload.config import OffloadConfig, make_config
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nvme-write-budget",
         metavar="SIZE",
-        help="bytes that a step may write to the drive, everything included",
+        help="what a step may write to the drive, everything included, for example 2GiB",
     )
     parser.add_argument(
         "--machine",
@@ -95,7 +95,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="correct rates and memory by what a recorded run of this model has shown",
     )
     parser.add_argument(
-        "--baseline", metavar="SIZE", help="resident set without a model; default: measured here"
+        "--baseline",
+        metavar="SIZE",
+        help="resident set without a model, for example 400MiB; default: measured here",
     )
     parser.add_argument("--what-if", metavar="C", help="for example nvme=7GB/s,compute=2x")
     parser.add_argument(
@@ -190,12 +192,9 @@ def _size(option: str, text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        nbytes = parse_nbytes(text)
+        return parse_memory_nbytes(text, unit="MiB")
     except ValueError as error:
-        raise ConfigError(f"{option}: {error}") from error
-    if nbytes < LEAST_MEMORY_NBYTES:
-        raise ConfigError(f"{option} {text}: {nbytes} bytes; a size has a unit: {text}MiB?")
-    return nbytes
+        raise ConfigError(f"{option} {text}: {error}") from error
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:

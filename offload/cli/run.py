@@ -57,12 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--nvme-write-budget",
-        metavar="BYTES",
+        metavar="SIZE",
         help="that a step may write to the drive, for example 2GiB; activations beyond it stay",
     )
     parser.add_argument(
         "--nvme-endurance",
-        metavar="BYTES",
+        metavar="SIZE",
         help="that the drive's data sheet promises, for example 600TB: tells how long it lasts",
     )
     parser.add_argument(
