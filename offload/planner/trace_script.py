@@ -14,10 +14,11 @@ file.
 
 import contextlib
 import json
+import math
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -89,10 +90,12 @@ class Session:
         self._stack = ExitStack()
         self._optimizers: list[Optimizer] = []
         self._tracer: _Tracer | None = None
+        self._keywords: Mapping[str, Any] = {}
 
     def __enter__(self) -> Self:
         session, plain_init = self, Optimizer.__init__
         plain_backward, plain_function = torch.Tensor.backward, torch.autograd.backward
+        plain_call: Any = nn.Module.__call__
 
         def remember(self: Optimizer, *args: Any, **kwargs: Any) -> None:
             plain_init(self, *args, **kwargs)
@@ -105,6 +108,12 @@ class Session:
         def function(*args: Any, **kwargs: Any) -> None:
             session._backward(lambda: plain_function(*args, **kwargs))
 
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if session._tracer is None:  # later they would outlive their call
+                session._keywords = kwargs
+            return plain_call(self, *args, **kwargs)
+
+        self._replace(nn.Module, "__call__", call)  # a global hook isn't told keywords
         self._replace(Optimizer, "__init__", remember)
         self._replace(torch.Tensor, "backward", backward)
         self._replace(torch.autograd, "backward", function)
@@ -145,7 +154,8 @@ class Session:
             for name, buffer in child._buffers.items():
                 if buffer is not None and not hasattr(buffer, "fake_mode"):
                     child._buffers[name] = self._mode.from_tensor(buffer)
-        self._optimizer, self._tokens = optimizer, _tokens_of(arguments)
+        self._optimizer, self._tokens = optimizer, _tokens_of([arguments, self._keywords])
+        self._keywords = {}
         self._stack.enter_context(self._mode)
         self._tracer = _Tracer(model, rebuild_nbytes=self._rebuild_nbytes)
         self._stack.enter_context(self._tracer.running())
@@ -177,9 +187,26 @@ def _build(path: str | Path, *, dtype: torch.dtype | None = None, **_kwargs: obj
     return built
 
 
-def _tokens_of(arguments: Any) -> int:
-    tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
-    return max((one.numel() for one in tensors if not one.is_floating_point()), default=1)
+def _tokens_of(batch: Any) -> int:
+    """Of ``input_ids``, or else of the largest tensor of numbers; of floats each row is one."""
+    found = list(_tensors_in("", batch))
+    named = [one for name, one in found if name == "input_ids"]
+    whole = [one for _, one in found if not one.is_floating_point() and one.dtype != torch.bool]
+    if named or whole:
+        return max(one.numel() for one in named or whole)
+    return max((math.prod(one.shape[:-1]) for _, one in found if 0 < one.dim() <= 3), default=1)
+
+
+def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors and the names under which they were given; those of a dict have its keys."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _tensors_in(str(key), one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors_in(name, one)
 
 
 def trace_script(

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from plan_verb import LAPTOP, answer, refusal
+from plan_verb import BATCH_SCRIPT, LAPTOP, answer, refusal
 
 from offload.cli import main
 
@@ -248,6 +248,14 @@ def test_a_script_is_planned_as_far_as_its_first_backward(
     rounded = answer(capsys, script, *LAPTOP, "--budget", "400MiB", "--state-precision", "8bit")
     drive = {row["name"]: row["drive_nbytes"] for row in rounded["rows"]}
     assert drive["optimizer states"] == pytest.approx(2 * weights * 65 / 64, rel=0.05)
+
+
+def test_tokens_are_counted_that_are_passed_by_name(
+    script: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.write_text(BATCH_SCRIPT)
+    assert main(["plan", str(script), *LAPTOP, "--budget", "400MiB"]) == 0
+    assert "96 tokens a step" in capsys.readouterr().out
 
 
 def test_the_blocks_of_a_script_are_seen(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
