@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import json
 import sys
@@ -196,13 +197,28 @@ def _claim_record(config: OffloadConfig, command: list[str]) -> None:
     if config.record is None:
         return
     note = config.record / "command.json"
-    if note.exists() and json.loads(note.read_text()) != command:
-        raise ConfigError(
-            f"{config.record} holds the record of another command: "
-            f"{' '.join(json.loads(note.read_text()))}; pass another --record directory"
-        )
+    if note.exists():
+        if (before := _command_in(note)) != command:
+            raise ConfigError(
+                f"{config.record} holds the record of another command: "
+                f"{' '.join(before)}; pass another --record directory"
+            )
+        return
     try:
         config.record.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(command))
     except OSError as error:
+        with contextlib.suppress(OSError):
+            note.unlink()  # an empty one would be nobody's
         raise ConfigError(f"can't write to {config.record}: {error.strerror}") from error
+
+
+def _command_in(note: Path) -> list[str]:
+    try:
+        words = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{note} can't be read ({error}), so whose record this is isn't known: pass another "
+            "--record directory"
+        ) from error
+    return [str(word) for word in words] if isinstance(words, list) else [str(words)]

@@ -7,6 +7,8 @@ import pytest
 from plan_verb import BATCH_SCRIPT, LAPTOP, answer, refusal
 
 from offload.cli import main
+from offload.planner import recording
+from offload.tiers.events import JsonlRecorder
 
 
 def test_the_first_screen_answers_the_four_questions(
@@ -182,6 +184,21 @@ def test_a_simulated_run_is_reported(
     out = capsys.readouterr().out
     assert "simulated by offload plan" in out
     assert "4 steps; simulated" in out
+
+
+def test_a_full_disk_for_the_simulated_run_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_full_disk(file: Path) -> JsonlRecorder:
+        file.parent.mkdir()
+        file.touch()
+        return JsonlRecorder(Path("/dev/full"))
+
+    monkeypatch.setattr(recording, "JsonlRecorder", on_a_full_disk)
+    words = [model, *LAPTOP, "--seq", 128, "--record", tmp_path / "run"]
+    said = refusal(capsys, 2, *words)
+    assert "rank0.jsonl: No space left on device; name a directory with more room" in said
+    assert not (tmp_path / "run" / "rank0.jsonl").exists()
 
 
 @pytest.mark.parametrize(

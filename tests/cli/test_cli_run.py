@@ -76,6 +76,24 @@ def test_an_unmodified_script_gives_the_same_bits(script: Path, tmp_path: Path) 
     assert "another command" in other.stderr
 
 
+@pytest.mark.parametrize("stopped", [[], ["--stop-after", "2"]], ids=["to its end", "stopped"])
+def test_a_full_disk_for_the_record_ends_no_run(stopped: list[str], tmp_path: Path) -> None:
+    script, record = tmp_path / "train.py", tmp_path / "record"
+    script.write_text(SCRIPT)
+    record.mkdir()
+    (record / "rank0.jsonl").symlink_to("/dev/full")
+    options = ["--budget=8GiB", "--nvme", tmp_path / "nvme", "--record", record, *stopped]
+    done = run("-m", "offload", "run", *options, script, "0")
+    assert done.returncode == 0, done.stderr
+    assert f"the record in {record} ends early (No space left on device)" in done.stderr
+
+
+def test_a_record_that_cannot_be_told_whose_it_is(script: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "command.json").write_text("")
+    assert main(["run", "--budget=8GiB", "--record", str(tmp_path), str(script)]) == 2
+    assert "command.json can't be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("commit", ["step", "never"])
 def test_a_script_is_stopped_right_behind_a_step(
     commit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
