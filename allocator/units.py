@@ -29,8 +29,8 @@ def parse_nbytes(value: str | int) -> int:
     if match is None:
         raise ValueError(f"{value!r} is not a size: write 24GiB, 1.5GB, 512MiB or bytes")
     number, prefix, binary = match.groups(default="")
-    base = 1024 if binary else 1000
-    return round(Fraction(number) * base ** _BINARY[prefix.upper()])
+    scale: int = (1024 if binary else 1000) ** _BINARY[prefix.upper()]
+    return round(Fraction(number) * scale)
 
 
 def parse_size(value: str | int, *, unit: str | None = None) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload.allocator.errors import BudgetError, ConfigError
 from offload.allocator.units import parse_memory_nbytes
+from offload.cli.script import read_script
 from offload.config import OffloadConfig, make_config
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def _source_of(arguments: argparse.Namespace) -> Any:
     if path.suffix == ".py":
         from offload.planner.scripts import TrainingScript
 
+        read_script(path)
         return TrainingScript(
             path,
             arguments.args,

@@ -1,7 +1,6 @@
 """``offload run``: an unmodified script within a memory budget."""
 
 import argparse
-import ast
 import contextlib
 import importlib.util
 import json
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 from offload.allocator.errors import ConfigError
+from offload.cli.script import read_script
 from offload.config import OffloadConfig, make_config
 
 HELP = "run a training script, unmodified, within a memory budget"
@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check_module(target)
     elif rest:
         target, *argv = rest
-        _check_script(Path(target))
+        read_script(Path(target))
     else:
         raise ConfigError("offload run needs a script: offload run [options] script.py args…")
     _claim_record(config, [target, *argv])
@@ -181,15 +181,6 @@ def _check_module(name: str) -> None:
         found = None
     if found is None:
         raise ConfigError(f"no module named {name!r}")
-
-
-def _check_script(path: Path) -> None:
-    try:
-        ast.parse(path.read_bytes(), filename=str(path))
-    except OSError as error:
-        raise ConfigError(f"can't read the script {path}: {error.strerror}") from error
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{path} is not a Python script: {error}") from error
 
 
 def _claim_record(config: OffloadConfig, command: list[str]) -> None:

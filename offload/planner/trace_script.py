@@ -18,7 +18,9 @@ import math
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -33,15 +35,30 @@ from torch.nn.modules.module import (
 from torch.optim import Optimizer
 
 import offload
-from offload.allocator.errors import ConfigError, OffloadError
+from offload.allocator.errors import ConfigError, OffloadError, UnsupportedError
+from offload.planner.scripts import EXITED
 from offload.swap.planning.program import Program
 from offload.swap.planning.tracing import ON_VALUES, Tracer, fake_mode
 from offload.swap.state_precision import EXACT, Precision
 from offload.swap.uncompiled import plain_module
 
+_LIBRARIES = tuple(
+    f"{path}{os.sep}"
+    for path in (
+        *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")),
+        *(
+            path
+            for name in ("torch", "offload", "offload.swap")
+            for path in sys.modules[name].__path__
+        ),
+    )
+)
+
 
 class _Tracer(Tracer):
     """Ends the process where values are asked for: the script is not to handle that either."""
+
+    MEND = "run it with a first budget and read its report"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -49,7 +66,8 @@ class _Tracer(Tracer):
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
         except ON_VALUES as error:
-            _end(self.needs_values(error))
+            place = line_of(traceback.extract_stack())
+            _end(UnsupportedError(f"{place}{self.needs_values(error)}"))
 
 
 class _NoEngine:
@@ -169,6 +187,14 @@ class Session:
                 return optimizer
         return None
 
+    def missing(self) -> str:
+        """What a script that ended has not done."""
+        if self._tracer is not None:
+            return "it called its model, and no backward"
+        if self._optimizers:
+            return "it called no module, with gradients, that has all that its optimizer steps"
+        return "it made no optimizer of torch.optim"
+
     def _backward(self, run: Any) -> None:
         if self._tracer is None:
             run()
@@ -219,14 +245,32 @@ def trace_script(
 
     Raises:
         ConfigError: it ended without one.
-        UnsupportedError: what it computes needs values.
+        UnsupportedError: what it computes needs values, or fails.
     """
     sys.path[0] = str(script.resolve().parent)
-    with contextlib.suppress(SystemExit), Session(finish, precision, rebuild_nbytes):
-        runpy.run_path(str(script), run_name="__main__")
+    session, code = Session(finish, precision, rebuild_nbytes), None
+    try:
+        with session:
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as request:
+        code = request.code
+    except UnsupportedError as error:
+        frames = traceback.extract_tb(error.__cause__.__traceback__) if error.__cause__ else ()
+        raise UnsupportedError(f"{line_of(frames)}{error}") from error
+    if code:
+        raise ConfigError(f"{EXITED} {code}: pass the arguments of the script after --args")
     raise ConfigError(
-        f"{script} ended without a backward of a model whose parameters an optimizer steps"
+        f"{script} ended without a backward of a model whose parameters an optimizer steps: "
+        f"{session.missing()}"
     )
+
+
+def line_of(frames: Iterable[traceback.FrameSummary]) -> str:
+    """The innermost line of the user's own among ``frames``; empty if there is none."""
+    for frame in reversed(tuple(frames)):
+        if not frame.filename.startswith(("<", *_LIBRARIES)):
+            return f"{frame.filename}, line {frame.lineno}: "
+    return ""
 
 
 def main() -> NoReturn:
