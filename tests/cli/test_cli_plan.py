@@ -207,6 +207,9 @@ def test_a_full_disk_for_the_simulated_run_is_told(
         (["--budget", "24"], "24 bytes of memory hold nothing; a size has a unit: 24GiB?"),
         (["--budget", "host=24"], "a size has a unit: 24GiB?"),
         (["--budget", "24Gb/s"], "is not a size"),
+        (["--budget", "host=8GiB,host=9GiB"], "host is given twice: 8GiB and 9GiB"),
+        (["--budget", "device=8GiB,device=9GiB"], "--budget: device is given twice"),
+        (["--alpha", "0.5"], "offload: only recompute='tokenwise' uses alpha: set that too"),
         (["--budget", "device=8GiB"], "this machine has no device"),
         (["--baseline", "300"], "300 bytes of memory hold nothing; a size has a unit: 300MiB?"),
         (["--baseline", "24"], "--baseline 24: 24 bytes of memory hold nothing"),
@@ -239,6 +242,11 @@ def test_wrong_usage_is_2_and_says_what_to_write(
         ('{"hidden_size": 4}', "it has no 'model_type'"),
         ("{", "is not JSON"),
         ('{"model_type": "vit"}', "is no causal language model"),
+        ('{"model_type": "foo"}', "knows no model type 'foo'; a newer one may (pip install -U"),
+        ('{"model_type": "llama", "hidden_size": "x"}', "has such fields: StrictDataclassField"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "ZeroDivisionError"),
+        ('{"model_type": "llama", "hidden_act": "foo"}', "of its fields: KeyError: 'foo'"),
+        ('{"model_type": "llama", "torch_dtype": "int8"}', "give --dtype float32 or bfloat16"),
     ],
 )
 def test_what_is_no_model_is_refused(
