@@ -275,8 +275,7 @@ def _write_settings(arguments: argparse.Namespace, placed: "PlacementAnswer") ->
         "state_precision": arguments.state_precision,
         "master_weights": arguments.master_weights,
     }
-    defaults = {"nvme": (), "commit": "step", "state_precision": "exact", "master_weights": "none"}
-    chosen = {name: value for name, value in given.items() if value != defaults[name]}
+    chosen = {name: value for name, value in given.items() if value != _DEFAULTS.get(name, ())}
     config = OffloadConfig(**settings_of(placed), **chosen)
     notes = [
         f"{HEADER} plan, {datetime.now(UTC):%Y-%m-%d}:",
@@ -289,10 +288,17 @@ def _write_settings(arguments: argparse.Namespace, placed: "PlacementAnswer") ->
     _say(f"wrote {arguments.output}")
 
 
+_DEFAULTS = {"commit": "step", "state_precision": "exact", "master_weights": "none"}
+_REPEATED = (
+    "seq", "batch", "optim", "dtype", "method", "budget", "commit", "state_precision",
+    "master_weights", "machine", "baseline", "what_if", "solve",
+)  # fmt: skip
+
+
 def _command(arguments: argparse.Namespace) -> str:
     words = ["offload", "plan", str(arguments.model)]
-    for name in ("seq", "batch", "optim", "dtype", "method", "budget", "machine", "what_if"):
-        if (value := getattr(arguments, name)) is not None:
+    for name in _REPEATED:
+        if (value := getattr(arguments, name)) is not None and value != _DEFAULTS.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += [word for path in arguments.nvme for word in ("--nvme", path)]
     words += ["-o", str(arguments.output)]

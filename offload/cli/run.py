@@ -17,7 +17,7 @@ Run a training script, unmodified, within a memory budget.
 
 Options for Offload come before the script; everything after it is the script's own:
   offload run --budget host=4GiB --nvme /data/nvme train.py --lr 1e-4
-  offload run --budget 4GiB -m package.train
+  offload run --budget 4GiB -m package.train --lr 1e-4
 Run the same command again to continue from the last finished step."""
 
 
@@ -116,7 +116,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end the process right behind its Nth step; nothing that the script would do after "
         "it happens, and the same command goes on from there",
     )
-    parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module as a script")
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,  # else a module's own --options would be taken for Offload's
+        metavar="MODULE args…",
+        help="run a module as a script",
+    )
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py args…")
 
 
@@ -150,9 +156,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stop_after is not None and arguments.stop_after < 1:
         raise ConfigError(f"--stop-after {arguments.stop_after}: at least 1")
     rest = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
-    if arguments.module:
-        target, argv = arguments.module, rest
-        _check_module(target)
+    if arguments.module is not None:
+        target, argv = _module_of(arguments.module, arguments.script)
     elif rest:
         target, *argv = rest
         read_script(Path(target))
@@ -165,12 +170,21 @@ def run(arguments: argparse.Namespace) -> int:
         config,
         target,
         argv,
-        is_module=bool(arguments.module),
+        is_module=arguments.module is not None,
         stop_after=arguments.stop_after,
     )
     if config.record is not None:
         print(f"offload: see it with: offload report {config.record}", file=sys.stderr)
     return code
+
+
+def _module_of(words: list[str], behind: list[str]) -> tuple[str, list[str]]:
+    """The module of ``-m`` and its arguments; argparse puts ``--`` and what follows ``behind``."""
+    if not words:
+        raise ConfigError("-m needs the name of a module")
+    name, argv = words[0], [*words[1:], *behind]
+    _check_module(name)
+    return name, argv[1:] if argv[:1] == ["--"] else argv
 
 
 def _check_module(name: str) -> None:

@@ -197,6 +197,9 @@ def test_a_module_and_a_script_that_fails(tmp_path: Path) -> None:
     options = ["-m", "offload", "run", "--budget=8GiB", "--nvme", tmp_path]
     done = run(*options, "-m", "job", "a", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "__main__ ['a']\n")
+    for given, taken in (("--lr 1", "--lr 1"), ("-- --lr 1", "--lr 1"), ("a -- -m", "a -- -m")):
+        done = run(*options, "-m", "job", *given.split(), cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, f"__main__ {taken.split()}\n")
     (tmp_path / "bad.py").write_text("raise KeyError('mine')\n")
     failed = run(*options, tmp_path / "bad.py")
     assert failed.returncode == 1
@@ -236,6 +239,8 @@ def test_interrupts_end_cleanly_and_the_run_continues(
         (["run", "--budget", "24", "x.py"], "host=24: 24 bytes of memory hold nothing; a size has"),
         (["run", "--budget", "device=8,host=4GiB", "x.py"], "a size has a unit: 8GiB?"),
         (["run", "-m", "no.such.module"], "no module named"),
+        (["run", "-m", "no.such.module", "--lr", "1"], "no module named"),
+        (["run", "-m"], "-m needs the name of a module"),
         (["run", "--stop-after", "0", "x.py"], "--stop-after 0: at least 1"),
         (["run", "--alpha", "0.5", "x.py"], "only recompute='tokenwise' uses alpha"),
         (["run", "--recompute", "tokenwise", "--alpha", "2", "x.py"], "is no fraction of the rows"),
