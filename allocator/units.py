@@ -2,15 +2,21 @@
 
 import math
 import re
+from fractions import Fraction
 
 _BINARY = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
-_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?)B?\s*", re.IGNORECASE)
+_NUMBER = r"\d+(?:\.\d+)?"
+_PATTERN = re.compile(rf"\s*({_NUMBER})\s*(?:([KMGTP])(i?))?B?\s*", re.IGNORECASE)
+_BARE = re.compile(rf"\s*({_NUMBER})\s*")
 
 LEAST_MEMORY_NBYTES = 1 << 20  # a smaller size of memory was meant in another unit
+_LARGE = 100  # a number of MiB rather than of GiB
 
 
 def parse_nbytes(value: str | int) -> int:
     """Bytes of ``"24GiB"`` (1024s), ``"1.5 GB"`` (1000s) or a plain number of bytes.
+
+    For what is named in bytes; ``parse_size`` reads what people write a unit with.
 
     Raises:
         ValueError: anything else.
@@ -22,23 +28,47 @@ def parse_nbytes(value: str | int) -> int:
     match = _PATTERN.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(f"{value!r} is not a size: write 24GiB, 1.5GB, 512MiB or bytes")
-    number, prefix, binary = match.groups()
-    base = 1024 if binary else 1000
-    return round(float(number) * float(base ** _BINARY[prefix.upper()]))
+    number, prefix, binary = match.groups(default="")
+    scale: int = (1024 if binary else 1000) ** _BINARY[prefix.upper()]
+    return round(Fraction(number) * scale)
 
 
-def parse_memory_nbytes(value: str | int) -> int:
-    """As ``parse_nbytes``, of memory that is to hold something: no less than a MiB is meant.
+def parse_size(value: str | int, *, unit: str | None = None) -> int:
+    """As ``parse_nbytes``, where a plain number below a MiB lacks its unit; 0 needs none.
+
+    Args:
+        unit: that such a number most likely was to have; by default GiB, or MiB for a large one.
 
     Raises:
         ValueError: also a size that lacks its unit; tells what it probably was to be.
     """
     nbytes = parse_nbytes(value)
+    meant = _with_unit(value, unit)
+    if meant is None or nbytes >= LEAST_MEMORY_NBYTES:
+        return nbytes
+    raise ValueError(f"{nbytes} bytes are hardly meant; a size has a unit: {meant}, or {nbytes}B?")
+
+
+def parse_memory_nbytes(value: str | int, *, unit: str | None = None) -> int:
+    """As ``parse_size``, of memory that is to hold something: no less than a MiB is meant.
+
+    Raises:
+        ValueError: also less than that; tells what it probably was to be.
+    """
+    nbytes = parse_nbytes(value)
     if nbytes >= LEAST_MEMORY_NBYTES:
         return nbytes
-    number = str(value).strip()
-    mend = f"a size has a unit: {number}GiB?" if number.isdigit() else "write 1MiB or more"
+    meant = _with_unit(value, unit)
+    mend = f"a size has a unit: {meant}?" if meant else "write 1MiB or more"
     raise ValueError(f"{nbytes} bytes of memory hold nothing; {mend}")
+
+
+def _with_unit(value: str | int, unit: str | None) -> str | None:
+    """What a plain number was probably to be; None for 0, and for what has its unit."""
+    match = _BARE.fullmatch(str(value))
+    if match is None or not (number := Fraction(match.group(1))):
+        return None
+    return f"{match.group(1)}{unit or ('MiB' if number >= _LARGE else 'GiB')}"
 
 
 def format_nbytes(nbytes: int) -> str:
@@ -53,14 +83,18 @@ def parse_rate(value: str | float) -> float:
     """Bytes per second of ``"7GB/s"`` or a plain number.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, and text without its unit; tells what it probably was to be.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    size, slash, unit = str(value).partition("/")
-    if not slash or unit.strip() != "s":
-        raise ValueError(f"{value!r} is not a rate: write 7GB/s or 900MiB/s")
-    return float(parse_nbytes(size))
+    size, _, time = (part.strip() for part in str(value).partition("/"))
+    bare = bool(_BARE.fullmatch(size))
+    if time == "s" and not bare:
+        return float(parse_nbytes(size))
+    mend = "write 7GB/s or 900MiB/s"
+    if time in ("", "s") and _PATTERN.fullmatch(size):
+        mend = f"write {size}{'GB' if bare else ''}/s"
+    raise ValueError(f"{value!r} is not a rate: {mend}")
 
 
 def format_rate(bytes_per_s: float) -> str:

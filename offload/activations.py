@@ -8,7 +8,7 @@ loss.backward()
 swap.close()
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from typing import Self
 from torch import nn
 
 from offload.allocator.errors import ConfigError
-from offload.allocator.units import parse_nbytes
+from offload.allocator.units import parse_nbytes, parse_size
 from offload.config import OffloadConfig, make_config
 from offload.interrupts import deliver_lost_interrupts
 from offload.recomputing import rebuild_rows
@@ -39,7 +39,9 @@ class ActivationSwap:
     Args:
         model: its parameters and buffers are never moved. Without one only parameters that are
             saved as such are told from activations; their transposes are moved too.
-        limit: of saved tensors that stay where they are; bytes, or a size such as ``"1GiB"``.
+        limit: of saved tensors that stay where they are; a size such as ``"1GiB"``. Plain numbers
+            are bytes, and below a MiB refused for want of a unit, here and in all sizes but
+            ``min_nbytes``: write ``"24B"``.
         in_flight: of saved tensors that are leaving, or are fetched ahead of their use; by default
             64 MiB, or on a GPU a 32nd of its memory if that is more. On a GPU the newest quarter
             of it leaves later: what is saved again meanwhile is then copied once.
@@ -78,7 +80,8 @@ class ActivationSwap:
         accelerator: Accelerator | None = None,
         journal: Journal | None = None,
     ) -> None:
-        limit_nbytes, least_nbytes = _size("limit", limit), _size("min_nbytes", min_nbytes)
+        limit_nbytes = _size("limit", limit)
+        least_nbytes = _read("min_nbytes", min_nbytes, parse_nbytes)
         in_flight_nbytes = None if in_flight is None else _size("in_flight", in_flight)
         config = make_config(
             OffloadConfig(),
@@ -155,7 +158,11 @@ def _node(number: object) -> int:
 
 
 def _size(name: str, value: str | int) -> int:
+    return _read(name, value, parse_size)
+
+
+def _read(name: str, value: str | int, parse: Callable[[str | int], int]) -> int:
     try:
-        return parse_nbytes(value)
+        return parse(value)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error

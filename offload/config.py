@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from offload.allocator.errors import ConfigError
-from offload.allocator.units import parse_memory_nbytes, parse_nbytes
+from offload.allocator.units import parse_memory_nbytes, parse_nbytes, parse_size
 from offload.tiers.engines.registry import AUTO, check_name
 
 TIERS = ("device", "host")
@@ -181,20 +181,31 @@ class OffloadConfig(BaseModel):
     def _check_io_engine(cls, value: str) -> str:
         return check_name(value)
 
-    @field_validator("min_swap_nbytes", "nvme_write_budget", "nvme_endurance", mode="before")
+    @field_validator("min_swap_nbytes", mode="before")
     @classmethod
-    def _parse_size(cls, value: Any) -> int | None:
-        return None if value is None else parse_nbytes(value)
+    def _parse_nbytes(cls, value: Any) -> int:
+        return parse_nbytes(value)
+
+    @field_validator("nvme_write_budget", mode="before")
+    @classmethod
+    def _parse_write_budget(cls, value: Any) -> int | None:
+        return None if value is None else parse_size(value)
+
+    @field_validator("nvme_endurance", mode="before")
+    @classmethod
+    def _parse_endurance(cls, value: Any) -> int | None:
+        return None if value is None else parse_size(value, unit="TB")
 
 
 def parse_budget(value: Any) -> dict[str, int]:
     """``"device=10GiB,host=24GiB"``, ``"24GiB"`` (host), bytes (host) or a mapping.
 
     Raises:
-        ValueError: an unknown tier, a size that can't be read, or one without its unit.
+        ValueError: an unknown tier, one given twice, a size that can't be read, or one without its
+            unit.
     """
     if isinstance(value, str) and "=" in value:
-        value = dict(part.partition("=")[::2] for part in value.split(",") if part.strip())
+        value = _by_tier(value)
     if not isinstance(value, Mapping):
         value = {"host": value}
     budget: dict[str, int] = {}
@@ -207,6 +218,17 @@ def parse_budget(value: Any) -> dict[str, int]:
         except ValueError as error:
             raise ValueError(f"{name}={size}: {error}") from error
     return budget
+
+
+def _by_tier(text: str) -> dict[str, str]:
+    sizes: dict[str, str] = {}
+    for part in text.split(","):
+        tier, _, size = (word.strip() for word in part.partition("="))
+        if tier in sizes:
+            raise ValueError(f"{tier} is given twice: {sizes[tier]} and {size}")
+        if part.strip():
+            sizes[tier] = size
+    return sizes
 
 
 def make_config(
@@ -271,9 +293,11 @@ def _validated(layers: list[tuple[str, Mapping[str, Any]]]) -> OffloadConfig:
         config = OffloadConfig(**merged)
     except ValidationError as error:
         for fault in error.errors():
-            name = str(fault["loc"][0]) if fault["loc"] else "configuration"
             message = fault["msg"].removeprefix("Value error, ")
-            problems.append(f"{origin.get(name, 'configuration')}: {name}: {message}")
+            if fault["loc"]:  # else it is about several
+                name = str(fault["loc"][0])
+                message = f"{origin.get(name, 'configuration')}: {name}: {message}"
+            problems.append(message)
     if problems:
         raise ConfigError(*problems)
     return config

@@ -136,6 +136,7 @@ class _Session:
         if self._stop_after is not None and engine.stats.steps >= self._stop_after:
             engine._detach("stopped")
             sys.stderr.write(f"offload: stopped behind step {engine.step}, as asked\n")
+            self.tell_lost_record()
             _end_process()
 
     def summary(self) -> str:
@@ -149,6 +150,15 @@ class _Session:
             f"{stats.steps} steps of {format_seconds(stats.step_s)}, of which stall "
             f"{format_seconds(stats.stall_s)}"
         )
+
+    def tell_lost_record(self) -> None:
+        """Say so where not all is in the record, and why."""
+        if (failure := self.runtime.journal.recorder.failure) is not None:
+            sys.stderr.write(
+                f"offload: the record in {self.runtime.config.record} ends early "
+                f"({failure.strerror}), the run went on: free some of that disk, or name another "
+                "directory with --record\n"
+            )
 
     def __exit__(
         self,
@@ -205,6 +215,7 @@ def launch(
     finally:
         signal.signal(signal.SIGTERM, previous)
         sys.argv, sys.path[:] = saved_argv, saved_path
+        session.tell_lost_record()
     if summary := session.summary():
         sys.stderr.write(f"offload: {summary}\n")
     return 0

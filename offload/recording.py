@@ -2,9 +2,11 @@
 
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
+from offload.allocator.errors import ConfigError
 from offload.runtime import Runtime
 from offload.saving import budgets_of
 from offload.swap.plan import Plan
@@ -16,7 +18,11 @@ from offload.tiers.machine import write_machine
 
 
 def record_start(runtime: Runtime, plan: Plan) -> None:
-    """Tell what runs, on what, within which budgets; flushed, for a run may be killed."""
+    """Tell what runs, on what, within which budgets; flushed, for a run may be killed.
+
+    Raises:
+        ConfigError: the record can't be written.
+    """
     config, journal = runtime.config, runtime.journal
     machine = take_inventory([runtime.store.directory.parent])
     cpu, host = machine.processors[0], machine.tier("host")
@@ -36,9 +42,18 @@ def record_start(runtime: Runtime, plan: Plan) -> None:
     )
     if config.record is not None:
         write_machine(machine, config.record / "machine.json")
-        (config.record / "plan.json").write_text(plan.to_json())
-        (config.record / "config.json").write_text(config.model_dump_json(indent=2))
+        _write(config.record / "plan.json", plan.to_json())
+        _write(config.record / "config.json", config.model_dump_json(indent=2))
     journal.recorder.flush()
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text)
+    except OSError as error:
+        raise ConfigError(
+            f"can't write to the record {file} ({len(text)} bytes): {error.strerror}"
+        ) from error
 
 
 def record_finish(journal: Journal, plan: Plan, *, steps: int, status: str) -> None:

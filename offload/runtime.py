@@ -39,10 +39,7 @@ class Runtime:
         self.config = config
         self.budget_nbytes = config.budget.get("host") or default_budget()
         self.chunk_numel = choose_chunk_numel(self.budget_nbytes)
-        recorder: Recorder = NullRecorder()
-        if config.record is not None:
-            recorder = JsonlRecorder(config.record / "rank0.jsonl")
-        self.journal = Journal(recorder)
+        self.journal = Journal(open_record(config.record))
         directories = config.nvme or (DEFAULT_DIRECTORY,)
         self.lanes = open_lanes(
             directories, self.journal, io_engine=config.io_engine, workers=config.io_threads
@@ -90,7 +87,7 @@ class Runtime:
         )
         if config.record is not None:
             self.journal.recorder.close()  # what was recorded while the model was built
-            self.journal.recorder = JsonlRecorder(config.record / "rank0.jsonl")
+            self.journal.recorder = open_record(config.record)
 
     def close(self) -> None:
         """End threads, give the store's lock back; safe to call twice."""
@@ -108,6 +105,20 @@ class Runtime:
                 closing.callback(part.close)
             for guest in self.guests:
                 closing.callback(guest)
+
+
+def open_record(directory: Path | None) -> Recorder:
+    """What takes the events of a run in ``directory``.
+
+    Raises:
+        ConfigError: it can't be written.
+    """
+    if directory is None:
+        return NullRecorder()
+    try:
+        return JsonlRecorder(directory / "rank0.jsonl")
+    except OSError as error:
+        raise ConfigError(f"can't write to the record {directory}: {error.strerror}") from error
 
 
 def open_lanes(

@@ -117,7 +117,7 @@ def read_settings(argv: Sequence[str] | None = None) -> Settings:
         parser.add_argument(f"--{name}", type=int, metavar="N")
     for name in ("lr", "weight-decay", "clip"):
         parser.add_argument(f"--{name}", type=float, metavar="X")
-    parser.add_argument("--budget", metavar="BYTES")
+    parser.add_argument("--budget", metavar="SIZE")
     parser.add_argument("--tokenizer", choices=("bytes", "checkpoint"))
     parser.add_argument("--resume", choices=("auto", "never", "must"))
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction)

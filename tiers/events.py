@@ -5,16 +5,20 @@ one vocabulary. Times are seconds on the run's own clock (``t_s`` counts from it
 marks the *end* of what the record describes), sizes are bytes.
 """
 
+import contextlib
 import dataclasses
 import json
+import math
+import os
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeAlias
 
 FORMAT_VERSION = 1
+_LONGEST_LINE_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,18 +126,68 @@ def from_json(line: str) -> Event:
     """The record that ``to_json`` wrote.
 
     Raises:
-        ValueError: the line is not JSON or names no known record.
+        ValueError: the line is not JSON, names no known record, or holds what that has not.
     """
     fields = json.loads(line)
-    kind = fields.pop("kind", None)
-    if kind not in _TYPES:
+    kind = fields.pop("kind", None) if isinstance(fields, dict) else None
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(f"unknown event kind {kind!r}")
-    event: Event = _TYPES[kind](**fields)
+    for name, value in fields.items():
+        if not _FITS[kind].get(name, _fits_nothing)(value):
+            raise ValueError(f"{kind} can't have {name}={value!r}")
+    try:
+        event: Event = _TYPES[kind](**fields)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     return event
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_mapping_of_sizes(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(size, int) for size in value.values())
+
+
+def _fits_nothing(_value: Any) -> bool:
+    return False
+
+
+_CHECKS: dict[Any, Callable[[Any], bool]] = {
+    float: _is_number,
+    int: _is_count,
+    str: _is_text,
+    Mapping[str, int]: _is_mapping_of_sizes,
+    Mapping[str, str]: _is_mapping,
+    Mapping[str, Any]: _is_mapping,
+}
+_FITS = {
+    name: {field.name: _CHECKS[field.type] for field in dataclasses.fields(kind)}
+    for name, kind in _TYPES.items()
+}
+
+
 class Recorder(Protocol):
-    """Takes events from any thread; must be quick, for the training thread calls it."""
+    """Takes events from any thread; must be quick, for the training thread calls it.
+
+    Attributes:
+        failure: why nothing is taken any more; None while all is well.
+    """
+
+    failure: OSError | None
 
     def record(self, event: Event) -> None: ...
     def flush(self) -> None: ...
@@ -142,6 +196,8 @@ class Recorder(Protocol):
 
 class NullRecorder:
     """Takes nothing: the recorder of a run that is not recorded."""
+
+    failure: OSError | None = None
 
     def record(self, event: Event) -> None:
         pass
@@ -163,26 +219,55 @@ class ListRecorder(NullRecorder):
         self.events.append(event)  # list.append is atomic under the GIL
 
 
+def _drop_cut_line(path: Path) -> None:
+    """End the record of a run that was killed with its last whole line, so that it can go on."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - _LONGEST_LINE_NBYTES, 0))
+        start, tail = file.tell(), file.read()
+        if not tail.endswith(b"\n") and (start == 0 or b"\n" in tail):
+            file.truncate(start + tail.rfind(b"\n") + 1)
+
+
 class JsonlRecorder:
-    """Writes one JSON line per event to ``path``; buffered until ``flush`` (each step edge)."""
+    """Writes one JSON line per event to ``path``; buffered until ``flush`` (each step edge).
+
+    A disk that is full ends the record, not the run: ``failure`` tells.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.failure: OSError | None = None
+        _drop_cut_line(path)
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._pending: deque[Event] = deque()
         self._lock = threading.Lock()
 
     def record(self, event: Event) -> None:
-        self._pending.append(event)
+        if self.failure is None:
+            self._pending.append(event)
 
     def flush(self) -> None:
         with self._lock:
-            # Other threads record meanwhile: take what is there, one by one.
-            while self._pending and not self._file.closed:
-                self._file.write(to_json(self._pending.popleft()) + "\n")
-            if not self._file.closed:
-                self._file.flush()
+            try:
+                # Other threads record meanwhile: take what is there, one by one.
+                while self._pending and not self._file.closed:
+                    self._file.write(to_json(self._pending.popleft()) + "\n")
+                if not self._file.closed:
+                    self._file.flush()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.failure = error
+        self._pending.clear()
+        with contextlib.suppress(OSError):  # it tries to write what it holds, and closes then
+            self._file.close()
 
     def close(self) -> None:
         self.flush()
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:  # some file systems tell only now
+            self.failure = self.failure or error

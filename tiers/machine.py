@@ -245,7 +245,9 @@ class Machine:
         try:
             document = json.loads(text)
         except ValueError as error:
-            raise ConfigError(f"not JSON: {error}") from error
+            raise ConfigError(
+                f"not JSON: {error}; write it anew with: offload doctor -o machine.json"
+            ) from error
         if not isinstance(document, dict) or "format" not in document:
             raise ConfigError(
                 "not a machine: it has no 'format'; write one with: offload doctor -o machine.json"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.allocator.errors import BudgetError, ConfigError
-from offload.allocator.units import LEAST_MEMORY_NBYTES, parse_nbytes
+from offload.allocator.units import parse_memory_nbytes
+from offload.cli.script import read_script
 from offload.config import OffloadConfig, make_config
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nvme-write-budget",
         metavar="SIZE",
-        help="bytes that a step may write to the drive, everything included",
+        help="what a step may write to the drive, everything included, for example 2GiB",
     )
     parser.add_argument(
         "--machine",
@@ -95,7 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="correct rates and memory by what a recorded run of this model has shown",
     )
     parser.add_argument(
-        "--baseline", metavar="SIZE", help="resident set without a model; default: measured here"
+        "--baseline",
+        metavar="SIZE",
+        help="resident set without a model, for example 400MiB; default: measured here",
     )
     parser.add_argument("--what-if", metavar="C", help="for example nvme=7GB/s,compute=2x")
     parser.add_argument(
@@ -190,12 +193,9 @@ def _size(option: str, text: str | None) -> int | None:
     if text is None:
         return None
     try:
-        nbytes = parse_nbytes(text)
+        return parse_memory_nbytes(text, unit="MiB")
     except ValueError as error:
-        raise ConfigError(f"{option}: {error}") from error
-    if nbytes < LEAST_MEMORY_NBYTES:
-        raise ConfigError(f"{option} {text}: {nbytes} bytes; a size has a unit: {text}MiB?")
-    return nbytes
+        raise ConfigError(f"{option} {text}: {error}") from error
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
@@ -219,6 +219,7 @@ def _source_of(arguments: argparse.Namespace) -> Any:
     if path.suffix == ".py":
         from offload.planner.scripts import TrainingScript
 
+        read_script(path)
         return TrainingScript(
             path,
             arguments.args,
@@ -274,8 +275,7 @@ def _write_settings(arguments: argparse.Namespace, placed: "PlacementAnswer") ->
         "state_precision": arguments.state_precision,
         "master_weights": arguments.master_weights,
     }
-    defaults = {"nvme": (), "commit": "step", "state_precision": "exact", "master_weights": "none"}
-    chosen = {name: value for name, value in given.items() if value != defaults[name]}
+    chosen = {name: value for name, value in given.items() if value != _DEFAULTS.get(name, ())}
     config = OffloadConfig(**settings_of(placed), **chosen)
     notes = [
         f"{HEADER} plan, {datetime.now(UTC):%Y-%m-%d}:",
@@ -288,10 +288,17 @@ def _write_settings(arguments: argparse.Namespace, placed: "PlacementAnswer") ->
     _say(f"wrote {arguments.output}")
 
 
+_DEFAULTS = {"commit": "step", "state_precision": "exact", "master_weights": "none"}
+_REPEATED = (
+    "seq", "batch", "optim", "dtype", "method", "budget", "commit", "state_precision",
+    "master_weights", "machine", "baseline", "what_if", "solve",
+)  # fmt: skip
+
+
 def _command(arguments: argparse.Namespace) -> str:
     words = ["offload", "plan", str(arguments.model)]
-    for name in ("seq", "batch", "optim", "dtype", "method", "budget", "machine", "what_if"):
-        if (value := getattr(arguments, name)) is not None:
+    for name in _REPEATED:
+        if (value := getattr(arguments, name)) is not None and value != _DEFAULTS.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     words += [word for path in arguments.nvme for word in ("--nvme", path)]
     words += ["-o", str(arguments.output)]

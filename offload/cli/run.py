@@ -1,13 +1,14 @@
 """``offload run``: an unmodified script within a memory budget."""
 
 import argparse
-import ast
+import contextlib
 import importlib.util
 import json
 import sys
 from pathlib import Path
 
 from offload.allocator.errors import ConfigError
+from offload.cli.script import read_script
 from offload.config import OffloadConfig, make_config
 
 HELP = "run a training script, unmodified, within a memory budget"
@@ -16,7 +17,7 @@ Run a training script, unmodified, within a memory budget.
 
 Options for Offload come before the script; everything after it is the script's own:
   offload run --budget host=4GiB --nvme /data/nvme train.py --lr 1e-4
-  offload run --budget 4GiB -m package.train
+  offload run --budget 4GiB -m package.train --lr 1e-4
 Run the same command again to continue from the last finished step."""
 
 
@@ -57,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--nvme-write-budget",
-        metavar="BYTES",
+        metavar="SIZE",
         help="that a step may write to the drive, for example 2GiB; activations beyond it stay",
     )
     parser.add_argument(
         "--nvme-endurance",
-        metavar="BYTES",
+        metavar="SIZE",
         help="that the drive's data sheet promises, for example 600TB: tells how long it lasts",
     )
     parser.add_argument(
@@ -115,7 +116,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="end the process right behind its Nth step; nothing that the script would do after "
         "it happens, and the same command goes on from there",
     )
-    parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module as a script")
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,  # else a module's own --options would be taken for Offload's
+        metavar="MODULE args…",
+        help="run a module as a script",
+    )
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="script.py args…")
 
 
@@ -149,12 +156,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.stop_after is not None and arguments.stop_after < 1:
         raise ConfigError(f"--stop-after {arguments.stop_after}: at least 1")
     rest = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
-    if arguments.module:
-        target, argv = arguments.module, rest
-        _check_module(target)
+    if arguments.module is not None:
+        target, argv = _module_of(arguments.module, arguments.script)
     elif rest:
         target, *argv = rest
-        _check_script(Path(target))
+        read_script(Path(target))
     else:
         raise ConfigError("offload run needs a script: offload run [options] script.py args…")
     _claim_record(config, [target, *argv])
@@ -164,12 +170,21 @@ def run(arguments: argparse.Namespace) -> int:
         config,
         target,
         argv,
-        is_module=bool(arguments.module),
+        is_module=arguments.module is not None,
         stop_after=arguments.stop_after,
     )
     if config.record is not None:
         print(f"offload: see it with: offload report {config.record}", file=sys.stderr)
     return code
+
+
+def _module_of(words: list[str], behind: list[str]) -> tuple[str, list[str]]:
+    """The module of ``-m`` and its arguments; argparse puts ``--`` and what follows ``behind``."""
+    if not words:
+        raise ConfigError("-m needs the name of a module")
+    name, argv = words[0], [*words[1:], *behind]
+    _check_module(name)
+    return name, argv[1:] if argv[:1] == ["--"] else argv
 
 
 def _check_module(name: str) -> None:
@@ -182,27 +197,33 @@ def _check_module(name: str) -> None:
         raise ConfigError(f"no module named {name!r}")
 
 
-def _check_script(path: Path) -> None:
-    try:
-        ast.parse(path.read_bytes(), filename=str(path))
-    except OSError as error:
-        raise ConfigError(f"can't read the script {path}: {error.strerror}") from error
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{path} is not a Python script: {error}") from error
-
-
 def _claim_record(config: OffloadConfig, command: list[str]) -> None:
     """A record directory is this command's own, to be continued, or it is new."""
     if config.record is None:
         return
     note = config.record / "command.json"
-    if note.exists() and json.loads(note.read_text()) != command:
-        raise ConfigError(
-            f"{config.record} holds the record of another command: "
-            f"{' '.join(json.loads(note.read_text()))}; pass another --record directory"
-        )
+    if note.exists():
+        if (before := _command_in(note)) != command:
+            raise ConfigError(
+                f"{config.record} holds the record of another command: "
+                f"{' '.join(before)}; pass another --record directory"
+            )
+        return
     try:
         config.record.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(command))
     except OSError as error:
+        with contextlib.suppress(OSError):
+            note.unlink()  # an empty one would be nobody's
         raise ConfigError(f"can't write to {config.record}: {error.strerror}") from error
+
+
+def _command_in(note: Path) -> list[str]:
+    try:
+        words = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{note} can't be read ({error}), so whose record this is isn't known: pass another "
+            "--record directory"
+        ) from error
+    return [str(word) for word in words] if isinstance(words, list) else [str(words)]

@@ -19,6 +19,7 @@ from offload.allocator.errors import (
     UnsupportedError,
 )
 from offload.allocator.units import format_nbytes
+from offload.cli.script import read_script
 from offload.config import OffloadConfig, make_config
 
 if TYPE_CHECKING:
@@ -219,13 +220,7 @@ def _check_script(path: Path) -> None:
     Raises:
         ConfigError: it is no such file.
     """
-    try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
-    except OSError as error:
-        raise ConfigError(f"can't read the script {path}: {error.strerror}") from error
-    except (SyntaxError, ValueError) as error:
-        raise ConfigError(f"{path} is not a Python script: {error}") from error
-    if called := sorted(set(_own_calls(tree))):
+    if called := sorted(set(_own_calls(read_script(path)))):
         raise ConfigError(
             f"{path} calls offload.{called[0]} itself, on a store of its own: tune takes the plain "
             "script, as offload run does"

@@ -11,6 +11,7 @@ import yaml
 
 from offload.allocator.errors import ConfigError
 from offload.allocator.units import format_nbytes, format_rate, parse_nbytes
+from offload.doctor.finding import Finding
 from offload.planner.stored import Calibrated, Care, calibrated
 from offload.swap.planning.striping import joined, striped
 from offload.tiers.hostmem import PAGE
@@ -52,8 +53,7 @@ def find_machine(
     if Path(given).exists() or Path(given).suffix == ".json":
         machine = read_machine(Path(given))
         if nvme:
-            drives = [file_tier_name(Path(one)) for one in nvme]
-            return given, *_with_drive(machine, drives)
+            return given, *_with_drive(machine, [_measured(machine, given, one) for one in nvme])
         return given, machine, _drive_of(machine)
     names = list(_library()["machines"])
     if given not in names:
@@ -69,6 +69,19 @@ def find_machine(
         )
     machine = library_machine(given)
     return given, machine, _drive_of(machine)
+
+
+def _measured(machine: Machine, file: str, directory: str) -> str:
+    """The name of the tier of ``directory``."""
+    name = file_tier_name(Path(directory))
+    drives = [tier.name for tier in machine.tiers if tier.kind == "file"]
+    if name not in drives:
+        found = ", ".join(drives) or "no drive"
+        raise ConfigError(
+            f"--nvme {directory}: {file} has {found}, not {name}; measure that with: "
+            f"offload doctor --nvme {directory} -o {file}"
+        )
+    return name
 
 
 def _with_drive(machine: Machine, drives: Sequence[str]) -> tuple[Machine, str]:
@@ -115,7 +128,10 @@ def this_machine(
         effort = pace.QUICK if care == "quick" else pace.Effort()
         bench = bench_links([directory], effort=effort)
         if bench.failures:
-            raise ConfigError(*(f"{one.subject}: {one.value}" for one in bench.failures))
+            raise ConfigError(
+                *(f"can't measure {directory}: {_told(one)}" for one in bench.failures),
+                "or name another directory with --nvme, or a machine of --machine list",
+            )
         machine, failures = cuda.add_devices(compute.add_compute(bench.machine))
         for name, why in failures.items():
             say(f"{name} could not be measured: {why}")
@@ -127,6 +143,11 @@ def this_machine(
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no directory: make it, or name another with --nvme")
     return calibrated(directory, care=care, again=again, say=say, measure=measure)
+
+
+def _told(failure: Finding) -> str:
+    mend = f"; mend it with: {failure.mend}" if failure.mend else ""
+    return f"{failure.subject}: {failure.value}{mend}"
 
 
 @cache

@@ -60,7 +60,7 @@ def split_budget(text: str | None) -> tuple[str | None, dict[str, int]]:
     """The budget without, and of, memory nodes: ``device=20GiB,host=24GiB,numa:1=64GiB``.
 
     Raises:
-        ConfigError: a size without its unit, or none at all.
+        ConfigError: a size without its unit, or none at all; a tier that is given twice.
     """
     others: dict[str, int] = {}
     left = []
@@ -69,6 +69,8 @@ def split_budget(text: str | None) -> tuple[str | None, dict[str, int]]:
         if not (equals and (name == "device" or name.startswith("numa:"))):
             left.append(part)
             continue
+        if name in others:
+            raise ConfigError(f"--budget: {name} is given twice")
         try:
             others[name] = parse_memory_nbytes(size)
         except ValueError as error:

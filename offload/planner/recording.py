@@ -42,6 +42,12 @@ def recorded(
     for event in (_start(settings, machine), *taken.events, _end(settings, taken.events)):
         recorder.record(event)
     recorder.close()
+    if recorder.failure is not None:
+        file.unlink()
+        raise ConfigError(
+            f"can't write {len(taken.events)} events to {file}: {recorder.failure.strerror}; name "
+            "a directory with more room, or leave --record out"
+        )
     write_machine(machine, directory / "machine.json")
 
 

@@ -14,6 +14,8 @@ from offload.planner.sources import Batch
 from offload.swap.planning.program import Program
 from offload.swap.state_precision import EXACT, Precision
 
+EXITED = "it exited before its first backward, with"
+_TRACEBACK = "Traceback (most recent call last)"
 _DECIDED = ("seq", "batch", "optim", "dtype", "method")
 
 
@@ -81,10 +83,26 @@ def _trace(
         command += ["off" if rebuild_nbytes is None else str(rebuild_nbytes), str(path)]
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         if not out.exists():
-            said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            why = _last_words(path, done.stderr) or done.stdout.strip().rpartition("\n")[2]
             raise UnsupportedError(
-                f"{path} was not planned: {said[-1] if said else f'exit code {done.returncode}'}"
+                f"{path} was not planned: {why or f'exit code {done.returncode}'}"
             )
         content = json.loads(out.read_text())
     held = Held(nbytes=content["held"]["nbytes"], imports=tuple(content["held"]["imports"]))
     return Program.from_json(content["program"]), held
+
+
+def _last_words(path: Path, said: str) -> str:
+    """Why it ended: an error of its own with its line, what tracing refused, or its last line."""
+    lines = said.strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith(_TRACEBACK)]
+    trace = lines[frames[-1] + 1 :] if frames else []
+    if trace and "" not in trace:  # else it was handled, and tracing has said more behind it
+        error = next((line for line in trace if not line.startswith(" ")), trace[-1])
+        place = [line for line in trace if line.startswith(f'  File "{path}", line ')]
+        number = place[-1].split(", ")[1].removeprefix("line ") if place else "?"
+        return f"{path}, line {number}: {error}; does it run by itself, with these arguments?"
+    last = lines[-1] if lines else ""
+    if last.startswith(EXITED) and len(lines) > 2:
+        return f"{last} ({lines[-3]})"  # an empty line stands between
+    return last

@@ -23,6 +23,7 @@ _CLASSES = {
     "adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adagrad": "Adagrad", "rmsprop": "RMSprop",
     "adamax": "Adamax", "nadam": "NAdam", "radam": "RAdam",
 }  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
 _FUSED = frozenset({"adamw", "adam", "sgd", "adagrad"})  # have a fused kernel on the CPU
 
 
@@ -48,7 +49,8 @@ class HuggingFaceModel:
         held: what a process that trains it has imported.
 
     Raises:
-        ConfigError: no such file, not a configuration, or of an unknown model type.
+        ConfigError: no such file, not a configuration, of an unknown model type, or with fields
+            that it has not.
     """
 
     def __init__(
@@ -78,16 +80,18 @@ class HuggingFaceModel:
             raise ConfigError(
                 f"{file}: transformers {transformers.__version__} knows no model type {kind!r}"
                 + (f"; did you mean {near[0]!r}?" if near else "")
+                + "; a newer one may (pip install -U transformers), and a script that trains it is "
+                "planned as it is: offload plan train.py"
             )
         fields = {key: value for key, value in content.items() if key != "model_type"}
         try:
             self.config = transformers.AutoConfig.for_model(kind, **fields)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{file}: {error}") from error
+        except Exception as error:  # each kind checks its fields in its own way
+            raise ConfigError(f"{file}: no {kind} has such fields: {_said(error)}") from error
         modules = ("transformers.modeling_utils", _modeling(type(self.config).__module__))
         self.held = Held(imports=modules)
         self.name = path.name if path.is_dir() else path.stem
-        self.dtype = dtype or _dtype_of(content)
+        self.dtype = dtype or _dtype_of(file, content)
         self.method = method
         self.optimizer = optimizer
         self.precision = precision
@@ -109,25 +113,16 @@ class HuggingFaceModel:
 
         Raises:
             UnsupportedError: it can't be planned.
-            ConfigError: it is no causal language model.
+            ConfigError: it is no causal language model, or none can be made of its fields.
         """
         import torch
-        import transformers
 
         from offload.planner.lora import add_adapters
         from offload.swap.planning.tracing import fake_mode, trace_step
         from offload.swap.state_precision import EXACT
 
         with fake_mode():
-            try:
-                model: Any = transformers.AutoModelForCausalLM.from_config(
-                    self.config, dtype=getattr(torch, self.dtype)
-                )
-            except ValueError as error:
-                raise ConfigError(
-                    f"{self.name}: a {self.config.model_type} is no causal language model: "
-                    "plan a script that trains it"
-                ) from error
+            model = self._model()
             model.train()
             if self.method == "lora":
                 add_adapters(model)
@@ -145,6 +140,25 @@ class HuggingFaceModel:
                 precision=self.precision or EXACT,
                 rebuild_nbytes=self.rebuild_nbytes,
             )
+
+    def _model(self) -> Any:
+        import torch
+        import transformers
+
+        if type(self.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ConfigError(
+                f"{self.name}: a {self.config.model_type} is no causal language model: plan a "
+                "script that trains it"
+            )
+        try:
+            return transformers.AutoModelForCausalLM.from_config(
+                self.config, dtype=getattr(torch, self.dtype)
+            )
+        except Exception as error:  # the model's own code
+            raise ConfigError(
+                f"{self.name}: no {self.config.model_type} can be made of its fields: "
+                f"{_said(error)}"
+            ) from error
 
 
 def make_optimizer(name: str, model: "nn.Module") -> "Optimizer":
@@ -186,6 +200,16 @@ def _modeling(configuration: str) -> str:
     return name if importlib.util.find_spec(name) else configuration
 
 
-def _dtype_of(content: dict[str, Any]) -> str:
-    found = str(content.get("dtype") or content.get("torch_dtype") or "float32")
-    return found.removeprefix("torch.")
+def _said(error: Exception) -> str:
+    """One line, with the kind of error: that of a KeyError is a word alone."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _dtype_of(file: Path, content: dict[str, Any]) -> str:
+    given = content.get("dtype") or content.get("torch_dtype") or "float32"
+    found = str(given).removeprefix("torch.")
+    if found not in DTYPES:
+        raise ConfigError(
+            f"{file}: weights of type {found} aren't trained: give --dtype {' or '.join(DTYPES)}"
+        )
+    return found

@@ -15,10 +15,13 @@ file.
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import runpy
 import sys
-from collections.abc import Callable
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -34,16 +37,31 @@ from torch.optim import Optimizer
 
 import offload
 import offload.attaching  # a run has it: what it imports is no memory of the script
-from offload.allocator.errors import ConfigError, OffloadError
+from offload.allocator.errors import ConfigError, OffloadError, UnsupportedError
 from offload.planner.script_memory import Held, ScriptMemory
+from offload.planner.scripts import EXITED
 from offload.swap.planning.program import Program
 from offload.swap.planning.tracing import ON_VALUES, Tracer, fake_mode, trace_step
 from offload.swap.state_precision import EXACT, Precision
 from offload.swap.uncompiled import plain_module
 
+_LIBRARIES = tuple(
+    f"{path}{os.sep}"
+    for path in (
+        *(sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")),
+        *(
+            path
+            for name in ("torch", "offload", "offload.swap")
+            for path in sys.modules[name].__path__
+        ),
+    )
+)
+
 
 class _Tracer(Tracer):
     """Ends the process where values are asked for: the script is not to handle that either."""
+
+    MEND = "run it with a first budget and read its report"
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -51,7 +69,8 @@ class _Tracer(Tracer):
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
         except ON_VALUES as error:
-            _end(self.needs_values(error))
+            place = line_of(traceback.extract_stack())
+            _end(UnsupportedError(f"{place}{self.needs_values(error)}"))
 
 
 class _NoEngine:
@@ -95,10 +114,12 @@ class Session:
         self._stack = ExitStack()
         self._optimizers: list[Optimizer] = []
         self._tracer: _Tracer | None = None
+        self._keywords: Mapping[str, Any] = {}
 
     def __enter__(self) -> Self:
         session, plain_init = self, Optimizer.__init__
         plain_backward, plain_function = torch.Tensor.backward, torch.autograd.backward
+        plain_call: Any = nn.Module.__call__
 
         def remember(self: Optimizer, *args: Any, **kwargs: Any) -> None:
             plain_init(self, *args, **kwargs)
@@ -111,6 +132,12 @@ class Session:
         def function(*args: Any, **kwargs: Any) -> None:
             session._backward(lambda: plain_function(*args, **kwargs))
 
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if session._tracer is None:  # later they would outlive their call
+                session._keywords = kwargs
+            return plain_call(self, *args, **kwargs)
+
+        self._replace(nn.Module, "__call__", call)  # a global hook isn't told keywords
         self._replace(Optimizer, "__init__", remember)
         self._replace(torch.Tensor, "backward", backward)
         self._replace(torch.autograd, "backward", function)
@@ -152,7 +179,8 @@ class Session:
             for name, buffer in child._buffers.items():
                 if buffer is not None and not hasattr(buffer, "fake_mode"):
                     child._buffers[name] = self._mode.from_tensor(buffer)
-        self._optimizer, self._tokens = optimizer, _tokens_of(arguments)
+        self._optimizer, self._tokens = optimizer, _tokens_of([arguments, self._keywords])
+        self._keywords = {}
         self._stack.enter_context(self._mode)
         self._tracer = _Tracer(model, rebuild_nbytes=self._rebuild_nbytes)
         self._stack.enter_context(self._tracer.running())
@@ -165,6 +193,14 @@ class Session:
             if stepped and stepped <= owned:
                 return optimizer
         return None
+
+    def missing(self) -> str:
+        """What a script that ended has not done."""
+        if self._tracer is not None:
+            return "it called its model, and no backward"
+        if self._optimizers:
+            return "it called no module, with gradients, that has all that its optimizer steps"
+        return "it made no optimizer of torch.optim"
 
     def _backward(self, run: Any) -> None:
         if self._tracer is None:
@@ -185,9 +221,26 @@ def _build(path: str | Path, *, dtype: torch.dtype | None = None, **_kwargs: obj
     return built
 
 
-def _tokens_of(arguments: Any) -> int:
-    tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
-    return max((one.numel() for one in tensors if not one.is_floating_point()), default=1)
+def _tokens_of(batch: Any) -> int:
+    """Of ``input_ids``, or else of the largest tensor of numbers; of floats each row is one."""
+    found = list(_tensors_in("", batch))
+    named = [one for name, one in found if name == "input_ids"]
+    whole = [one for _, one in found if not one.is_floating_point() and one.dtype != torch.bool]
+    if named or whole:
+        return max(one.numel() for one in named or whole)
+    return max((math.prod(one.shape[:-1]) for _, one in found if 0 < one.dim() <= 3), default=1)
+
+
+def _tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors and the names under which they were given; those of a dict have its keys."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _tensors_in(str(key), one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors_in(name, one)
 
 
 def trace_script(
@@ -200,16 +253,25 @@ def trace_script(
 
     Raises:
         ConfigError: it ended without one.
-        UnsupportedError: what it computes needs values.
+        UnsupportedError: what it computes needs values, or fails.
     """
     sys.path[0] = str(script.resolve().parent)
     _trace_something()
-    memory = ScriptMemory()
+    memory, code = ScriptMemory(), None
     session = Session(finish, memory, precision, rebuild_nbytes)
-    with contextlib.suppress(SystemExit), memory, session:
-        runpy.run_path(str(script), run_name="__main__")
+    try:
+        with memory, session:
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as request:
+        code = request.code
+    except UnsupportedError as error:
+        frames = traceback.extract_tb(error.__cause__.__traceback__) if error.__cause__ else ()
+        raise UnsupportedError(f"{line_of(frames)}{error}") from error
+    if code:
+        raise ConfigError(f"{EXITED} {code}: pass the arguments of the script after --args")
     raise ConfigError(
-        f"{script} ended without a backward of a model whose parameters an optimizer steps"
+        f"{script} ended without a backward of a model whose parameters an optimizer steps: "
+        f"{session.missing()}"
     )
 
 
@@ -223,6 +285,14 @@ def _trace_something() -> None:
             tokens=1,
             optimizer=torch.optim.AdamW(model.parameters()),
         )
+
+
+def line_of(frames: Iterable[traceback.FrameSummary]) -> str:
+    """The innermost line of the user's own among ``frames``; empty if there is none."""
+    for frame in reversed(tuple(frames)):
+        if not frame.filename.startswith(("<", *_LIBRARIES)):
+            return f"{frame.filename}, line {frame.lineno}: "
+    return ""
 
 
 def main() -> NoReturn:

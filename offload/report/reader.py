@@ -24,7 +24,7 @@ def read_run(path: Path) -> RunEvents:
     """
     file = path / "rank0.jsonl"
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_bytes().splitlines()
     except OSError as error:
         raise ConfigError(
             f"{path} is not a run directory ({file.name}: {error.strerror}); "
@@ -34,12 +34,15 @@ def read_run(path: Path) -> RunEvents:
     truncated = False
     for number, line in enumerate(lines, start=1):
         try:
-            event = from_json(line)
-        except (ValueError, TypeError) as error:
+            event = from_json(line.decode("utf-8"))
+        except ValueError as error:
             if number == len(lines):
                 truncated = True
                 break
-            raise ConfigError(f"{file}, line {number} is damaged: {error}") from error
+            raise ConfigError(
+                f"{file}, line {number} of {len(lines)} is damaged: {error}; what stands before it "
+                f"can be read: head -n {number - 1} of it into another directory's {file.name}"
+            ) from error
         if isinstance(event, RunStarted):
             if event.format != FORMAT_VERSION:
                 raise ConfigError(f"{file} was recorded by another version of Offload")

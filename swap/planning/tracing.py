@@ -96,6 +96,8 @@ class Tracer(TorchDispatchMode):
             storages that are no smaller. None: they are not.
     """
 
+    MEND = "give --dtype bfloat16, or run it with a first budget and read its report"
+
     def __init__(self, model: nn.Module, *, rebuild_nbytes: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
@@ -164,8 +166,7 @@ class Tracer(TorchDispatchMode):
             except (RuntimeError, NotImplementedError) as error:
                 raise UnsupportedError(
                     f"{type(self._model).__name__} can't be planned: torch refuses a step of it "
-                    f"({error}). If a real run of it does not fail, give --dtype bfloat16, or run "
-                    "it with a first budget and read its report"
+                    f"({error}). If a real run of it does not fail, {self.MEND}"
                 ) from error
 
     def needs_values(self, error: BaseException) -> UnsupportedError:

@@ -1,6 +1,7 @@
 """The same machine with other rates."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from offload.allocator.errors import ConfigError
@@ -34,9 +35,11 @@ def parse_changes(text: str) -> dict[str, float]:
 
 
 def _factor(value: str) -> float:
-    if not value.endswith("x"):
-        raise ValueError(f"{value!r} is no factor: write 2x or 0.5x")
-    return float(value.removesuffix("x"))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)(x?)\s*", value)
+    if match is None or not match.group(2):
+        mend = f"write {match.group(1)}x" if match else "write 2x or 0.5x"
+        raise ValueError(f"{value!r} is no factor: {mend}")
+    return float(match.group(1))
 
 
 def changed(machine: Machine, drive: str, changes: Mapping[str, float]) -> Machine:

@@ -41,6 +41,21 @@ for step in range(3):
     raise AssertionError("backward has been seen")
 """
 
+BATCH_SCRIPT = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 32)
+    def forward(self, input_ids, labels):
+        return self.table(input_ids).sum(-1) - labels
+model = Net()
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+ids = torch.zeros(2, 48, dtype=torch.int64)
+model(input_ids=ids, labels=ids).sum().backward()
+"""
+
 
 def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
     assert main(["plan", *map(str, words), "--json"]) in {0, 3}

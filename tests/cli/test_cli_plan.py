@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from plan_verb import LAPTOP, answer, refusal
+from plan_verb import BATCH_SCRIPT, LAPTOP, answer, refusal
 
 from offload.cli import main
+from offload.planner import recording
+from offload.tiers.events import JsonlRecorder
 
 
 def test_the_first_screen_answers_the_four_questions(
@@ -184,14 +186,34 @@ def test_a_simulated_run_is_reported(
     assert "4 steps; simulated" in out
 
 
+def test_a_full_disk_for_the_simulated_run_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_full_disk(file: Path) -> JsonlRecorder:
+        file.parent.mkdir()
+        file.touch()
+        return JsonlRecorder(Path("/dev/full"))
+
+    monkeypatch.setattr(recording, "JsonlRecorder", on_a_full_disk)
+    words = [model, *LAPTOP, "--seq", 128, "--record", tmp_path / "run"]
+    said = refusal(capsys, 2, *words)
+    assert "rank0.jsonl: No space left on device; name a directory with more room" in said
+    assert not (tmp_path / "run" / "rank0.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--budget", "24"], "24 bytes of memory hold nothing; a size has a unit: 24GiB?"),
         (["--budget", "host=24"], "a size has a unit: 24GiB?"),
         (["--budget", "24Gb/s"], "is not a size"),
+        (["--budget", "host=8GiB,host=9GiB"], "host is given twice: 8GiB and 9GiB"),
+        (["--budget", "device=8GiB,device=9GiB"], "--budget: device is given twice"),
+        (["--alpha", "0.5"], "offload: only recompute='tokenwise' uses alpha: set that too"),
         (["--budget", "device=8GiB"], "this machine has no device"),
-        (["--baseline", "300"], "300 bytes; a size has a unit: 300MiB?"),
+        (["--baseline", "300"], "300 bytes of memory hold nothing; a size has a unit: 300MiB?"),
+        (["--baseline", "24"], "--baseline 24: 24 bytes of memory hold nothing"),
+        (["--nvme-write-budget", "2"], "nvme_write_budget: 2 bytes are hardly meant"),
         (["--seq", "0"], "--seq 0: at least 2"),
         (["--batch", "0"], "--batch 0: at least 1"),
         (["--seq", "4097"], "tiny-llama has positions for 4096 tokens"),
@@ -199,6 +221,10 @@ def test_a_simulated_run_is_reported(
         (["--machine", "none.json"], "can't read the machine none.json"),
         (["--optim", "adamv"], "did you mean 'adam"),
         (["--what-if", "nvme=7"], "write 7GB/s"),
+        (["--what-if", "nvme=9/s"], "write 9GB/s"),
+        (["--what-if", "compute=2"], "--what-if compute: '2' is no factor: write 2x"),
+        (["--what-if", "compute=infx"], "'infx' is no factor: write 2x or 0.5x"),
+        (["--what-if", "nvme=0GB/s"], "--what-if nvme=0GB/s: must be above 0"),
         (["--nvme", "/a", "--nvme", "/b"], "laptop-16gb has one drive"),
         (["--args", "--epochs", "3"], "is no script"),
     ],
@@ -216,6 +242,11 @@ def test_wrong_usage_is_2_and_says_what_to_write(
         ('{"hidden_size": 4}', "it has no 'model_type'"),
         ("{", "is not JSON"),
         ('{"model_type": "vit"}', "is no causal language model"),
+        ('{"model_type": "foo"}', "knows no model type 'foo'; a newer one may (pip install -U"),
+        ('{"model_type": "llama", "hidden_size": "x"}', "has such fields: StrictDataclassField"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "ZeroDivisionError"),
+        ('{"model_type": "llama", "hidden_act": "foo"}', "of its fields: KeyError: 'foo'"),
+        ('{"model_type": "llama", "torch_dtype": "int8"}', "give --dtype float32 or bfloat16"),
     ],
 )
 def test_what_is_no_model_is_refused(
@@ -242,6 +273,14 @@ def test_a_script_is_planned_as_far_as_its_first_backward(
     rounded = answer(capsys, script, *LAPTOP, "--budget", "400MiB", "--state-precision", "8bit")
     drive = {row["name"]: row["drive_nbytes"] for row in rounded["rows"]}
     assert drive["optimizer states"] == pytest.approx(2 * weights * 65 / 64, rel=0.05)
+
+
+def test_tokens_are_counted_that_are_passed_by_name(
+    script: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.write_text(BATCH_SCRIPT)
+    assert main(["plan", str(script), *LAPTOP, "--budget", "400MiB"]) == 0
+    assert "96 tokens a step" in capsys.readouterr().out
 
 
 def test_the_blocks_of_a_script_are_seen(script: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,10 @@ def test_the_setting_of_the_step_is_written_for_a_run(
     words = [*ON_GPU, "--nvme", "/data/nvme", "--state-precision", "bf16", "--commit", "never"]
     assert main(["plan", str(model), *words, "-o", str(file)]) == 0
     out = capsys.readouterr().out
-    assert file.read_text().startswith("# Written by offload plan, ")
+    text = file.read_text()
+    assert text.startswith("# Written by offload plan, ")
+    for word in ("--baseline 300MiB", "--state-precision bf16", "--commit never"):
+        assert word in " ".join(text.replace("#", "").split())
     (value,) = re.findall(r"^set +--optimizer-device ([\w.]+):", out, re.MULTILINE)
     config = make_config(file)
     assert str(config.optimizer_device) == value

@@ -13,6 +13,7 @@ from forked import python
 from offload.allocator.errors import OffloadError
 from offload.cli import main
 from offload.doctor import examine
+from offload.doctor.finding import Finding
 from offload.planner.baseline import measure_baseline
 from offload.planner.machines import library_machine, list_machines
 from offload.planner.script_memory import Held
@@ -33,6 +34,31 @@ def test_a_machine_that_lacks_measurements_names_them(
     memory_only = dataclasses.replace(machine, tiers=machine.tiers[:1], links=machine.links[:1])
     write_machine(memory_only, file)
     assert "this machine has no drive" in refusal(capsys, 2, *words)
+    file.write_text(file.read_text()[:100])
+    assert "write it anew with: offload doctor -o machine.json" in refusal(capsys, 2, *words)
+
+
+def test_a_drive_that_a_machine_lacks_is_measured_with(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, nvme = tmp_path / "machine.json", tmp_path / "nvme"
+    write_machine(library_machine("laptop-16gb"), file)
+    words = (model, "--baseline", "300MiB", "--machine", file, "--nvme", nvme)
+    error = refusal(capsys, 2, *words)
+    assert f"{file} has file:samsung-970-evo-plus-2tb, not file:{nvme}" in error
+    assert f"offload doctor --nvme {nvme} -o {file}" in error
+
+
+def test_a_drive_that_cannot_be_measured_tells_the_mend(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    failure = Finding(subject="free space", value="4.09 MiB", status="fail", mend="du -xh small")
+    bench = examine.Bench(machine=library_machine("laptop-16gb"), failures=(failure,), seconds=0.0)
+    monkeypatch.setattr(examine, "bench_links", lambda *_args, **_keywords: bench)
+    error = refusal(capsys, 2, model, "--baseline", "300MiB", "--nvme", tmp_path)
+    assert f"can't measure {tmp_path}: free space: 4.09 MiB; mend it with: du -xh small" in error
+    assert "another directory with --nvme, or a machine of --machine list" in error
 
 
 def test_the_library_is_whole_and_names_its_sources(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,24 @@ def test_an_unmodified_script_gives_the_same_bits(script: Path, tmp_path: Path) 
     assert "another command" in other.stderr
 
 
+@pytest.mark.parametrize("stopped", [[], ["--stop-after", "2"]], ids=["to its end", "stopped"])
+def test_a_full_disk_for_the_record_ends_no_run(stopped: list[str], tmp_path: Path) -> None:
+    script, record = tmp_path / "train.py", tmp_path / "record"
+    script.write_text(SCRIPT)
+    record.mkdir()
+    (record / "rank0.jsonl").symlink_to("/dev/full")
+    options = ["--budget=8GiB", "--nvme", tmp_path / "nvme", "--record", record, *stopped]
+    done = run("-m", "offload", "run", *options, script, "0")
+    assert done.returncode == 0, done.stderr
+    assert f"the record in {record} ends early (No space left on device)" in done.stderr
+
+
+def test_a_record_that_cannot_be_told_whose_it_is(script: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "command.json").write_text("")
+    assert main(["run", "--budget=8GiB", "--record", str(tmp_path), str(script)]) == 2
+    assert "command.json can't be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("commit", ["step", "never"])
 def test_a_script_is_stopped_right_behind_a_step(
     commit: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -179,6 +197,9 @@ def test_a_module_and_a_script_that_fails(tmp_path: Path) -> None:
     options = ["-m", "offload", "run", "--budget=8GiB", "--nvme", tmp_path]
     done = run(*options, "-m", "job", "a", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "__main__ ['a']\n")
+    for given, taken in (("--lr 1", "--lr 1"), ("-- --lr 1", "--lr 1"), ("a -- -m", "a -- -m")):
+        done = run(*options, "-m", "job", *given.split(), cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, f"__main__ {taken.split()}\n")
     (tmp_path / "bad.py").write_text("raise KeyError('mine')\n")
     failed = run(*options, tmp_path / "bad.py")
     assert failed.returncode == 1
@@ -218,6 +239,8 @@ def test_interrupts_end_cleanly_and_the_run_continues(
         (["run", "--budget", "24", "x.py"], "host=24: 24 bytes of memory hold nothing; a size has"),
         (["run", "--budget", "device=8,host=4GiB", "x.py"], "a size has a unit: 8GiB?"),
         (["run", "-m", "no.such.module"], "no module named"),
+        (["run", "-m", "no.such.module", "--lr", "1"], "no module named"),
+        (["run", "-m"], "-m needs the name of a module"),
         (["run", "--stop-after", "0", "x.py"], "--stop-after 0: at least 1"),
         (["run", "--alpha", "0.5", "x.py"], "only recompute='tokenwise' uses alpha"),
         (["run", "--recompute", "tokenwise", "--alpha", "2", "x.py"], "is no fraction of the rows"),

@@ -88,6 +88,18 @@ def test_a_size_that_makes_no_sense_is_refused(tmp_path, name):
         ActivationSwap(**{"nvme": tmp_path, name: "lots"})
 
 
+@pytest.mark.parametrize("size", ["24", 24], ids=["text", "number"])
+@pytest.mark.parametrize("name", ["limit", "memory", "in_flight", "nodes"])
+def test_a_size_without_its_unit_is_refused(tmp_path, name, size):
+    given = {1: size} if name == "nodes" else size
+    with pytest.raises(ConfigError, match=f"{name}: 24 bytes are hardly meant; .* 24GiB, or 24B"):
+        ActivationSwap(**{"nvme": tmp_path, name: given})
+
+
+def test_the_smallest_that_moves_alone_is_named_in_bytes(tmp_path):
+    ActivationSwap(nvme=tmp_path, min_nbytes="4096", limit="24B").close()
+
+
 def test_full_memory_says_what_would_help():
     swap = ActivationSwap(limit="8KiB", in_flight=0, memory="8KiB", min_nbytes=0)
     with swap, pytest.raises(MemoryError, match=r"no home was given: .*nvme=.* smaller batch"):

@@ -141,12 +141,31 @@ def test_directories_come_from_the_environment_too(monkeypatch: pytest.MonkeyPat
     [
         ({"nvme_write_budget": "much"}, "nvme_write_budget: 'much' is not a size"),
         ({"nvme_write_budget": -1}, "nvme_write_budget: a size can't be negative: -1"),
+        ({"nvme_write_budget": "2"}, "a size has a unit: 2GiB, or 2B?"),
+        ({"nvme_write_budget": 2}, "a size has a unit: 2GiB, or 2B?"),
+        ({"nvme_endurance": "600"}, "a size has a unit: 600TB, or 600B?"),
+        ({"nvme_endurance": 600}, "a size has a unit: 600TB, or 600B?"),
         ({"nvme_endurance": 0}, "nvme_endurance: Input should be greater than 0"),
     ],
 )
 def test_wear_settings_that_make_no_sense_are_refused(setting, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make_config(setting)
+
+
+def test_sizes_lack_their_units_in_files_and_variables_too(tmp_path, monkeypatch):
+    (tmp_path / "offload.yaml").write_text("nvme_write_budget: 2\n")
+    monkeypatch.setenv("OFFLOAD_NVME_ENDURANCE", "600")
+    with pytest.raises(ConfigError) as refusal:
+        make_config(tmp_path / "offload.yaml")
+    assert "offload.yaml: nvme_write_budget: 2 bytes are hardly meant" in str(refusal.value)
+    assert "environment: nvme_endurance: 600 bytes are hardly meant" in str(refusal.value)
+
+
+def test_what_is_named_in_bytes_needs_no_unit(monkeypatch):
+    monkeypatch.setenv("OFFLOAD_MIN_SWAP_NBYTES", "512")
+    assert make_config().min_swap_nbytes == 512
+    assert make_config(nvme_write_budget=0, min_swap_nbytes=0).nvme_write_budget == 0
 
 
 def test_a_device_is_named_as_torch_names_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,8 +141,14 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="empty"):
         read_run(tmp_path)
     file.write_text("{}\n" + event_to_json(started(0)) + "\n")
-    with pytest.raises(ConfigError, match="line 1 is damaged"):
+    with pytest.raises(ConfigError, match="line 1 of 2 is damaged: unknown event kind None"):
         read_run(tmp_path)
+    good = event_to_json(started(0)).encode()
+    file.write_bytes(good + b"\n\xff\xfe\n" + good + b"\n")
+    with pytest.raises(ConfigError, match=r"line 2 of 3 is damaged: .*: head -n 1 of it into"):
+        read_run(tmp_path)
+    file.write_bytes(good + b"\n\x00\x00\xff")
+    assert read_run(tmp_path).truncated
 
 
 def test_how_long_a_drive_lasts_needs_its_endurance(run: Path) -> None:

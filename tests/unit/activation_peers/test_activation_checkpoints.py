@@ -94,7 +94,7 @@ def test_the_last_inputs_of_checkpointed_layers_stay(tmp_path, monkeypatch, kept
     right = [x.grad, *(each.grad for each in layers.parameters())]
     x.grad = None
     layers.zero_grad()
-    swap = ActivationSwap(limit=kept * NBYTES, min_nbytes=0, in_flight=0, nvme=tmp_path)
+    swap = ActivationSwap(limit=f"{kept * NBYTES}B", min_nbytes=0, in_flight=0, nvme=tmp_path)
     units, add = [], swap.cache.lookahead.add
     monkeypatch.setattr(swap.cache.lookahead, "add", lambda unit: units.append(unit) or add(unit))
     with swap:
