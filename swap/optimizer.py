@@ -332,11 +332,25 @@ class StreamedOptimizer:
             self.publish(target)
 
     def target(
-        self, group: dict[str, Any], parameter: nn.Parameter, written: Callable[[Target], None]
+        self,
+        group: dict[str, Any],
+        parameter: nn.Parameter,
+        written: Callable[[Target], None],
+        *,
+        stays: bool = False,
     ) -> Target:
-        """What a tiled step of ``parameter`` reads and writes; ``written`` as in ``Target``."""
+        """What a tiled step of ``parameter`` reads and writes.
+
+        Args:
+            written: as in ``Target``.
+            stays: if its weight is in memory now, it is there until it has been written. So the
+                step takes what the user wrote to it from there, and the store gets it with the
+                step: its bytes, which may be many, need not be compared with the store's first.
+        """
         weight = self._by_parameter[parameter]
-        self.weights.absorb(weight)
+        is_newest = stays and weight.in_memory and weight.mapped.held and not weight.dirty
+        if not is_newest or self.keeper.precision.has_master(parameter):
+            self.weights.absorb(weight)
         self.keeper.absorb(parameter)
         shown = self.optimizer.state.get(parameter, {})
         states = {

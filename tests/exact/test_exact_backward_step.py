@@ -20,6 +20,8 @@ from offload.allocator.errors import (
     StepInterruptedError,
 )
 from offload.engine import Engine
+from offload.swap import weights as weights_module
+from offload.swap.writeback import is_changed as _is_changed
 from offload.tiers.events import Move
 
 pytestmark = pytest.mark.usefixtures("many_tiles")
@@ -125,6 +127,38 @@ def test_weights_are_new_where_backward_ends(starve: Any) -> None:
     for name in ("0.weight", "2.weight"):
         assert torch.equal(after[name], stepped[name])
     assert int(optimizer.state[model[0].weight]["step"]) == 1
+
+
+def test_what_is_written_to_weights_in_memory_is_stepped_and_not_compared_first(
+    compare: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes to the store with the step; to compare all bytes before would only take time."""
+    compared: list[str] = []
+
+    def is_changed(store: Any, stored: Any, address: int) -> bool:
+        compared.append(stored.name)
+        return _is_changed(store, stored, address)
+
+    monkeypatch.setattr(weights_module, "is_changed", is_changed)
+
+    def writing(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
+        values = []
+        if engine is not None:
+            engine.weights.window_nbytes = 1 << 30
+        for step in range(STEPS):
+            loss = loss_of(model, torch.randn(32, 300))
+            compared.clear()
+            with torch.no_grad():
+                model[2].weight.data.mul_(1.01)  # in memory since forward
+            loss.backward()
+            assert not compared
+            optimizer.step()
+            optimizer.zero_grad()
+            model[0].weight.detach().numpy()[0, :] = step
+            values.append(loss.item())
+        return values
+
+    compare(make_model, adamw, writing, config=IN_BACKWARD)
 
 
 USES: dict[str, Callable[[Any], Any]] = {
