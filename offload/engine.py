@@ -75,12 +75,11 @@ class Engine(Attachment):
         self._journal = runtime.journal
         self._steps = StepLog(self._journal)
         self._census = census = take_census(model)
+        governor = runtime.governor
         self.weights = WeightSwapper(
-            runtime.store, self._journal, plan.window_nbytes, runtime.governor.room
+            runtime.store, self._journal, plan.window_nbytes, governor.room, governor.expect
         )
-        self._replanner = Replanner(
-            plan, census, self.weights, runtime.governor, apply=self._set_limits
-        )
+        self._replanner = Replanner(plan, census, self.weights, governor, apply=self._set_limits)
         refuse_unmovable(model, on_device=on_device is not None)
         reserve_room(model, optimizer, runtime)
         signature = signature_of(model, optimizer, runtime.precision)
@@ -89,7 +88,7 @@ class Engine(Attachment):
         drop_unclaimed(runtime)
         self.weights.learn_order([name for info in census.modules for name in info.weights])
         self.gradients = GradientSwapper(
-            runtime.scratch, self._journal, runtime.governor, plan.gradients_nbytes
+            runtime.scratch, self._journal, governor, plan.gradients_nbytes
         )
         self.gradient_stream = GradientStream(
             self.gradients,

@@ -24,15 +24,11 @@ from offload.swap.buckets import Form, form_of
 from offload.swap.selective import SavedTensors, put_on, take_off
 from offload.swap.uncompiled import uncompiled
 from offload.swap.weights import Weight
+from offload.swap.window import in_backward
 
 if TYPE_CHECKING:
     from offload.swap.forward_step import ForwardStep
     from offload.swap.window import Window
-
-
-def in_backward() -> bool:
-    """Whether this thread is inside autograd's backward."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _hooks_allowed() -> bool:

@@ -55,7 +55,7 @@ class Runtime:
             raise
         if self.store.committed is not None:
             self.chunk_numel = self.store.committed.state["chunk_numel"]
-        self.governor = Governor(soft_limit_nbytes(self.budget_nbytes))
+        self.governor = Governor(soft_limit_nbytes(self.budget_nbytes), self.budget_nbytes)
         self.guests: list[Callable[[], None]] = []  # closed before all else
         self._numbers = itertools.count()
         self._closed = False

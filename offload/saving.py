@@ -68,6 +68,7 @@ def open_cache(
         min_nbytes=runtime.config.min_swap_nbytes,
         weights=weights,
         room=runtime.governor.room,
+        is_tight=runtime.governor.is_tight,
     )
     activations.fixed.know_model(model)
     activations.fixed.know_weights(

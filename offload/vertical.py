@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 from offload.allocator.errors import ConfigError, UnsupportedError
 from offload.allocator.units import format_nbytes
 from offload.config import OffloadConfig
-from offload.hooks import ModelHooks, in_backward
+from offload.hooks import ModelHooks
 from offload.replanning import Replanner
 from offload.swap.ambient import ThreadSettings, process_settings, set_process_settings
 from offload.swap.census import Census
@@ -42,6 +42,7 @@ from offload.swap.relay import Relay
 from offload.swap.tokenwise.blocks import find_blocks
 from offload.swap.uncompiled import is_compiled, uncompiled
 from offload.swap.weights import WeightSwapper
+from offload.swap.window import in_backward
 
 Forward: TypeAlias = Callable[[Any], torch.Tensor]
 Backward: TypeAlias = Callable[[torch.Tensor], object]

@@ -103,6 +103,7 @@ class ActivationCache:
         room: bytes left in the budget; asked when no home takes more. By default saved tensors
             may then take what leaving ones may.
         place: where saved tensors live that may be moved; by default host memory.
+        is_tight: as of ``Spiller``.
 
     Attributes:
         left_alone: what was not moved, by reason.
@@ -120,11 +121,14 @@ class ActivationCache:
         weights: WeightUser | None = None,
         room: Callable[[], int] | None = None,
         place: Place | None = None,
+        is_tight: Callable[[], bool] = lambda: False,
     ) -> None:
         self.journal = journal
         self.weights = weights or _Nobody()
         self.min_nbytes = min_nbytes
-        self.spiller = Spiller(homes, journal, limit_nbytes, in_flight_nbytes, room, place)
+        self.spiller = Spiller(
+            homes, journal, limit_nbytes, in_flight_nbytes, room, place, is_tight
+        )
         self._owns = self.spiller.place.owns
         self.lookahead = Lookahead()
         self.left_alone: dict[str, LeftAlone] = {}

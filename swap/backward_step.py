@@ -6,17 +6,19 @@ optimizer's states come and go by tiles) saves the gradient's trip to the drive 
 read of the weight: 12 of 40 bytes that a parameter of an Adam-like step moves. And the moves hide
 behind the backward of the layers before it.
 
-What is computed is computed on the training thread, at the ends of accumulations, so nothing is
-ever stepped while a kernel reads it; lanes only move bytes. Where backward ends, everything has
-been stepped, written and published: the user's code never meets a half of a step. The price is
-that nothing may stand between backward and step: no clipping by a global norm, no loss scale, no
-skipped step. What tries to meets a ``ConsumedGradient``, which says so.
+Autograd has used a weight for the last time when its gradient is complete, so no kernel reads what
+is stepped; a backward that does so all the same, of a detached alias of the weight, is refused. It
+is stepped on the training thread, at the ends of accumulations, and on a thread of
+ours while kernels run (``beside`` [Note: beside kernels]); lanes only move bytes. Where backward
+ends, everything has been stepped, written and published: the user's code never meets a half of a
+step. The price is that nothing may stand between backward and step: no clipping by a global norm,
+no loss scale, no skipped step. What tries to meets a ``ConsumedGradient``, which says so.
 """
 
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -61,6 +63,8 @@ class BackwardStep:
         self._before_step = before_step
         self._arrived: Counter[nn.Parameter] = Counter()  # parts of the present gradient
         self._stepped: set[nn.Parameter] = set()  # since the last step
+        self._stepped_names: set[str] = set()
+        streamed.weights.before_use = self._check_use
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}  # of the present step
         self._order: list[nn.Parameter] = []  # in which the present step's gradients came
         self._next: dict[nn.Parameter, nn.Parameter] = {}  # the gradient that came after, last time
@@ -97,11 +101,28 @@ class BackwardStep:
             return False
         self._in_backward = True
         self._stepped.add(parameter)
+        self._stepped_names.add(name)
         self._order.append(parameter)
         with self._timed():
             self._step(group, parameter, name)
             self._make_room(self._coming_nbytes(parameter))
         return True
+
+    def _check_use(self, names: Sequence[str]) -> None:
+        """Refuse what would read new values, or half of them, where memory has the old ones.
+
+        Raises:
+            StepInterruptedError: this backward has stepped one of ``names``.
+        """
+        if not self._in_backward or torch._C._current_graph_task_id() == -1:
+            return
+        for name in names:
+            if name in self._stepped_names:
+                raise StepInterruptedError(
+                    f"backward reads {name} after it has stepped it: the model uses it without "
+                    "its gradient, too, as with detach() or .data, before it is used with one. Set "
+                    "step_in_backward=False"
+                )
 
     def _group_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
         if not self._groups:
@@ -129,7 +150,7 @@ class BackwardStep:
         nbytes = _waiting_nbytes(target)
         target.stepped = partial(self._used_up, nbytes)
         self._pending_nbytes += nbytes
-        self._pipeline.add(group, [target])
+        self._pipeline.add(group, [target], beside=True)
         parameter.grad = consumed_gradient(parameter, name)
         self._pipeline.advance()
         while self._pending_nbytes > self.limit_nbytes:
@@ -219,6 +240,7 @@ class BackwardStep:
         self._order.clear()
         self._arrived.clear()
         self._stepped.clear()
+        self._stepped_names.clear()
         self._groups = {}
         self._spent_s = self._stalled_s = 0.0
         return spent

@@ -16,8 +16,9 @@ from offload.swap.census import Census
 # What Offload itself and glibc need beside the classes below: thread stacks, page tables of the
 # mappings, heap below the mmap threshold.
 OVERHEAD_NBYTES = 24 << 20
-# Two starts of the same script differ by so much: a budget that an error names must fit again.
-VARIATION_NBYTES = 4 << 20
+# Two starts of the same script differ by so much, and later steps from the first: a budget that an
+# error names must fit again.
+VARIATION_NBYTES = 6 << 20
 # Kept free when spare bytes are handed out: steps differ a little.
 MARGIN_NBYTES = 12 << 20
 _LEAST_ACTIVATIONS_NBYTES = 4 << 20  # with less, each saved tensor waits for the one before it
@@ -132,7 +133,8 @@ def make_plan(
             f"{'beside it' if beside else 'then'} a "
             f"tile of the optimizer step {format_nbytes(_tile(chunk_numel))}, the runtime "
             f"{format_nbytes(OVERHEAD_NBYTES)}. The smallest budget that fits is "
-            f"host={_mib_ceil(needed + VARIATION_NBYTES)}MiB",
+            f"host={_mib_ceil(needed + VARIATION_NBYTES)}MiB, and activations come on top: offload "
+            "plan counts them, too",
             needed_nbytes=needed,
             budget_nbytes=budget_nbytes,
         )

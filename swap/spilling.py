@@ -39,6 +39,7 @@ class Spiller(HeldUnits):
     Args:
         homes: where units go, in this order.
         room: bytes left in the budget, asked when no home takes a unit.
+        is_tight: whether memory is so full that units which leave must have left before more come.
         limit_nbytes, in_flight_nbytes, place: see ``HeldUnits``.
     """
 
@@ -50,9 +51,11 @@ class Spiller(HeldUnits):
         in_flight_nbytes: int | None = None,
         room: Callable[[], int] | None = None,
         place: Place | None = None,
+        is_tight: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(homes, journal, limit_nbytes, in_flight_nbytes, place)
         self._writing: list[Unit] = []
+        self._is_tight = is_tight
         self._room = room or (lambda: self._most_nbytes - self._kept_nbytes)
 
     @property
@@ -76,7 +79,9 @@ class Spiller(HeldUnits):
         self._count(unit.nbytes)
         self._enqueue(unit)
         if self._kept_nbytes > self.limit_nbytes:
-            self.spill()
+            is_large = self._in_flight_nbytes is None and unit.nbytes > self.limit_nbytes
+            # What is above the limit by itself has the room of all others that leave.
+            self.spill(most_nbytes=unit.nbytes if is_large else None)
 
     @property
     def is_idle(self) -> bool:
@@ -84,10 +89,11 @@ class Spiller(HeldUnits):
         grave = self.graveyard
         return not (self._writing or grave.dead or grave.buried or self._links.arriving)
 
-    def spill(self, sparing: Unit | None = None) -> None:
+    def spill(self, sparing: Unit | None = None, *, most_nbytes: int | None = None) -> None:
         """Let the oldest units leave until the rest fits.
 
         Args:
+            most_nbytes: of units in memory, those that leave included.
             sparing: a unit that backward is about to use. Nothing new has come then, so that
                 what no home takes stays in any case.
 
@@ -95,7 +101,8 @@ class Spiller(HeldUnits):
             CapacityError: no home takes them, and memory has no room for them.
         """
         self._send_excess_away(sparing)
-        while self._writing and self._kept_nbytes > self._most_nbytes:
+        most = self._most_nbytes if most_nbytes is None else most_nbytes
+        while self._writing and (self._kept_nbytes > most or self._is_tight()):
             self._await_written(self._writing[0], "full")
             self._send_excess_away(sparing)  # what had changed meanwhile is written again
 

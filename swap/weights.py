@@ -5,25 +5,28 @@ kernel, *held* it is in memory. Fetching and evicting change speed, never values
 user's own code are noticed in either state and become a new version in the store: in a filed
 weight by the kernel's page map (``absorb``), in a held one by comparing the checksums of its
 bytes with the store's (``evict``, ``absorb``). The same comparison catches a damaged disk: if
-the bytes in memory changed but nobody wrote, the block itself fails its checksum. A weight that a
-step changed in memory is dirty: memory alone has it until it is stored.
+the bytes in memory changed but nobody wrote, the block itself fails its checksum. What is written
+while it is on its way stays filed (``mapped`` [Note: landing]). A weight that a step changed in
+memory is dirty: memory alone has it until it is stored.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from offload.swap.residency import Residency
-from offload.swap.window import Window
+from offload.swap.window import Window, in_backward
 from offload.swap.writeback import is_changed, write_back
 from offload.tiers.journal import Journal, Label
 from offload.tiers.lanes import Transfer
 from offload.tiers.mapped import MappedTensor
 from offload.tiers.pages import PagePool
 from offload.tiers.store import Store, StoredTensor
+
+_EXPECTED_NBYTES = 1 << 20  # smaller gradients are not worth a look at the resident set
 
 
 @dataclass(slots=True, eq=False)
@@ -45,6 +48,11 @@ class Weight:
     def nbytes(self) -> int:
         """Bytes of the weight."""
         return self.mapped.nbytes
+
+    @property
+    def gradient_nbytes(self) -> int:
+        """Bytes of the gradient that backward makes of it."""
+        return self.nbytes if self.parameters[0].requires_grad else 0
 
     @property
     def in_memory(self) -> bool:
@@ -72,6 +80,7 @@ class WeightSwapper(Window[Weight]):
             module's own weights may exceed it while it computes.
         room: bytes left until the budget; the window shrinks where the rest of the process
             (the user's own data, the kernels' buffers) takes more than was planned.
+        expect: told, before backward uses a weight, what its gradient will take.
     """
 
     def __init__(
@@ -80,11 +89,27 @@ class WeightSwapper(Window[Weight]):
         journal: Journal,
         window_nbytes: int,
         room: Callable[[], int] = lambda: sys.maxsize,
+        expect: Callable[[int], None] = lambda _nbytes: None,
     ) -> None:
         super().__init__(journal, store.tier.lanes.reads, window_nbytes, room=room)
         self.store = store
         self.pool = PagePool()
+        self._expect = expect
         self.overwritten: Callable[[Weight], None] = lambda _weight: None  # see ``absorb``
+        self.before_use: Callable[[Sequence[str]], None] = lambda _names: None  # may refuse it
+
+    def use(self, names: Sequence[str]) -> None:
+        """As in ``Window``; in backward there is room for the gradients that follow.
+
+        Raises:
+            StepInterruptedError: backward reads a weight that it has stepped.
+        """
+        self.before_use(names)
+        super().use(names)
+        if in_backward():
+            coming = sum(self.weights[name].gradient_nbytes for name in names)
+            if coming >= _EXPECTED_NBYTES:
+                self._expect(coming)
 
     def add(self, weight: Weight) -> None:
         """Take over a weight whose mapped tensor is filed at its current block."""
@@ -186,6 +211,9 @@ class WeightSwapper(Window[Weight]):
     def _spare_nbytes(self) -> int:
         return self.pool.nbytes
 
+    def _arrived(self, weight: Weight) -> None:
+        weight.mapped.land()
+
     def _lost(self, weight: Weight) -> None:
         self._refile(weight)
 
@@ -197,12 +225,14 @@ class WeightSwapper(Window[Weight]):
         jobs = weight.mapped.fetch_jobs(None if weight.resident else self.pool)
         weight.landing_nbytes = weight.nbytes - (kept_nbytes - self.pool.nbytes)
         weight.proved = False
-        weight.transfer = self._lane.submit(jobs, label, weight.nbytes, urgent=urgent)
         if not weight.resident:
             self._streaming.join(weight.name, weight)
+        # What the fetch left of its victims' pages may wait only within the window. The rest goes
+        # before the read begins: both would be there at once.
+        room = self._room() - weight.landing_nbytes - self.landing_nbytes
+        self.pool.trim(min(self.window_nbytes - self.streaming_nbytes, room))
+        weight.transfer = self._lane.submit(jobs, label, weight.nbytes, urgent=urgent)
         self._become(weight, Residency.FETCHING)
-        # What the fetch left of its victims' pages may wait only within the window.
-        self.pool.trim(min(self.window_nbytes - self.streaming_nbytes, self._room()))
         return True
 
     def evict(self, weight: Weight) -> None:
@@ -234,6 +264,7 @@ class WeightSwapper(Window[Weight]):
         """
         if not self._written(weight):
             return False
+        self._await(weight, "drain")  # what is on its way is old
         self.overwritten(weight)
         self.store.write(weight.stored, weight.mapped.tensor)
         self._refile(weight)

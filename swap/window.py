@@ -40,6 +40,11 @@ class Streamed(Protocol):
 _Item = TypeVar("_Item", bound=Streamed)
 
 
+def in_backward() -> bool:
+    """Whether this thread is inside autograd's backward."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Window(ABC, Generic[_Item]):
     """Fetches ahead and gives up; ``_fetch``, ``evict`` and ``_lost`` say what that means.
 
@@ -150,8 +155,7 @@ class Window(ABC, Generic[_Item]):
         Not of the first pass that differs: what the first forward of all used may be more than
         the model's own, such as what is rebuilt on trial.
         """
-        in_backward = torch._C._current_graph_task_id() != -1
-        if self._another_way is None or in_backward:
+        if self._another_way is None or in_backward():
             return
         self._another_way = self._another_way or self.trace.passes
         if self._another_way == self.trace.passes:

@@ -261,7 +261,7 @@ def return_freed_memory() -> None:
 
 
 def trim_heap() -> None:
-    """Return the free tail of glibc's heap to the kernel."""
+    """Return the free pages of glibc's heap to the kernel, those between blocks in use too."""
     trim = getattr(_libc, "malloc_trim", None)
     if trim is not None:
         trim(0)

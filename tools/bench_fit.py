@@ -19,6 +19,8 @@ checksums. ``processors_s`` is all that they do in a step, busy waiting left out
 a second run of the same, in which threads that wait sleep (``OMP_WAIT_POLICY=passive``), tells it.
 No schedule of the same work makes a step shorter than ``bound_s``, the longest of resident
 compute, ``disk_s`` and ``processors_s``; ``passive_step_s`` is the step of the second run.
+``halves_s`` is the same of forward alone (loss included) and of the rest alone, added up, with the
+bytes that each moved: only what memory holds at the turn could have moved in the other half.
 """
 
 import json
@@ -28,7 +30,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,8 +201,24 @@ def _bound(row: dict[str, Any], again: Finished) -> dict[str, Any]:
     return {
         "processors_s": work_s,
         "bound_s": max(row["resident_compute_s"], row["disk_s"], work_s),
+        "halves_s": sum(_halves_s(job, row["disk_bytes_per_s"])),
         "passive_step_s": statistics.median(job["steps_s"][_WARM_UP:]),
     }
+
+
+def _halves_s(job: dict[str, Any], disk_bytes_per_s: float) -> tuple[float, float]:
+    """The longer of processors' work and bytes' way: in forward, and in the rest of the step."""
+    forward = job["forward"]
+
+    def longer_s(of: Callable[[str], list[float]]) -> float:
+        moved = map(sum, zip(of("read_nbytes"), of("written_nbytes"), strict=True))
+        return max(processors_s(of("processor_s")), statistics.median(moved) / disk_bytes_per_s)
+
+    def rest(name: str) -> list[float]:
+        pairs = zip(job[name], forward[name], strict=True)
+        return [whole - part for whole, part in pairs][_WARM_UP:]
+
+    return longer_s(lambda name: forward[name][_WARM_UP:]), longer_s(rest)
 
 
 def _run(

@@ -1,7 +1,7 @@
 """The job that ``bench_fit`` runs inside its memory limit: some steps of a decoder, any size.
 
-Prints one JSON object: the peak resident set, what each step cost the process (``stepmeter``) and,
-under Offload, its own account of the steps.
+Prints one JSON object: the peak resident set, what each step and its forward cost the process
+(``stepmeter``) and, under Offload, its own account of the steps.
 """
 
 import argparse
@@ -152,13 +152,14 @@ def main() -> None:
                 "step_in_forward": arguments.step_in_forward,
             },
         )
-    losses, meter = [], StepMeter()
+    losses, meter, forward = [], StepMeter(), StepMeter()
     for step in range(arguments.steps):
         tokens = torch.randint(
             VOCABULARY, (1, SEQUENCE + 1), generator=torch.Generator().manual_seed(step)
         )
         with meter.step():
-            loss = loss_of(model, tokens)
+            with forward.step():
+                loss = loss_of(model, tokens)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -169,6 +170,7 @@ def main() -> None:
         "built_s": built_s,
         "peak_nbytes": peak_resident_nbytes(),
         **asdict(meter),
+        "forward": asdict(forward),
     }
     if engine is not None:
         result |= {"stats": asdict(engine.stats), "plan": json.loads(engine.plan.to_json())}

@@ -31,7 +31,7 @@ from offload.allocator.errors import OffloadError
 from offload.doctor.examine import bench_links
 from offload.planner.baseline import measure_baseline
 from offload.planner.rehearsal import add_rehearsal
-from offload.swap.planning.predict import Baseline, Prediction, Settings, least_budget, predict
+from offload.swap.planning.predict import Prediction, Settings, least_budget, predict
 from offload.tiers.hostmem import HUGE_PAGE, PAGE
 from offload.tiers.inventory import file_tier_name
 from offload.tiers.machine import Machine
@@ -93,7 +93,7 @@ def measure(
     ]
     nvme.mkdir(parents=True, exist_ok=True)
     links = bench_links([nvme], effort=Effort()).machine
-    drive, baseline = file_tier_name(nvme), measure_baseline()
+    drive = file_tier_name(nvme)
     dtypes = list(dict.fromkeys(["float32", *(case.dtype for case in cases)]))
 
     def measured() -> Machine:
@@ -103,7 +103,7 @@ def measure(
     errors: dict[str, list[float]] = {"peak": [], "step": []}
     before = measured()
     for case in cases:
-        trial = Trial(case, baseline, drive, before)
+        trial = Trial(case, drive, before)
         try:
             before = trial.repeat(repeats, nvme, measured)
         except (OffloadError, RuntimeError) as error:
@@ -161,11 +161,12 @@ class Trial:
         machine: decides upon the budget.
     """
 
-    def __init__(self, case: Case, baseline: Baseline, drive: str, machine: Machine) -> None:
-        self._case, self._baseline, self._drive = case, baseline, drive
+    def __init__(self, case: Case, drive: str, machine: Machine) -> None:
+        self._case, self._drive = case, drive
         self._program = program_of(case)
+        self._baseline = measure_baseline(products=self._program.products)
         seen, path = self._seen(machine)
-        least = least_budget(self._program, seen, self._settings(0, path), baseline)
+        least = least_budget(self._program, seen, self._settings(0, path), self._baseline)
         self.mib = int(least.settings.budget_nbytes * case.factor) // _MIB
         self._predicted = [self.predict(machine)]
         self._runs: list[Run] = []

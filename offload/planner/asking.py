@@ -2,7 +2,8 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from offload.allocator.errors import BudgetError, ConfigError
@@ -16,7 +17,7 @@ from offload.planner.refine import Recorded, refine
 from offload.planner.sources import Batch
 from offload.planner.text import Answer, describe_machine
 from offload.swap.planning.predict import Baseline, Prediction, Settings, least_budget, predict
-from offload.swap.planning.program import Program
+from offload.swap.planning.program import Product, Program
 from offload.swap.planning.whatif import changed, parse_changes
 from offload.tiers.hostmem import HUGE_PAGE, PAGE
 from offload.tiers.machine import Machine
@@ -55,10 +56,12 @@ class Asking:
         self._recorded = recorded
         self._refined = ""
         self._say = say
+        self._trace = cache(source.trace)
         # A recorded run tells it, as far as nothing else is known.
-        self.baseline = _baseline_of(
-            baseline_nbytes or (recorded.attach_nbytes if recorded else None), source, say
-        )
+        given = baseline_nbytes or (recorded.attach_nbytes if recorded else None)
+        self._baseline: Baseline | None = None
+        if given:
+            self._baseline = Baseline(attach_nbytes=given, running_nbytes=RUNNING_NBYTES)
         host, config = machine.tier("host"), config_of(arguments)
         self.settings = Settings(
             budget_nbytes=budget or int(min(host.free_nbytes, host.capacity_nbytes) * 0.8),
@@ -79,22 +82,21 @@ class Asking:
         arguments, solve = self.arguments, self.arguments.solve
         batch = Batch(sequences=arguments.batch or 1, length=self._length())
         if self._recorded is not None:
-            self._refine(self.source.trace(batch), given=arguments.baseline is not None)
+            self._refine(self._trace(batch), given=arguments.baseline is not None)
+        self._find_baseline(self._trace(batch).products)
         self._change_rates()  # of what is known by then
         solved = None
         if solve in {"seq", "batch"}:
             self._say(f"looking for the largest {solve} that fits")
             if solve == "seq":
-                found = solve_length(
-                    self.source.trace, batch, self._fits, longest=self.source.longest()
-                )
+                found = solve_length(self._trace, batch, self._fits, longest=self.source.longest())
                 batch = dataclasses.replace(batch, length=found or batch.length)
                 solved = f"--seq {found} is the longest that fits, on a grid of 64"
             else:
-                found = solve_batch(self.source.trace, batch, self._fits)
+                found = solve_batch(self._trace, batch, self._fits)
                 batch = dataclasses.replace(batch, sequences=found or batch.sequences)
                 solved = f"--batch {found} is the largest that fits"
-        program = self.source.trace(batch)
+        program = self._trace(batch)
         if solve == "host":
             self._say("looking for the least memory that fits")
             least = least_budget(program, self.machine, self.settings, self.baseline)
@@ -127,6 +129,7 @@ class Asking:
             raise ConfigError("--from corrects what is simulated on the CPU: leave device= out")
         self._check_placeable()
         self._change_rates()
+        self._find_baseline()  # the host makes no products
         batch = Batch(sequences=self.arguments.batch or 1, length=self._length())
         return answer_placement(
             self._placing(budgets),
@@ -164,7 +167,7 @@ class Asking:
         self, budgets: dict[str, int], known: dict[Batch, Program] | None = None
     ) -> Placing:
         return Placing(
-            self.source.trace,
+            self._trace,
             self.machine,
             self.settings.drive,
             budgets,
@@ -172,6 +175,17 @@ class Asking:
             commits=self.settings.commits,
             known=known or {},
         )
+
+    @property
+    def baseline(self) -> Baseline:
+        """Of a process without a model."""
+        assert self._baseline is not None
+        return self._baseline
+
+    def _find_baseline(self, products: Sequence[Product] = ()) -> None:
+        if self._baseline is None:
+            self._say("measuring what a process takes without a model")
+            self._baseline = measure_baseline(self.source.held, products)
 
     def _change_rates(self) -> None:
         """As ``--what-if`` asks."""
@@ -185,7 +199,7 @@ class Asking:
         refined = refine(program, self.machine, self.settings.drive, self._recorded)
         self.machine, self._refined = refined.machine, refined.note
         if not given:
-            self.baseline = refined.baseline
+            self._baseline = refined.baseline
 
     def _fits(self, program: Program) -> bool:
         try:
@@ -240,10 +254,3 @@ def config_of(arguments: argparse.Namespace) -> OffloadConfig:
     """
     names = ("nvme_write_budget", "recompute", "alpha")
     return make_config(OffloadConfig(), **{name: getattr(arguments, name) for name in names})
-
-
-def _baseline_of(nbytes: int | None, source: Any, say: Callable[[str], None]) -> Baseline:
-    if nbytes is not None:
-        return Baseline(attach_nbytes=nbytes, running_nbytes=RUNNING_NBYTES)
-    say("measuring what a process takes without a model")
-    return measure_baseline(source.imports)

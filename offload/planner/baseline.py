@@ -7,10 +7,15 @@ import tempfile
 from collections.abc import Sequence
 
 from offload.allocator.errors import OffloadError
+from offload.planner.script_memory import Held
 from offload.swap.planning.predict import Baseline
+from offload.swap.planning.program import Product
 
 # Where it is given rather than measured.
 RUNNING_NBYTES = 25 << 20
+_NOTHING = Held()
+# Buffers are as large for larger products, which would take long.
+_MOST_FLOPS = 8e9
 
 _JOB = """\
 import json, sys
@@ -22,13 +27,13 @@ from offload.tiers.hostmem import resident_nbytes
 class Tiny(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding = torch.nn.Embedding(4096, 512)
-        self.norm = torch.nn.LayerNorm(512)
-        self.up = torch.nn.Linear(512, 1536)
-        self.head = torch.nn.Linear(512, 4096)
+        self.embedding = torch.nn.Embedding(4096, 64)
+        self.norm = torch.nn.LayerNorm(64)
+        self.up = torch.nn.Linear(64, 192)
+        self.head = torch.nn.Linear(64, 4096)
 
     def forward(self, tokens):
-        q, k, v = (each.unflatten(-1, (8, 64)).transpose(1, 2) for each in
+        q, k, v = (each.unflatten(-1, (4, 16)).transpose(1, 2) for each in
                    self.up(self.norm(self.embedding(tokens))).chunk(3, -1))
         mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.head(torch.nn.functional.gelu(mixed.transpose(1, 2).flatten(2)))
@@ -45,20 +50,33 @@ for _ in range(2):
     del logits
     optimizer.step()
     optimizer.zero_grad()
+for rows, inner, columns, first_turned, second_turned, dtype in {products}:
+    def matrix(height, width, turned):
+        shape = (width, height) if turned else (height, width)
+        made = torch.zeros(shape, dtype=getattr(torch, dtype))
+        return made.t() if turned else made
+    matrix(rows, inner, first_turned) @ matrix(inner, columns, second_turned)
 engine.weights.evict_streaming()
 attach_nbytes = engine.plan.baseline_nbytes
 print(json.dumps([attach_nbytes, max(resident_nbytes()[0] - attach_nbytes, 0)]))
 """
 
 
-def measure_baseline(imports: Sequence[str] = ()) -> Baseline:
-    """The resident set of a process that has imported ``imports`` and attached to a tiny model.
+def measure_baseline(held: Held = _NOTHING, products: Sequence[Product] = ()) -> Baseline:
+    """The resident set of a process that has attached to a tiny model, and holds ``held``.
+
+    Args:
+        products: of the model that will be trained: libraries keep buffers for them, of sizes that
+            depend on which ones came before (16.8 MB at most were seen of MKL's).
 
     Raises:
         OffloadError: the child failed; with the end of what it said.
     """
     with tempfile.TemporaryDirectory() as directory:
-        job = _JOB.format(imports=", ".join(["os", *imports]))
+        job = _JOB.format(
+            imports=", ".join(["os", *held.imports]),
+            products=[tuple(_bounded(product)) for product in products],
+        )
         done = subprocess.run(
             [sys.executable, "-c", job, directory], capture_output=True, text=True, check=False
         )
@@ -69,4 +87,12 @@ def measure_baseline(imports: Sequence[str] = ()) -> Baseline:
             f"({said[-1] if said else f'exit code {done.returncode}'}): give it with --baseline"
         )
     attach_nbytes, running_nbytes = json.loads(done.stdout.splitlines()[-1])
-    return Baseline(attach_nbytes=attach_nbytes, running_nbytes=running_nbytes)
+    return Baseline(attach_nbytes=attach_nbytes + held.nbytes, running_nbytes=running_nbytes)
+
+
+def _bounded(product: Product) -> Product:
+    """A smaller product, if this one is large, whose buffers are about as large."""
+    while 2 * product.rows * product.inner * product.columns > _MOST_FLOPS:
+        longest = max(("rows", "inner", "columns"), key=lambda name: int(getattr(product, name)))
+        product = product._replace(**{longest: getattr(product, longest) // 2})
+    return product

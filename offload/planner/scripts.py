@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offload.allocator.errors import ConfigError, UnsupportedError
+from offload.planner.script_memory import Held
 from offload.planner.sources import Batch
 from offload.swap.planning.program import Program
 from offload.swap.state_precision import EXACT, Precision
@@ -26,7 +27,7 @@ class TrainingScript:
             not asked for.
 
     Attributes:
-        imports: what it imported, for the baseline.
+        held: what it holds beside the model.
 
     Raises:
         ConfigError: no such script, or options that it decides by itself.
@@ -55,7 +56,7 @@ class TrainingScript:
                 f"--solve {given.solve} needs a config.json: {path.name} decides its batch itself"
             )
         self.name = path.name
-        self._program, self.imports = _trace(path, arguments, precision, rebuild_nbytes)
+        self._program, self.held = _trace(path, arguments, precision, rebuild_nbytes)
 
     def longest(self) -> int | None:
         """Not known of a script."""
@@ -72,7 +73,7 @@ class TrainingScript:
 
 def _trace(
     path: Path, arguments: Sequence[str], precision: Precision, rebuild_nbytes: int | None
-) -> tuple[Program, tuple[str, ...]]:
+) -> tuple[Program, Held]:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "program.json"
         command = [sys.executable, "-m", "offload.planner.trace_script", str(out)]
@@ -85,4 +86,5 @@ def _trace(
                 f"{path} was not planned: {said[-1] if said else f'exit code {done.returncode}'}"
             )
         content = json.loads(out.read_text())
-    return Program.from_json(content["program"]), tuple(content["imports"])
+    held = Held(nbytes=content["held"]["nbytes"], imports=tuple(content["held"]["imports"]))
+    return Program.from_json(content["program"]), held

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from offload.allocator.errors import ConfigError
+from offload.planner.script_memory import Held
 from offload.swap.planning.program import Program
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class HuggingFaceModel:
             not asked for.
 
     Attributes:
-        imports: what a process that trains it has imported.
+        held: what a process that trains it has imported.
 
     Raises:
         ConfigError: no such file, not a configuration, or of an unknown model type.
@@ -83,7 +84,8 @@ class HuggingFaceModel:
             self.config = transformers.AutoConfig.for_model(kind, **fields)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{file}: {error}") from error
-        self.imports = ("transformers.modeling_utils", _modeling(type(self.config).__module__))
+        modules = ("transformers.modeling_utils", _modeling(type(self.config).__module__))
+        self.held = Held(imports=modules)
         self.name = path.name if path.is_dir() else path.stem
         self.dtype = dtype or _dtype_of(content)
         self.method = method

@@ -13,6 +13,7 @@ file.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import runpy
@@ -32,9 +33,11 @@ from torch.nn.modules.module import (
 from torch.optim import Optimizer
 
 import offload
+import offload.attaching  # a run has it: what it imports is no memory of the script
 from offload.allocator.errors import ConfigError, OffloadError
+from offload.planner.script_memory import Held, ScriptMemory
 from offload.swap.planning.program import Program
-from offload.swap.planning.tracing import ON_VALUES, Tracer, fake_mode
+from offload.swap.planning.tracing import ON_VALUES, Tracer, fake_mode, trace_step
 from offload.swap.state_precision import EXACT, Precision
 from offload.swap.uncompiled import plain_module
 
@@ -71,18 +74,21 @@ class Session:
     """Waits for the script's model and optimizer, and traces their first step.
 
     Args:
-        finish: takes the program of the step; does not come back.
+        finish: takes the program of the step, and what the script holds; does not come back.
+        memory: measures that.
         precision: of what the optimizer keeps.
         rebuild_nbytes: as of ``Tracer``.
     """
 
     def __init__(
         self,
-        finish: Callable[[Program], NoReturn],
+        finish: Callable[[Program, Held], NoReturn],
+        memory: ScriptMemory,
         precision: Precision = EXACT,
         rebuild_nbytes: int | None = None,
     ) -> None:
         self._finish = finish
+        self._memory = memory
         self._precision = precision
         self._rebuild_nbytes = rebuild_nbytes
         self._mode = fake_mode()
@@ -140,6 +146,7 @@ class Session:
         optimizer = None if self._tracer else self._optimizer_of(module)
         if optimizer is None or not torch.is_grad_enabled():
             return
+        self._held = self._memory.measure()
         model = plain_module(module)
         for child in model.modules():
             for name, buffer in child._buffers.items():
@@ -164,7 +171,8 @@ class Session:
             run()
             return
         self._tracer.backward(run)
-        self._finish(self._tracer.program(self._tokens, self._optimizer, self._precision))
+        program = self._tracer.program(self._tokens, self._optimizer, self._precision)
+        self._finish(program, self._held)
 
 
 def _build(path: str | Path, *, dtype: torch.dtype | None = None, **_kwargs: object) -> nn.Module:
@@ -184,7 +192,7 @@ def _tokens_of(arguments: Any) -> int:
 
 def trace_script(
     script: Path,
-    finish: Callable[[Program], NoReturn],
+    finish: Callable[[Program, Held], NoReturn],
     precision: Precision = EXACT,
     rebuild_nbytes: int | None = None,
 ) -> NoReturn:
@@ -195,11 +203,26 @@ def trace_script(
         UnsupportedError: what it computes needs values.
     """
     sys.path[0] = str(script.resolve().parent)
-    with contextlib.suppress(SystemExit), Session(finish, precision, rebuild_nbytes):
+    _trace_something()
+    memory = ScriptMemory()
+    session = Session(finish, memory, precision, rebuild_nbytes)
+    with contextlib.suppress(SystemExit), memory, session:
         runpy.run_path(str(script), run_name="__main__")
     raise ConfigError(
         f"{script} ended without a backward of a model whose parameters an optimizer steps"
     )
+
+
+def _trace_something() -> None:
+    """Have all in memory that tracing takes, before it is measured what the script takes."""
+    with fake_mode():
+        model = nn.Linear(1, 1)
+        trace_step(
+            model,
+            lambda model: model(torch.zeros(1, 1)).sum(),
+            tokens=1,
+            optimizer=torch.optim.AdamW(model.parameters()),
+        )
 
 
 def main() -> NoReturn:
@@ -207,10 +230,9 @@ def main() -> NoReturn:
     out, states, masters, rebuild, script, *arguments = sys.argv[1:]
     settings: Any = {"states": states, "masters": masters}
     sys.argv = [script, *arguments]
-    before = {name.partition(".")[0] for name in sys.modules}
 
-    def finish(program: Program) -> NoReturn:
-        content = {"program": program.to_json(), "imports": _imports(before, Path(script))}
+    def finish(program: Program, held: Held) -> NoReturn:
+        content = {"program": program.to_json(), "held": dataclasses.asdict(held)}
         Path(out).write_text(json.dumps(content), encoding="utf-8")
         _end(None)
 
@@ -233,17 +255,6 @@ def _end(error: OffloadError | None) -> NoReturn:
         sys.stderr.write(f"\n{error}\n")
     sys.stderr.flush()
     os._exit(0 if error is None else error.exit_code)
-
-
-def _imports(before: set[str], script: Path) -> list[str]:
-    """What the script has imported beside the standard library and its own folder."""
-    names = {name.partition(".")[0] for name in sys.modules} - before
-    local = {path.stem for path in script.resolve().parent.iterdir()}
-    return sorted(
-        name
-        for name in names - local - set(sys.stdlib_module_names)
-        if name.isidentifier() and getattr(sys.modules.get(name), "__file__", None)
-    )
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def make_predictor(
         precision = Precision(states=base.state_precision, masters=base.master_weights)
         source = TrainingScript(script, arguments, given=undecided, precision=precision)
         program = source.trace(Batch(sequences=1, length=1))
-        return Predictor(program, measure_baseline(source.imports), machines)
+        return Predictor(program, measure_baseline(source.held, program.products), machines)
     except OffloadError as error:
         say(f"nothing is predicted: {error}")
         return None

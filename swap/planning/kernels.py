@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from offload.swap.planning.program import Operation, OperationKind
+from offload.swap.planning.program import Operation, OperationKind, Product
 
 # Exponentials, or several passes over each row.
 _HEAVY = frozenset(
@@ -24,6 +24,7 @@ _HEAVY = frozenset(
 # These read no more than they write.
 _LOOKUPS = frozenset({"embedding", "index_select", "gather", "index", "nll_loss_forward"})
 _ATTENTION = "scaled_dot_product"
+_FIRST_FACTOR = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # its place among the arguments
 
 
 def describe(
@@ -52,6 +53,7 @@ def describe(
         rows=rows,
         dtype=dtype,
         causal_keys=causal_keys,
+        product=_product(name, arguments),
     )
 
 
@@ -93,6 +95,21 @@ def _flops(
     matrices = [tensor for tensor in read if tensor.dim() >= 2]
     rows = min((size for tensor in matrices for size in tensor.shape[-2:]), default=0)
     return flops, rows
+
+
+def _product(name: str, arguments: Sequence[Any]) -> Product | None:
+    place = _FIRST_FACTOR.get(name)
+    if place is None:
+        return None
+    first, second = arguments[place : place + 2]
+    return Product(
+        rows=int(first.shape[-2]),
+        inner=int(first.shape[-1]),
+        columns=int(second.shape[-1]),
+        first_turned=first.stride(-1) != 1,
+        second_turned=second.stride(-1) != 1,
+        dtype=str(first.dtype).removeprefix("torch."),
+    )
 
 
 def _attention_flops(name: str, arguments: Sequence[Any], read: Sequence[torch.Tensor]) -> int:

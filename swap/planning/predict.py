@@ -6,7 +6,7 @@ Pure: the same program, machine and settings always give the same prediction.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
@@ -27,6 +27,7 @@ from offload.tiers.machine import Machine
 
 _STEPS = 4  # the first learns, the second has grown, the third may shrink, the fourth repeats
 _MIB = 1 << 20
+_HESITATING = 8.0  # drives pause for tens of milliseconds, and then more waits to be written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +186,8 @@ def _predict(
             memory_nbytes=plan.activations_nbytes,
             drive_nbytes=_drive_room(program, machine, settings),
         )
-    simulation = Simulation(
+    simulate = partial(
+        Simulation,
         compiled if rows is None else rows.compiled,
         plan,
         chunk_numel=chunk_numel,
@@ -193,8 +195,9 @@ def _predict(
         commits=settings.commits,
         min_swap_nbytes=settings.min_swap_nbytes,
         write_budget_nbytes=settings.write_budget_nbytes,
-        recorder=recorder,
     )
+    simulate(writing_s=_HESITATING).compute()  # whether it fits may not depend on the drive's mood
+    simulation = simulate(recorder=recorder)
     rebuilt: tuple[RowsFound, ...] = ()
     if rows is None:
         steps = tuple(simulation.step() for _ in range(_STEPS))

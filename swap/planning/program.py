@@ -30,6 +30,21 @@ StateForm: TypeAlias = Literal[
 ]
 
 
+class Product(NamedTuple):
+    """A product of two matrices: ``rows`` times ``inner``, and ``inner`` times ``columns``.
+
+    Attributes:
+        first_turned: the first one lies in memory by columns; so may the second one.
+    """
+
+    rows: int
+    inner: int
+    columns: int
+    first_turned: bool
+    second_turned: bool
+    dtype: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
     """One kernel call.
@@ -42,6 +57,7 @@ class Operation:
         dtype: of what it writes, such as ``float32``.
         causal_keys: of causal attention: keys of the longest row, of whose products with all
             queries ``flops`` counts half; 0 for other kinds.
+        product: of two matrices, or of each two of a batch; None for other kinds.
     """
 
     name: str
@@ -51,6 +67,7 @@ class Operation:
     rows: int
     dtype: str
     causal_keys: int = 0
+    product: Product | None = None
 
 
 class What(IntEnum):
@@ -168,6 +185,12 @@ class Program:
         )
 
     @property
+    def products(self) -> tuple[Product, ...]:
+        """Distinct products of matrices, in the order of their first use."""
+        products = (operation.product for operation in self.operations)
+        return tuple(dict.fromkeys(product for product in products if product is not None))
+
+    @property
     def parameters(self) -> int:
         """Elements of all weights."""
         return sum(one.nbytes // self.itemsizes[one.name] for one in self.census.weights)
@@ -216,7 +239,7 @@ class Program:
             itemsizes=fields["itemsizes"],
             buffers_nbytes=fields["buffers_nbytes"],
             tokens=fields["tokens"],
-            operations=tuple(Operation(**operation) for operation in fields["operations"]),
+            operations=tuple(map(_operation, fields["operations"])),
             storages=tuple(fields["storages"]),
             uses=tuple(map(tuple, fields["uses"])),
             lookups=tuple(Lookup(**lookup) for lookup in fields["lookups"]),
@@ -246,6 +269,11 @@ class Program:
             elif event.what is less:
                 now -= self.storages[event.which]
         return most
+
+
+def _operation(fields: dict[str, Any]) -> Operation:
+    product = fields["product"]
+    return Operation(**fields | {"product": product and Product(*product)})
 
 
 def _tuples(lists: Mapping[str, list[Any]]) -> dict[str, tuple[Any, ...]]:

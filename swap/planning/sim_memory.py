@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Literal, TypeAlias, get_args
 
-from offload.swap.governor import WORTH_NBYTES
+from offload.swap.governor import LEAST_WORTH_NBYTES, WORTH_NBYTES
 
 Role: TypeAlias = Literal[
     "fixed", "weights", "saved", "transients", "gradients", "staging", "states", "pages"
@@ -15,15 +15,16 @@ class Memory:
 
     Transients, which come and go most often, are not counted: they are what is there beside all
     else. ``pages`` are clean pages of files. Above ``limit_nbytes`` the governor takes them back,
-    but not so few that it would hardly help.
+    but not so few that it would hardly help, unless these have no room below ``budget_nbytes``.
 
     Attributes:
         nbytes: of all but pages of files.
         peak_roles: what the resident set was made of at its peak.
     """
 
-    def __init__(self, limit_nbytes: int) -> None:
+    def __init__(self, limit_nbytes: int, budget_nbytes: int) -> None:
         self.limit_nbytes = limit_nbytes
+        self._budget_nbytes = budget_nbytes
         self.nbytes = 0
         self.pages_nbytes = 0
         self.peak_nbytes = 0
@@ -87,7 +88,14 @@ class Memory:
 
     def _resident(self, nbytes: int) -> int:
         """With ``nbytes`` of everything but pages of files."""
-        return nbytes + min(self.pages_nbytes, max(self.limit_nbytes - nbytes, WORTH_NBYTES))
+        # So many pages stay that twice as many more have room (``governor.worth_nbytes``).
+        few = min((self._budget_nbytes - nbytes) // 3, WORTH_NBYTES)
+        most = max(self.limit_nbytes - nbytes, few, LEAST_WORTH_NBYTES)
+        return nbytes + min(self.pages_nbytes, most)
+
+    def is_tight(self) -> bool:
+        """Whether half of what is between the limit and the budget is taken."""
+        return 2 * self.resident_nbytes > self._budget_nbytes + self.limit_nbytes
 
     def room(self) -> int:
         """Bytes left below the limit; negative above it."""

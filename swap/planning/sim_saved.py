@@ -136,8 +136,10 @@ class SimSaved:
         self.kept_nbytes += unit.nbytes
         self._looked_ahead = -1
         (self._staying if unit.stays else self._order).append(unit)
-        if self.kept_nbytes > self._limit_nbytes:
-            self._spill(None)
+        limit = self._limit_nbytes
+        if self.kept_nbytes > limit:
+            # What is above the limit by itself has the room of all others that leave.
+            self._spill(None, unit.nbytes if unit.nbytes > limit else 2 * limit)
 
     # Token-wise recompute.
 
@@ -158,10 +160,11 @@ class SimSaved:
 
     # Out.
 
-    def _spill(self, sparing: Unit | None) -> None:
+    def _spill(self, sparing: Unit | None, most: int) -> None:
         """There is more than may stay: send it away, but for ``sparing``, which is used now."""
         self._send_excess_away(sparing)
-        while self._writing and self.kept_nbytes > 2 * self._limit_nbytes:
+        memory = self._world.memory
+        while self._writing and (self.kept_nbytes > most or memory.is_tight()):
             self._await_first()
             self._send_excess_away(sparing)
 
@@ -280,7 +283,7 @@ class SimSaved:
             turns.used.append(unit.position)
             turns.times_s.append(world.now_s)
         if self.kept_nbytes > self._limit_nbytes:
-            self._spill(unit)
+            self._spill(unit, 2 * self._limit_nbytes)
         if not unit.in_memory:
             self._fetch(unit)
         if unit.fetching is not None:

@@ -221,17 +221,18 @@ class SimWeights:
 
     def _take_room(self, weight: SimWeight) -> None:
         """``weight`` is coming."""
-        memory, padded = self._world.memory, weight.padded_nbytes
-        if not weight.resident and self._pool.get(padded):
-            self._pool[padded] -= 1
-            self._pool_nbytes -= padded
-        else:
-            memory.add("weights", padded)
+        memory, coming = self._world.memory, weight.padded_nbytes
         if not weight.resident:
             self._streaming.join(weight.number, weight)
+            if self._pool.get(coming):
+                self._pool[coming] -= 1
+                self._pool_nbytes -= coming
+                coming = 0
         if self._pool_nbytes:
-            window, room = self.window_nbytes - self._streaming.nbytes, memory.room()
+            window, room = self.window_nbytes - self._streaming.nbytes, memory.room() - coming
             self._trim(window if window < room else room)
+        if coming:
+            memory.add("weights", weight.padded_nbytes)
 
     def evict(self, weight: SimWeight) -> None:
         """Give the memory of ``weight`` back."""

@@ -37,6 +37,9 @@ from offload.swap.planning.sim_writes import SimDrive
 from offload.swap.planning.world import Reading, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
 
+# A run may take so much more than is simulated, and what is said to fit must fit.
+_UNSURE = 0.02
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedStep:
@@ -73,6 +76,7 @@ class Simulation:
         min_swap_nbytes: smaller saved storages move in batches.
         write_budget_nbytes: that a step may write to the drive.
         recorder: takes the events.
+        writing_s: how many times as long as usual the drive takes for what is written to it.
 
     Attributes:
         plan: as it is now.
@@ -89,6 +93,7 @@ class Simulation:
         min_swap_nbytes: int = 64 << 10,
         write_budget_nbytes: int | None = None,
         recorder: Recorder | None = None,
+        writing_s: float = 1.0,
     ) -> None:
         program, costs = compiled.program, compiled.costs
         self.plan = plan
@@ -96,11 +101,11 @@ class Simulation:
         self._commits = commits
         self._costs = costs
         self._sizes = {weight.name: weight.nbytes for weight in program.census.weights}
-        memory = Memory(soft_limit_nbytes(plan.budget_nbytes))
+        memory = Memory(soft_limit_nbytes(plan.budget_nbytes), plan.budget_nbytes)
         memory.add("fixed", plan.baseline_nbytes + resident_nbytes + program.buffers_nbytes)
         self.world = world = World(
             read_lane(costs.read_s, costs.read_latency_s),
-            write_lane(costs.write_s, costs.write_latency_s),
+            write_lane(lambda nbytes: writing_s * costs.write_s(nbytes), costs.write_latency_s),
             together=costs.together,
             memory=memory,
             lost_s_per_byte=costs.lost_s_per_byte,
@@ -181,15 +186,23 @@ class Simulation:
         self._last = _Simulated(standing, before, done)
         return done
 
-    def _simulate(self, before: Reading) -> SimulatedStep:
-        world = self.world
-        world.memory.restart_peak()
+    def compute(self) -> None:
+        """Forward and backward of the next step, and no more.
+
+        Raises:
+            BudgetError: as ``step``.
+        """
+        self.world.memory.restart_peak()
         try:
             self._pass.go_through(self._moments)
         except CapacityError as refusal:
             raise self._too_small(refusal) from refusal
         if not self._steps:
             self._check_fits()
+
+    def _simulate(self, before: Reading) -> SimulatedStep:
+        world = self.world
+        self.compute()
         passed_s, stalled_s = world.now_s, world.journal.totals.stall_s
         inside_s, inside_stall_s = self._spent_in_backward()
         self._optimize()
@@ -232,6 +245,8 @@ class Simulation:
             plan=self.plan,
             spilled_nbytes=self._saved.spilled_nbytes,
         )
+        if world.memory.peak_nbytes > self.plan.budget_nbytes:  # a later step may take more
+            raise self._too_small_for(world.memory.peak_nbytes)
         self._replan(world.memory.peak_nbytes)
         return done
 
@@ -289,16 +304,21 @@ class Simulation:
         )
 
     def _check_fits(self) -> None:
-        peak, budget = self.world.memory.peak_nbytes, self.plan.budget_nbytes
-        if peak + VARIATION_NBYTES > budget:
-            needed = enough_nbytes(self.plan, peak)
-            raise BudgetError(
-                f"the host budget of {format_nbytes(budget)} is too small: with this batch, "
-                f"forward and backward take {format_nbytes(peak)}. Take a smaller batch, or a "
-                f"budget of host={-(-needed // (1 << 20))}MiB",
-                needed_nbytes=needed,
-                budget_nbytes=budget,
-            )
+        peak = self.world.memory.peak_nbytes
+        unsure = peak + int(peak * _UNSURE)
+        if unsure + VARIATION_NBYTES > self.plan.budget_nbytes:
+            raise self._too_small_for(peak, unsure)
+
+    def _too_small_for(self, peak_nbytes: int, unsure_nbytes: int = 0) -> BudgetError:
+        budget = self.plan.budget_nbytes
+        needed = enough_nbytes(self.plan, max(peak_nbytes, unsure_nbytes))
+        return BudgetError(
+            f"the host budget of {format_nbytes(budget)} is too small: with this batch, "
+            f"forward and backward take {format_nbytes(peak_nbytes)}. Take a smaller batch, or a "
+            f"budget of host={-(-needed // (1 << 20))}MiB",
+            needed_nbytes=needed,
+            budget_nbytes=budget,
+        )
 
     def _replan(self, peak_nbytes: int) -> None:
         """As ``Replanner.finish_step``."""

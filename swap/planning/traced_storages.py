@@ -2,8 +2,9 @@
 
 [Note: rows of lookups] Where a run makes the gradient of a lookup of its rows alone
 (``row_gradients``), the fake run makes the whole table, of which no more than these rows is
-counted: as many as were looked up, for no value tells which are the same. Autograd adds rows to
-another gradient of the weight in place, but never a fake tensor: their sum counts as that one.
+counted: as many as were looked up, for no value tells which are the same. Autograd's sum of rows
+and rows is rows, that of rows and another gradient of the weight is one more table (torch 2.13
+adds them in place neither here nor in a run).
 """
 
 import weakref
@@ -82,19 +83,8 @@ class TracedStorages:
         self._rows[storage_key(table)] = nbytes
 
     def meet_sum(self, total: torch.Tensor, arguments: Sequence[Any]) -> None:
-        """Autograd may add rows to others, or to a whole gradient, which ``total`` then is."""
-        if not self._rows:
-            return
+        """Autograd may add rows to others: ``total`` is rows, too."""
         given = tensors_of(arguments)
-        wholes = [one for one in given if storage_key(one) not in self._rows]
-        if len(given) != 2 or len(wholes) == 2 or storage_key(total) in self._known:
-            return
-        if not wholes:
-            self.meet_rows(total, sum(self._rows[storage_key(one)] for one in given))
-            return
-        storage = wholes[0].untyped_storage()
-        number, death = self._known.get(storage._cdata), self._deaths.pop(storage._cdata, None)
-        if number is not None and death is not None:
-            death.detach()
-            self.ignore(storage)
-            self._follow(total.untyped_storage(), number)
+        rows = [self._rows.get(storage_key(one)) for one in given]
+        if len(rows) == 2 and None not in rows and storage_key(total) not in self._known:
+            self.meet_rows(total, sum(nbytes for nbytes in rows if nbytes is not None))

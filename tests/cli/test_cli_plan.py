@@ -76,7 +76,7 @@ def test_states_in_fewer_bits_take_less_of_the_drive(
 
 
 def test_rows_that_are_rebuilt_are_told(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [model, *LAPTOP, "--budget", "348MiB", "--seq", 512, "--recompute", "tokenwise"]
+    words = [model, *LAPTOP, "--budget", "364MiB", "--seq", 512, "--recompute", "tokenwise"]
     whole = answer(capsys, *words[:-2])
     some = answer(capsys, *words, "--alpha", "0.25")
     (kind,) = some["rebuilt"]
@@ -94,7 +94,7 @@ def test_rows_that_are_rebuilt_are_told(model: Path, capsys: pytest.CaptureFixtu
 def test_a_write_budget_is_told_kept_and_refused(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [model, *LAPTOP, "--budget", "360MiB", "--seq", 512]
+    words = [model, *LAPTOP, "--budget", "372MiB", "--seq", 512]
     free = answer(capsys, *words)
     most = free["step"]["written_nbytes"] - (1 << 20)
     bounded = answer(capsys, *words, "--nvme-write-budget", most)

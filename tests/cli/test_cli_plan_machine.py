@@ -15,6 +15,7 @@ from offload.cli import main
 from offload.doctor import examine
 from offload.planner.baseline import measure_baseline
 from offload.planner.machines import library_machine, list_machines
+from offload.planner.script_memory import Held
 from offload.planner.stored import calibrated
 from offload.tiers.machine import Machine, write_machine
 
@@ -50,7 +51,7 @@ def test_the_library_is_whole_and_names_its_sources(capsys: pytest.CaptureFixtur
 
 def test_a_baseline_that_cannot_be_measured_says_what_to_give() -> None:
     with pytest.raises(OffloadError, match=r"No module named 'no_such_module'.*--baseline"):
-        measure_baseline(("no_such_module",))
+        measure_baseline(Held(imports=("no_such_module",)))
 
 
 @pytest.fixture

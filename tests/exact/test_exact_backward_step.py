@@ -296,3 +296,48 @@ def test_too_small_a_budget_names_one_that_fits(tmp_path: Any) -> None:
     model = make_model()
     with pytest.raises(BudgetError, match="beside it a tile of the optimizer step"):
         offload.attach(model, adamw(model), budget="1MiB", nvme=tmp_path, config=IN_BACKWARD)
+
+
+class Detached(nn.Module):
+    """Backward reads ``last`` once more after its gradient has come."""
+
+    def __init__(self, alias: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(300, 300), nn.Linear(300, 300)
+        self.alias = alias
+        self.is_read_again = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.is_read_again:
+            x = nn.functional.linear(x, self.alias(self.last.weight))
+        out: torch.Tensor = self.last(x)
+        return out
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize(
+    "alias", [torch.Tensor.detach, lambda weight: weight.data], ids=["detached", "data"]
+)
+def test_a_weight_is_not_read_after_its_step(
+    alias: Callable[[torch.Tensor], torch.Tensor], in_backward: bool, compare: Any
+) -> None:
+    """Old values are not there any more, and new ones would give other gradients."""
+
+    def squares(model: Any, optimizer: Any, _engine: Engine | None) -> list[float]:
+        losses = []
+        for step in range(3):
+            model.is_read_again = step > 0  # a commit stands by then
+            loss = model(torch.randn(8, 300)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    config = {"step_in_backward": in_backward}
+    if not in_backward:
+        compare(lambda: Detached(alias), adamw, squares, config=config)
+        return
+    with pytest.raises(RuntimeError, match=r"after it has stepped it|modified by an inplace"):
+        compare(lambda: Detached(alias), adamw, squares, config=config)

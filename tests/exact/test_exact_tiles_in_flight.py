@@ -61,9 +61,9 @@ def few_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     nbytes = 1 if request.param == "one" else 3 * 64 * 160 * 4 * 4
     begin = TilePipeline.add
 
-    def add(self: TilePipeline, *arguments: Any) -> None:
+    def add(self: TilePipeline, *arguments: Any, **options: Any) -> None:
         self.staging.limit_nbytes = nbytes
-        begin(self, *arguments)
+        begin(self, *arguments, **options)
 
     monkeypatch.setattr(TilePipeline, "add", add)
 

@@ -30,7 +30,7 @@ class GradientMachine(RuleBasedStateMachine):
         self.folder = TemporaryDirectory(prefix="offload-gradients-")
         self.lanes = Lanes(Journal())
         self.scratch = FileTier(Path(self.folder.name), None, self.lanes)
-        self.governor = Governor(1 << 40)
+        self.governor = Governor(1 << 40, 1 << 40)
         self.swapper = GradientSwapper(self.scratch, Journal(), self.governor, limit)
         self.stream = GradientStream(self.swapper, chunk_numel=4096, staging_nbytes=limit)
         lead(self.stream)

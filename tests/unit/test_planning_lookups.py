@@ -66,10 +66,10 @@ def test_a_lookup_that_gives_no_rows_has_a_whole_gradient() -> None:
     assert most_at_once(found) == TABLE
 
 
-def test_rows_are_added_to_the_gradient_of_a_tied_head_in_its_place() -> None:
+def test_the_sum_of_rows_and_the_gradient_of_a_tied_head_is_one_more_table() -> None:
     found = large(tied=True)
     assert found.row_gradients == {}  # the sum is whole
-    assert most_at_once(found) == TABLE
+    assert most_at_once(found) == 2 * TABLE
 
 
 def test_looking_up_as_many_rows_as_there_are_makes_a_table() -> None:

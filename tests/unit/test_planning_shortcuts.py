@@ -44,7 +44,9 @@ def streamed(
         make(lambda nbytes, rate=rate: nbytes / rate, 1e-4)
         for make, rate in zip((read_lane, write_lane), rates, strict=True)
     )
-    world = World(reads, writes, together=together, memory=Memory(1 << 40), recorder=recorder)
+    world = World(
+        reads, writes, together=together, memory=Memory(1 << 40, 1 << 40), recorder=recorder
+    )
     pipeline = SimPipeline(world, staging_nbytes=400_000)
     for tile, count in tiles:
         pipeline.add(tile, count)

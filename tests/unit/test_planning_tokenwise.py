@@ -269,8 +269,8 @@ def test_a_step_traced_without_its_blocks_is_refused() -> None:
 
 def test_a_write_budget_bounds_what_is_swapped_of_rows() -> None:
     most = must_write_nbytes(LONG) + (4 << 20)
-    bounded = within(ROOMY + 16, 0.5, write_budget_nbytes=most)
+    bounded = within(ROOMY + 8, 0.5, write_budget_nbytes=most)
     found = predict(LONG, machine(), bounded, BASELINE)
     assert all(step.finished.written_nbytes <= most for step in found.steps[1:])
-    free = predict(LONG, machine(), within(ROOMY + 16, 0.5), BASELINE)
+    free = predict(LONG, machine(), within(ROOMY + 8, 0.5), BASELINE)
     assert free.last.finished.written_nbytes > most

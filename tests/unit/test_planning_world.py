@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.swap.governor import WORTH_NBYTES
+from offload.swap.governor import LEAST_WORTH_NBYTES, WORTH_NBYTES
 from offload.swap.planning.sim_memory import Memory, Role
 from offload.swap.planning.world import World, read_lane, write_lane
 
@@ -18,7 +18,7 @@ def world(together: float = 0.5) -> World:
         read_lane(lambda nbytes: nbytes / rate, 0.0),
         write_lane(lambda nbytes: nbytes / rate, 0.0),
     )
-    return World(*lanes, together=together, memory=Memory(1 << 40))
+    return World(*lanes, together=together, memory=Memory(1 << 40, 1 << 40))
 
 
 def test_lanes_that_work_at_once_share_the_drive() -> None:
@@ -144,7 +144,7 @@ def test_what_moves_on_an_idle_drive_takes_what_a_queued_transfer_takes(
 
 
 def test_clean_pages_give_way_to_what_is_needed_but_for_few() -> None:
-    memory = Memory(5 * WORTH_NBYTES)
+    memory = Memory(5 * WORTH_NBYTES, 10 * WORTH_NBYTES)
     memory.add_pages(3 * WORTH_NBYTES)
     memory.add("weights", 3 * WORTH_NBYTES)
     assert memory.resident_nbytes == 5 * WORTH_NBYTES
@@ -155,8 +155,20 @@ def test_clean_pages_give_way_to_what_is_needed_but_for_few() -> None:
     assert memory.resident_nbytes == 6 * WORTH_NBYTES - 1  # none of so few is taken back
 
 
+def test_few_clean_pages_stay_while_twice_as_many_more_have_room() -> None:
+    limit = 5 * WORTH_NBYTES
+    memory = Memory(limit, limit + 3 * WORTH_NBYTES)
+    memory.add_pages(2 * WORTH_NBYTES)
+    memory.add("weights", limit)
+    assert memory.resident_nbytes == limit + WORTH_NBYTES
+    memory.add("weights", 3 * WORTH_NBYTES // 2)
+    assert memory.resident_nbytes == limit + 2 * WORTH_NBYTES
+    memory.add("weights", 3 * WORTH_NBYTES // 2)
+    assert memory.resident_nbytes == limit + 3 * WORTH_NBYTES + LEAST_WORTH_NBYTES
+
+
 def test_transients_are_what_is_there_beside_all_else() -> None:
-    memory = Memory(1000)
+    memory = Memory(1000, 1000)
     memory.add("weights", 100)
     memory.nbytes += 30
     memory.keep("saved", 20)

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from offload.swap.governor import Governor
+from offload.swap.governor import WORTH_NBYTES, Governor
 from offload.tiers import hostmem
 from offload.tiers.filetier import FileTier, Lanes
 from offload.tiers.journal import Journal
@@ -29,8 +29,8 @@ def tier(tmp_path):
 def make_governor():
     made = []
 
-    def make(limit_nbytes):
-        made.append(Governor(limit_nbytes))
+    def make(limit_nbytes, budget_nbytes=FAR):
+        made.append(Governor(limit_nbytes, budget_nbytes))
         return made[-1]
 
     yield make
@@ -86,6 +86,89 @@ def test_a_process_above_its_limit_is_brought_down_by_itself(tier, make_governor
         for tensor in tensors:
             assert tensor.tensor[::4096].sum() == NBYTES // 4096 * 5
     assert governor.peak_nbytes > resident
+
+
+class Process:
+    """The resident set and its file pages, as the governor is told."""
+
+    def __init__(self, resident_nbytes, from_files_nbytes):
+        self.resident_nbytes, self.from_files_nbytes = resident_nbytes, from_files_nbytes
+        self.sheds = 0
+
+    def shed(self):
+        self.sheds += 1
+        self.resident_nbytes -= self.from_files_nbytes
+        self.from_files_nbytes = 0
+
+    def fault(self, nbytes):
+        self.resident_nbytes += nbytes
+        self.from_files_nbytes += nbytes
+
+
+@pytest.fixture
+def quiet_governor(make_governor, monkeypatch):
+    """A governor of a made-up process, that looks when it is told to expect something."""
+    process = Process(100 << 20, 0)
+    governor = make_governor(100 << 20, 124 << 20)
+    governor.close()
+    monkeypatch.setattr(
+        hostmem, "resident_nbytes", lambda: (process.resident_nbytes, process.from_files_nbytes)
+    )
+    governor.watch(process)
+    governor.expect(0)
+    process.sheds = 0
+    return governor, process
+
+
+def test_few_pages_stay_while_the_budget_has_room_for_twice_as_many(quiet_governor):
+    governor, process = quiet_governor
+    process.fault(WORTH_NBYTES)
+    governor.expect(0)
+    assert process.sheds == 0  # 16 MiB are left
+    governor.expect(2)
+    assert process.sheds == 1
+    governor.expect(40 << 20)
+    assert process.sheds == 1  # nothing to shed
+
+
+def test_pages_go_before_what_is_expected_comes(quiet_governor):
+    governor, process = quiet_governor
+    process.resident_nbytes -= 32 << 20
+    process.fault(6 << 20)
+    governor.expect(26 << 20)
+    assert process.sheds == 0
+    governor.expect(39 << 20)
+    assert process.sheds == 1
+
+
+def test_what_was_faulted_in_while_pages_went_is_no_code(quiet_governor, monkeypatch):
+    governor, process = quiet_governor
+    shed = process.shed
+    process.fault(9 << 20)
+    monkeypatch.setattr(process, "shed", lambda: (shed(), process.fault(9 << 20)))
+    governor.expect(0)  # they came back before the governor looked again
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        hostmem, "resident_nbytes", lambda: (process.resident_nbytes, process.from_files_nbytes)
+    )
+    process.shed()
+    governor.expect(0)  # and have gone meanwhile
+    process.fault(9 << 20)
+    governor.expect(0)
+    assert process.from_files_nbytes == 0
+
+
+def test_a_measurement_begins_with_the_heaps_free_pages_given_back(make_governor, monkeypatch):
+    trimmed = []
+    monkeypatch.setattr(hostmem, "trim_heap", lambda: trimmed.append(True))
+    roomy = make_governor(FAR)
+    roomy.restart_peak()
+    assert trimmed == []
+    tight = make_governor(1 << 20)
+    tight.restart_peak()
+    tight.seen_nbytes = 2 << 20
+    tight.restart_peak()
+    assert trimmed
 
 
 def test_a_process_below_its_limit_keeps_its_pages(make_governor):

@@ -24,7 +24,7 @@ LIMIT_NBYTES = 3 * PAGE
 class World:
     """A cache on two memory homes, the first of few pages."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, is_tight=lambda: False):
         self.time = SeededTime(seed)
         self.random = self.time.random
         self.journal = Journal()
@@ -34,7 +34,11 @@ class World:
             for tier in self.tiers
         ]
         self.cache = ActivationCache(
-            homes, self.journal, limit_nbytes=LIMIT_NBYTES, min_nbytes=PAGE // 2
+            homes,
+            self.journal,
+            limit_nbytes=LIMIT_NBYTES,
+            min_nbytes=PAGE // 2,
+            is_tight=is_tight,
         )
         self.values = 0
 
@@ -273,3 +277,23 @@ def test_what_the_last_backward_used_first_is_never_written():
             world.time.settle()
         handles.clear()
     assert absent == [False] + [True] * 5 + [False] * 2
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_where_memory_is_tight_what_leaves_has_left_before_more_comes(tight):
+    world = World(1, is_tight=lambda: tight)
+    handles = [world.cache.pack(world.fresh()) for _ in range(5)]
+    assert (world.cache.kept_nbytes > LIMIT_NBYTES) is not tight
+    del handles
+    world.close()
+
+
+def test_what_is_above_the_limit_by_itself_has_the_room_of_all_that_leave():
+    world = World(1)
+    handles = [world.cache.pack(world.fresh()) for _ in range(5)]
+    large = LIMIT_NBYTES + PAGE
+    assert world.cache.kept_nbytes + large > large
+    handles.append(world.cache.pack(torch.zeros(large // 4)))
+    assert world.cache.kept_nbytes <= large
+    del handles
+    world.close()

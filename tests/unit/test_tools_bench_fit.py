@@ -19,12 +19,24 @@ from benchlib import Result, finish
 from cgroup import Finished
 from stepmeter import StepMeter, processors_s
 
-ROW = {"resident_compute_s": 10.0, "disk_s": 11.0}
+ROW = {"resident_compute_s": 10.0, "disk_s": 11.0, "disk_bytes_per_s": 100.0}
 
 
 def finished(processor_s, returncode=0):
-    # The first step is a warm-up.
-    job = {"processor_s": [500.0, *processor_s], "steps_s": [99.0, 15.0, 14.0, 13.0]}
+    # The first step is a warm-up. A quarter of the processors' work is forward's.
+    read, written = [9999, 800, 800, 800], [9999, 500, 500, 500]
+    forward = {
+        "processor_s": [100.0, *(each / 4 for each in processor_s)],
+        "read_nbytes": [9999, 200, 200, 200],
+        "written_nbytes": [0, 0, 0, 0],
+    }
+    job = {
+        "processor_s": [500.0, *processor_s],
+        "steps_s": [99.0, 15.0, 14.0, 13.0],
+        "read_nbytes": read,
+        "written_nbytes": written,
+        "forward": forward,
+    }
     return Finished(returncode, False, 0, json.dumps(job) if returncode == 0 else "", "")
 
 
@@ -68,6 +80,19 @@ def test_the_bound_is_the_longest_of_compute_disk_and_processors(processor_s, bo
     assert found["processors_s"] == processors_s(processor_s) == statistics.median(processor_s) / 2
     assert found["bound_s"] == (bound_s or 15.0)
     assert found["passive_step_s"] == 14.0
+
+
+@pytest.mark.parametrize(
+    ("processor_s", "halves_s"),
+    [
+        ([8.0, 8.0, 8.0], 2.0 + 11.0),  # both move for longer than they work
+        ([32.0, 24.0, 24.0], 3.0 + 11.0),  # forward works for longer
+        ([40.0, 48.0, 40.0], 5.0 + 15.0),  # so does the rest
+    ],
+)
+def test_each_half_of_a_step_has_a_bound(processor_s, halves_s, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
+    assert bench_fit._bound(ROW, finished(processor_s))["halves_s"] == halves_s
 
 
 def test_a_second_run_that_fails_takes_the_bound_alone_from_the_row():

@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from planning_models import BASELINE, DRIVE, machine, settings, trace
 
 import plan_prediction as bench
-from offload.planner.baseline import measure_baseline
 from offload.swap.planning.predict import Prediction, predict
 from offload.tiers.machine import Machine
 from plan_cases import FULL, QUICK, Case, program_of, spread, throttled
@@ -91,7 +90,8 @@ def test_rates_are_measured_between_the_runs_and_behind_them(
         return machine()
 
     monkeypatch.setattr(bench, "run_once", run)
-    trial = bench.Trial(QUICK[0], BASELINE, DRIVE, machine())
+    monkeypatch.setattr(bench, "measure_baseline", lambda **_products: BASELINE)
+    trial = bench.Trial(QUICK[0], DRIVE, machine())
     trial.repeat(repeats, tmp_path, measured)
     assert "".join(seen) == order
 
@@ -99,6 +99,6 @@ def test_rates_are_measured_between_the_runs_and_behind_them(
 @pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK[:2], ids=str)
 def test_the_kernel_sees_the_peak_that_was_predicted(case: Case, tmp_path: Path) -> None:
-    trial = bench.Trial(case, measure_baseline(), DRIVE, machine())
+    trial = bench.Trial(case, DRIVE, machine())
     trial.repeat(2, tmp_path, machine)
     assert abs(trial.told()["peak_error"]) <= 0.08

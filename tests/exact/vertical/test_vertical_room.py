@@ -71,8 +71,9 @@ def test_gradients_wait_for_tiles_that_make_room(
 def held_nbytes(stepper: BackwardStep) -> int:
     """Of weights in memory whose tiles are not all stepped."""
     pipeline = stepper._pipeline
-    waiting = {target.weight for each in pipeline._waiting for target in each.targets}
-    reading = {part.target.weight for tile in pipeline._reading for part in tile.parts}
+    with pipeline._lock:
+        waiting = {target.weight for each in pipeline._waiting for target in each.targets}
+        reading = {part.target.weight for tile in pipeline._reading for part in tile.parts}
     return sum(weight.nbytes for weight in waiting | reading if weight.in_memory)
 
 

@@ -31,7 +31,7 @@ def scratch(tmp_path, journal):
 
 @pytest.fixture
 def governor():
-    governor = Governor(PLENTY)
+    governor = Governor(PLENTY, PLENTY)
     yield governor
     governor.close()
 
