@@ -145,7 +145,7 @@ class BackwardStep:
             self._streamed.step_in_memory(group, parameter)
             parameter.grad = consumed_gradient(parameter, name)
             return
-        target = self._streamed.target(group, parameter, self._written)
+        target = self._streamed.target(group, parameter, self._written, stays=True)
         self._weights.hold(target.weight)
         nbytes = _waiting_nbytes(target)
         target.stepped = partial(self._used_up, nbytes)

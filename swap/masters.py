@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from offload.allocator.errors import UnsupportedError
-from offload.swap.rounding import BLOCK_NUMEL, widen
+from offload.swap.rounding import BLOCK_NUMEL, take_upper_halves, widen
 from offload.swap.staged_states import rounded_staging_nbytes
 from offload.tiers.memory import HostBuffer
 
@@ -67,8 +67,7 @@ def split(
     for begin in range(0, values.numel(), BLOCK_NUMEL):
         part = slice(begin, min(begin + BLOCK_NUMEL, values.numel()))
         found = scratch[: part.stop - begin]
-        np.right_shift(bits[part], np.uint32(16), out=found)
-        np.copyto(upper[part], found, casting="unsafe")
+        take_upper_halves(bits[part], upper[part])
         np.copyto(found, bits[part])
         np.copyto(lower[part], found, casting="unsafe")
 

@@ -332,11 +332,27 @@ class StreamedOptimizer:
             self.publish(target)
 
     def target(
-        self, group: dict[str, Any], parameter: nn.Parameter, written: Callable[[Target], None]
+        self,
+        group: dict[str, Any],
+        parameter: nn.Parameter,
+        written: Callable[[Target], None],
+        *,
+        stays: bool = False,
     ) -> Target:
-        """What a tiled step of ``parameter`` reads and writes; ``written`` as in ``Target``."""
+        """What a tiled step of ``parameter`` reads and writes.
+
+        Args:
+            written: as in ``Target``.
+            stays: if its weight is in memory now, it is there until it has been written. So the
+                step takes what the user wrote to it from there, and the store gets it with the
+                step: its bytes, which may be many, are compared with the store's only where they
+                came from the drive and may be damaged.
+        """
         weight = self._by_parameter[parameter]
-        self.weights.absorb(weight)
+        is_newest = stays and weight.in_memory and weight.mapped.held and not weight.dirty
+        if not (is_newest and weight.proved) or self.keeper.precision.has_master(parameter):
+            self.weights.absorb(weight)
+            weight.proved = weight.in_memory and weight.mapped.held
         self.keeper.absorb(parameter)
         shown = self.optimizer.state.get(parameter, {})
         states = {

@@ -11,10 +11,16 @@ from one shuffled list of all 65,536 numbers: each block of as many elements beg
 of its own, which is hashed from key and block. So the bits of an element are uniform over the keys,
 the draws of different steps are independent, and making them costs nothing but reading them:
 rounding must keep up with a drive.
+
+[Note: upper halves] The upper 16 bits of one number and the lower ones of the next are a number
+too, at an address in the middle of the first. Cut off to 16 bits it is the upper half: one pass
+through memory, where to shift and to cut off are two. Numpy reads numbers at any address.
 """
 
 import functools
 import itertools
+import math
+import sys
 
 import numpy as np
 import numpy.typing as npt
@@ -52,10 +58,9 @@ def round_to_bf16(
         part = slice(begin - start, end - start)
         found = scratch[: end - begin]
         np.add(bits[part], random_bits(key, begin, end), out=found)
-        np.right_shift(found, np.uint32(16), out=found)
-        if np.isnan(np.maximum.reduce(numbers[part])):
-            found[np.isnan(numbers[part])] = _NAN_BITS  # a carry could make it a number
-        np.copyto(upper[part], found, casting="unsafe")
+        if math.isnan(np.maximum.reduce(numbers[part])):
+            found[np.isnan(numbers[part])] = _NAN_BITS << 16  # a carry could make it a number
+        take_upper_halves(found, upper[part])
 
 
 def round_and_destroy(
@@ -67,15 +72,27 @@ def round_and_destroy(
 ) -> None:
     """``round_to_bf16`` in ``values`` themselves: fewer calls and bytes, for what is in a cache."""
     numbers = values.numpy()
-    if np.isnan(np.maximum.reduce(numbers)):
+    if math.isnan(np.maximum.reduce(numbers)):
         round_to_bf16(values, rounded, key=key, start=start)
         return
     bits = numbers.view(np.uint32)
     for begin, end in blocks_of(start, start + values.numel()):
         part = bits[begin - start : end - start]
         np.add(part, random_bits(key, begin, end), out=part)
-    np.right_shift(bits, np.uint32(16), out=bits)
-    np.copyto(rounded.view(torch.int16).numpy().view(np.uint16), bits, casting="unsafe")
+    take_upper_halves(bits, rounded.view(torch.int16).numpy().view(np.uint16))
+
+
+def take_upper_halves(
+    bits: npt.NDArray[np.uint32],
+    upper: npt.NDArray[np.uint16],  # as many elements, in other memory
+) -> None:
+    """Fill ``upper`` with the upper 16 bits of each number; see [Note: upper halves]."""
+    if sys.byteorder == "little" and bits.size:
+        between = bits.view(np.uint8)[2:-2].view(np.uint32)
+        np.copyto(upper[:-1], between, casting="unsafe")
+        upper[-1] = bits[-1] >> np.uint32(16)
+    else:
+        np.copyto(upper, bits >> np.uint32(16), casting="unsafe")
 
 
 def widen(

@@ -40,6 +40,7 @@ class Weight:
     residency: Residency = Residency.ABSENT
     resident: bool = False  # the plan keeps it in memory
     held: bool = False  # a step is changing it: neither fetched nor evicted
+    proved: bool = False  # compared with the store, or written there, since it came from the drive
     landing_nbytes: int = 0  # of a fetch in flight, that the resident set may not show yet
     transfer: Transfer | None = field(default=None, repr=False)
 
@@ -223,6 +224,7 @@ class WeightSwapper(Window[Weight]):
         kept_nbytes = self.pool.nbytes
         jobs = weight.mapped.fetch_jobs(None if weight.resident else self.pool)
         weight.landing_nbytes = weight.nbytes - (kept_nbytes - self.pool.nbytes)
+        weight.proved = False
         if not weight.resident:
             self._streaming.join(weight.name, weight)
         # What the fetch left of its victims' pages may wait only within the window. The rest goes

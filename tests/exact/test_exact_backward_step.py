@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,11 @@ from offload.allocator.errors import (
     ConfigError,
     ConsumedGradientError,
     StepInterruptedError,
+    StoreCorruptError,
 )
 from offload.engine import Engine
+from offload.swap import weights as weights_module
+from offload.swap.writeback import is_changed as _is_changed
 from offload.tiers.events import Move
 
 pytestmark = pytest.mark.usefixtures("many_tiles")
@@ -125,6 +129,58 @@ def test_weights_are_new_where_backward_ends(starve: Any) -> None:
     for name in ("0.weight", "2.weight"):
         assert torch.equal(after[name], stepped[name])
     assert int(optimizer.state[model[0].weight]["step"]) == 1
+
+
+def test_weights_that_stay_in_memory_are_stepped_with_what_was_written_and_not_compared_first(
+    compare: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes to the store with the step; to compare all bytes before would only take time."""
+    compared: list[str] = []
+
+    def is_changed(store: Any, stored: Any, address: int) -> bool:
+        compared.append(stored.name)
+        return _is_changed(store, stored, address)
+
+    monkeypatch.setattr(weights_module, "is_changed", is_changed)
+
+    def writing(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
+        values = []
+        if engine is not None:
+            engine.weights.window_nbytes = 1 << 30
+            engine.weights.keep(engine.weights.weights)
+        for step in range(STEPS):
+            loss = loss_of(model, torch.randn(32, 300))
+            compared.clear()
+            with torch.no_grad():
+                model[2].weight.data.mul_(1.01)  # invisible to version counters
+            loss.backward()
+            assert not compared or not step
+            optimizer.step()
+            optimizer.zero_grad()
+            model[0].weight.detach().numpy()[0, :] = step
+            values.append(loss.item())
+        return values
+
+    compare(make_model, adamw, writing, config=IN_BACKWARD)
+
+
+def test_a_weight_that_the_drive_has_damaged_is_not_stepped(starve: Any) -> None:
+    model: Any = make_model()
+    optimizer = adamw(model)
+    engine = starve(model, optimizer, config=IN_BACKWARD)
+    for _ in range(2):
+        loss_of(model, torch.randn(32, 300)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    engine.weights.evict_streaming()
+    stored, file = engine.weights.weights["2.weight"].stored, engine.weights.store.tier.file
+    with Path(file.label).open("r+b") as data:  # the drive gives other bytes than were written
+        data.seek(stored.current.extent.offset)
+        data.write(bytes(64))
+    with pytest.raises(StoreCorruptError, match=r"2\.weight is damaged"):
+        loss_of(model, torch.randn(32, 300)).backward()
+    with pytest.raises(StoreCorruptError, match=r"2\.weight is damaged"):
+        engine.detach()
 
 
 USES: dict[str, Callable[[Any], Any]] = {

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,13 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.swap.rounding import BLOCK_NUMEL, round_and_destroy, round_to_bf16, widen
+from offload.swap.rounding import (
+    BLOCK_NUMEL,
+    round_and_destroy,
+    round_to_bf16,
+    take_upper_halves,
+    widen,
+)
 from offload.swap.staged_states import StagedRounded, rounded_staging_nbytes, rounding_key
 from offload.tiers.hostmem import PAGE, page_ceil
 from offload.tiers.memory import HostBuffer
@@ -57,6 +64,19 @@ def test_the_same_bits_in_memory_that_may_be_destroyed(bits, key, start):
     expected = rounded_of(values, key, start)
     round_and_destroy(values, found, key=key, start=start)
     assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("byteorder", ["little", "other"])
+@given(bits=BITS | st.just([]), after=st.integers(0, (1 << 16) - 1))
+def test_upper_halves_are_the_upper_halves_and_nothing_beside_them(byteorder, bits, after):
+    numbers = np.array(bits, dtype=np.uint32)
+    found = np.full(numbers.size + 1, after, dtype=np.uint16)
+    with pytest.MonkeyPatch.context() as patch:
+        if byteorder != "little":  # another way there; its result depends on values alone
+            patch.setattr(sys, "byteorder", byteorder)
+        take_upper_halves(numbers, found[:-1])
+    assert found.tolist() == [*(one >> 16 for one in bits), after]
+    assert numbers.tolist() == bits
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf, 0.0, -0.0, 2.0**-133])
