@@ -15,6 +15,7 @@ from device_steps import (
     weights_and_states,
 )
 from exact_models import Net, adamw, loss_of, tokens_of
+from torch import nn
 
 from offload.allocator.errors import (
     ConsumedGradientError,
@@ -70,3 +71,38 @@ def test_a_gradient_that_a_step_has_used_up(tmp_path: Path) -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         with pytest.raises(ConsumedGradientError, match="has used up already"):
             loss_of(model, tokens_of(4, 32)).backward()  # names no accumulation_steps
+
+
+class Detached(nn.Module):
+    """Backward reads the weight once more after its gradient has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(300, 300) / 17)
+        self.is_read_again = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_read_again:
+            x = nn.functional.linear(x, self.weight.detach())
+        return nn.functional.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("who", ["host", "device"])
+def test_what_is_read_after_a_step_is_the_copy_from_before_it(who: str, same: Any) -> None:
+    """On the CPU it is refused: memory has one weight."""
+
+    def squares(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
+        losses = []
+        for step in range(3):
+            model[1].is_read_again = step > 0
+            loss = model(torch.randn(8, 300)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(300, 300), Detached(), nn.Linear(300, 300))
+
+    same(make, loop=squares, who=who, config=IN_BACKWARD)
