@@ -49,7 +49,8 @@ class Attachment(ABC):
 
         Weights and optimizer states (float32 again if they are rounded in the store) become
         ordinary tensors where the budget has room for them. Where it has not, they stay mapped
-        from the store, whose lock is kept until the process ends.
+        from the store, whose lock is kept until the process ends. Of a step that was interrupted
+        nothing is given back: start the process again.
         """
         self._detach("done")
 

@@ -358,7 +358,8 @@ class Engine(Attachment):
         try:
             self._finish_step()
         finally:  # where it could not be, the last commit is the one before
-            self._leave(status)
+            whole = self._optimizing is None or self._optimizing.is_whole()
+            self._leave(status if whole else "interrupted")
 
     def _leave(self, status: str) -> None:
         leave(self.gradient_stream)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from offload.allocator.errors import ConfigError
+from offload.allocator.errors import ConfigError, StepInterruptedError
 from offload.progress import pack_groups, restore_groups
 from offload.runtime import Runtime
 from offload.sharing import pack_share, settle_share, unpack_share
@@ -139,6 +139,14 @@ class Optimizing:
         """
         self._check_inside()
         self.streamed.memory.check_whole()
+
+    def is_whole(self) -> bool:
+        """Whether every parameter is of the same step."""
+        try:
+            self.check_whole()
+        except StepInterruptedError:
+            return False
+        return True
 
     def _check_inside(self) -> None:
         if (inside := self.in_backward or self.in_forward) is not None:
