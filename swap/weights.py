@@ -5,9 +5,8 @@ kernel, *held* it is in memory. Fetching and evicting change speed, never values
 user's own code are noticed in either state and become a new version in the store: in a filed
 weight by the kernel's page map (``absorb``), in a held one by comparing the checksums of its
 bytes with the store's (``evict``, ``absorb``). The same comparison catches a damaged disk: if
-the bytes in memory changed but nobody wrote, the block itself fails its checksum. What is written
-while it is on its way stays filed (``mapped`` [Note: landing]). A weight that a step changed in
-memory is dirty: memory alone has it until it is stored.
+the bytes in memory changed but nobody wrote, the block itself fails its checksum. A weight that a
+step changed in memory is dirty: memory alone has it until it is stored.
 """
 
 import sys
@@ -211,9 +210,6 @@ class WeightSwapper(Window[Weight]):
     def _spare_nbytes(self) -> int:
         return self.pool.nbytes
 
-    def _arrived(self, weight: Weight) -> None:
-        weight.mapped.land()
-
     def _lost(self, weight: Weight) -> None:
         self._refile(weight)
 
@@ -264,7 +260,6 @@ class WeightSwapper(Window[Weight]):
         """
         if not self._written(weight):
             return False
-        self._await(weight, "drain")  # what is on its way is old
         self.overwritten(weight)
         self.store.write(weight.stored, weight.mapped.tensor)
         self._refile(weight)

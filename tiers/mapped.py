@@ -5,8 +5,8 @@ that kernels hold stay valid while its bytes travel. Its pages are in one of two
 
 * *filed*: a mapping of the tensor's block. Any access, from Python, a kernel or a debugger,
   faults the right bytes in through the page cache: slow, never wrong.
-* *held*: private anonymous huge pages, filled by direct reads beside it and moved over the address
-  by ``mremap``: full speed, counted against the budget.
+* *held*: private anonymous huge pages, filled by direct reads and moved over the address by
+  ``mremap``: full speed, counted against the budget.
 
 Both changes of state replace page-table entries atomically, piece by piece, so a reader at any
 moment sees the same bytes before and after, also while some pieces are in one state and some in
@@ -14,17 +14,13 @@ the other. In a striped file *filed* is several mappings side by side. (Reservin
 and mapping pages on demand is vAttention's idea, arXiv 2405.04437, section 4, applied to
 training state.)
 
-[Note: landing] While a tensor is being read, the user's code may write to it: to private copies of
-its file's pages, which the pages that were read would replace. So the thread that runs the user's
-code moves them (``land``), and a tensor that was written meanwhile stays *filed*.
-
 [Note: private writes] A *filed* private mapping (``shared=False``) keeps writes in copies of
 its pages, which the kernel's page map tells apart; the block is never changed behind the
 store's back. A shared mapping (gradients) writes through to its scratch block.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -49,8 +45,6 @@ class MappedTensor:
 
     __slots__ = (
         "__weakref__",
-        "_read_from",
-        "_staged",
         "address",
         "block",
         "file",
@@ -80,8 +74,6 @@ class MappedTensor:
         )
         self.held = True
         self.block: Block | None = None
-        self._staged: list[tuple[int, int, int]] = []  # (start, nbytes, address) of what was read
-        self._read_from: Block | None = None
 
     def file_as(self, block: Block, pool: PagePool | None = None) -> None:
         """Become *filed* at ``block``: held pages and private copies are given up.
@@ -108,46 +100,33 @@ class MappedTensor:
         self.shared = shared
 
     def fetch_jobs(self, pool: PagePool | None = None) -> list[Job]:
-        """Jobs that read the tensor into pages of ``pool``; behind them ``land`` makes it *held*.
+        """Jobs that bring the tensor into memory, *held* in pages of ``pool``.
 
         Each is complete in itself. Without ``O_DIRECT`` the page cache is the only path: the jobs
         then fault the mapping in and the tensor stays *filed*.
         """
-        self._read_from = self.block
-        call = self._read_beside if self.file.direct else self._fault_in
-        return self._jobs(call, pool if self.file.direct else None)
+        if not self.file.direct:
+            return [
+                QueuedJob(
+                    piece.queue,
+                    partial(hostmem.populate, self.address + piece.start, piece.nbytes),
+                )
+                for piece in self._pieces()
+            ]
+        return self.hold_jobs(pool)
 
-    def land(self) -> None:
-        """Become *held* in the pages that the jobs of ``fetch_jobs`` have read, if all of them did.
-
-        Not if the tensor was written meanwhile, or is *filed* elsewhere. See [Note: landing].
-        """
-        staged, self._staged = self._staged, []
-        is_whole = sum(nbytes for _, nbytes, _ in staged) == self.padded_nbytes
-        is_newest = self.block is self._read_from and not self.written_while_filed()
-        lands = is_whole and is_newest and not self.held
-        self.held |= lands
-        for start, nbytes, address in staged:
-            if lands:
-                hostmem.move_over(address, self.address + start, nbytes)
-            else:
-                hostmem.unmap(address, nbytes)
-
-    def hold_jobs(self) -> list[Job]:
-        """Jobs that make the tensor *held*; each is complete in itself.
-
-        Nobody may write to it meanwhile.
-        """
+    def hold_jobs(self, pool: PagePool | None = None) -> list[Job]:
+        """Jobs that make the tensor *held*, in pages of ``pool``; each is complete in itself."""
         self.held = True  # from now on its pages are not for shedding
-        return self._jobs(self._fetch, None)
-
-    def _jobs(
-        self, call: Callable[[int, int, int | None], None], pool: PagePool | None
-    ) -> list[Job]:
         return [
             QueuedJob(
                 piece.queue,
-                partial(call, piece.start, piece.nbytes, pool.take(piece.nbytes) if pool else None),
+                partial(
+                    self._fetch,
+                    piece.start,
+                    piece.nbytes,
+                    pool.take(piece.nbytes) if pool else None,
+                ),
             )
             for piece in self._pieces()
         ]
@@ -157,27 +136,17 @@ class MappedTensor:
         assert self.block is not None
         return self.file.pieces(self.block.extent.offset, self.padded_nbytes)
 
-    def _fault_in(self, at: int, nbytes: int, _pages: int | None) -> None:
-        hostmem.populate(self.address + at, nbytes)
-
-    def _fetch(self, at: int, nbytes: int, pages: int | None) -> None:
-        """Read one piece into the pages at ``pages`` and move them over the address."""
-        hostmem.move_over(self._read(at, nbytes, pages), self.address + at, nbytes)
-
-    def _read_beside(self, at: int, nbytes: int, pages: int | None) -> None:
-        self._staged.append((at, nbytes, self._read(at, nbytes, pages)))
-
-    def _read(self, at: int, nbytes: int, pages: int | None) -> int:
-        """Read one piece into the pages at ``pages``, or into fresh ones; where they are."""
+    def _fetch(self, at: int, nbytes: int, staged: int | None) -> None:
+        """Read one piece into the pages at ``staged`` and move them over the address."""
         assert self.block is not None
-        if pages is None:
-            pages = hostmem.map_anonymous(nbytes)
+        if staged is None:
+            staged = hostmem.map_anonymous(nbytes)
         try:
-            self.file.read(self.block.extent.offset + at, pages, nbytes)
+            self.file.read(self.block.extent.offset + at, staged, nbytes)
+            hostmem.move_over(staged, self.address + at, nbytes)
         except BaseException:
-            hostmem.unmap(pages, nbytes)
+            hostmem.unmap(staged, nbytes)
             raise
-        return pages
 
     def written_while_filed(self) -> bool:
         """Whether a private mapping was written since it was made ([Note: private writes])."""

@@ -1,7 +1,6 @@
 """The user's own code, touching swapped tensors at any time, sees and leaves right values."""
 
 import io
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from offload.engine import Engine
-from offload.swap.residency import Residency
-from offload.tiers.engines.registry import wrapping
-from offload.tiers.wrappers import Verb, WrapperEngine
 
 STEPS = 8
 Touch = Callable[[nn.Module, Any, int], list[float]]
@@ -200,40 +196,3 @@ def test_steps_without_gradients_and_retained_graphs_after_a_step(starve: Any) -
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()  # the weights that this graph saved have changed
-
-
-class SlowReads(WrapperEngine):
-    """A weight is on its way for long."""
-
-    def move(self, verb: Verb, offset: int, address: int, nbytes: int) -> int:
-        done = super().move(verb, offset, address, nbytes)
-        if verb == "read":
-            time.sleep(0.01)
-        return done
-
-
-@pytest.mark.parametrize("in_backward", [False, True])
-def test_writes_to_a_weight_that_is_on_its_way(in_backward: bool, compare: Any) -> None:
-    seen: set[Residency] = set()
-
-    def deep() -> nn.Module:
-        return nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(6)))
-
-    def noisy(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
-        if engine is not None:
-            engine.weights.window_nbytes = 2 * model[0].weight.nbytes
-
-        def disturb(_module: Any, _args: Any, _output: Any) -> None:
-            if engine is not None:
-                seen.add(engine.weights.weights["1.weight"].residency)
-            model[1].weight.data.mul_(1.01)
-            model[1].weight.data[3, 5] = 0.5
-
-        handle = model[0].register_forward_hook(disturb)
-        values = touching()(model, optimizer, engine)
-        handle.remove()
-        return values
-
-    with wrapping(SlowReads):
-        compare(deep, adamw, noisy, config={"step_in_backward": in_backward})
-    assert Residency.FETCHING in seen

@@ -46,7 +46,6 @@ def test_values_are_right_in_every_state(any_tier, shape):
     for job in mapped.fetch_jobs():
         assert torch.equal(mapped.tensor, values)  # fetching
         job()
-    mapped.land()
     assert torch.equal(mapped.tensor, values)  # held
     assert mapped.held == any_tier.file.direct
     mapped.file_as(mapped.block)
@@ -285,46 +284,3 @@ def test_mapped_again_it_keeps_writes_from_the_file_or_not(any_tier):
     mapped.shed()
     found = torch.frombuffer(bytearray(on_disk(any_tier, mapped.block, 12_000)), dtype=values.dtype)
     assert found[5:7].tolist() == [-1, -3]
-
-
-def jobs_of(mapped):
-    for job in mapped.fetch_jobs():
-        job()
-
-
-def test_what_was_written_while_it_was_read_stays(tier):
-    """On any of its pieces; all of them stay filed, and no page that was read is left."""
-    values = numbered((FETCH_NBYTES // 4 + 1000,))
-    areas = count_areas()
-    mapped = filed(tier, values)
-    jobs_of(mapped)
-    mapped.tensor[FETCH_NBYTES // 4 + 7] = -1
-    mapped.land()
-    assert not mapped.held
-    assert mapped.written_while_filed()
-    values[FETCH_NBYTES // 4 + 7] = -1
-    assert torch.equal(mapped.tensor, values)
-    del mapped
-    gc.collect()
-    assert count_areas() <= areas + 1
-
-
-def test_what_was_read_of_another_block_does_not_land(tier):
-    old, new = numbered((5000,)), numbered((5000,), first=7)
-    mapped = filed(tier, old)
-    jobs_of(mapped)
-    mapped.file_as(stored(tier, new))
-    mapped.land()
-    assert torch.equal(mapped.tensor, new)
-    assert not mapped.held
-
-
-def test_what_was_read_in_part_does_not_land(tier):
-    values = numbered((FETCH_NBYTES // 4 + 1000,))
-    mapped = filed(tier, values)
-    first, *_ = mapped.fetch_jobs()
-    first()
-    mapped.land()
-    assert not mapped.held
-    assert not mapped.written_while_filed()
-    assert torch.equal(mapped.tensor, values)
