@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from offload.planner.script_memory import ScriptMemory
 from offload.planner.trace_script import Session
 
 IDS = torch.zeros(2, 48, dtype=torch.int64)
@@ -31,12 +32,12 @@ def tokens_of(call):
     """Of the step that ``call`` begins, as a script would."""
     found = []
 
-    def finish(program):
+    def finish(program, _held):
         found.append(program.tokens)
         raise SeenError
 
     plain = nn.Module.__call__
-    with contextlib.suppress(SeenError), Session(finish):
+    with contextlib.suppress(SeenError), Session(finish, ScriptMemory()):
         model = Net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         call(model).sum().backward()
