@@ -84,7 +84,9 @@ class StepHooks:
             self._streamed.weights.evict_streaming()
         else:
             inside.check_whole()
-            self._streamed.weights.settle()  # a step must not meet a fetch of its weight
+        # A step must not meet a fetch of its weight: old bytes would land over new ones.
+        self._streamed.weights.settle()
+        if inside is not None:
             spent_s, stalled_s = inside.end_step()
         self._streamed.step()
         self._times = (

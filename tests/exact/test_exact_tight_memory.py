@@ -10,6 +10,7 @@ from torch import nn
 
 import offload
 from offload.engine import Engine
+from offload.swap.residency import Residency
 from offload.tiers.lanes import Lane
 
 SMALL, LARGE = 512, 2048
@@ -77,3 +78,29 @@ def test_backward_tells_what_gradients_will_take(
     train(engine)
     whole, part = SMALL * LARGE * 4, SMALL * SMALL * 4
     assert sorted(told) == [part] * 6 + [whole]  # the first layer's input needs no gradient
+
+
+def test_a_step_meets_no_fetch_of_a_weight_that_stays(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read before the step would land over what it has made."""
+    train(engine)
+    weights, streamed = engine.weights, engine._optimizing.streamed  # type: ignore[union-attr]
+    weights.keep(weights.weights)
+    engine.model(torch.ones(2, SMALL)).sum().backward()
+    weight = weights.weights["3.weight"]
+    weights.evict(weight)
+    weights.fetch_ahead(weight)
+    assert weight.residency is Residency.FETCHING
+    met: list[Residency] = []
+    plain = streamed.step
+
+    def step() -> None:
+        met.extend(each.residency for each in weights.weights.values())
+        plain()
+
+    monkeypatch.setattr(streamed, "step", step)
+    assert engine.optimizer is not None
+    engine.optimizer.step()
+    assert met
+    assert Residency.FETCHING not in met
