@@ -133,11 +133,16 @@ class TilePipeline:
     def advance_one(self) -> None:
         """Wait for the tile that is nearest to its end, and step it or let it go.
 
+        Does not wait if a tile has been stepped beside: that may be all that was needed.
+
         Raises:
             TierIOError: a read or write failed.
         """
         with self._lock:
+            was_stepped = bool(self._stepped_beside)
             self._move_on()
+            if was_stepped:
+                return
             if self.device is not None and self._visiting and not self._has_read():
                 self.device.advance_one()
             elif self._reading:

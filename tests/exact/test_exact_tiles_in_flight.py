@@ -1,5 +1,6 @@
 """Tiles take the staging memory of others that a slow drive is still writing: the bits stay."""
 
+import os
 import threading
 import time
 from functools import partial
@@ -81,8 +82,21 @@ def test_a_tile_in_the_memory_of_one_that_is_being_written(
     assert followers
 
 
+def step_beside_first(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the training thread comes by, the thread beside has just stepped all there is."""
+
+    def advance() -> None:
+        with pipeline._lock:
+            pipeline._move_on()
+        while pipeline._reading:
+            os.sched_yield()
+
+    monkeypatch.setattr(pipeline, "advance", advance)
+
+
+@pytest.mark.parametrize("is_beside", [False, True])
 def test_a_gradient_goes_when_its_tiles_are_stepped_not_when_they_are_written(
-    starve: Any,
+    is_beside: bool, starve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else backward would wait here for writes that wait for its end."""
     torch.manual_seed(0)
@@ -106,6 +120,8 @@ def test_a_gradient_goes_when_its_tiles_are_stepped_not_when_they_are_written(
     assert engine._optimizing.in_backward is not None
     engine._optimizing.in_backward.limit_nbytes = 0  # no gradient may wait for its step
     engine._optimizing.streamed.pipeline.staging.limit_nbytes = 1 << 30  # all tiles may
+    if is_beside:
+        step_beside_first(engine._optimizing.streamed.pipeline, monkeypatch)
     GatedWrites.gate.clear()
     deadlock = threading.Timer(PATIENCE_S / 2, GatedWrites.gate.set)
     deadlock.start()
