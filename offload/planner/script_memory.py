@@ -9,7 +9,6 @@ import builtins
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 from offload.tiers import hostmem
@@ -47,12 +46,7 @@ class ScriptMemory:
         self._before_nbytes, _ = hostmem.resident_nbytes()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         builtins.__import__ = self._import
 
     def _note(

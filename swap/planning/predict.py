@@ -196,7 +196,9 @@ def _predict(
         min_swap_nbytes=settings.min_swap_nbytes,
         write_budget_nbytes=settings.write_budget_nbytes,
     )
-    simulate(writing_s=_HESITATING).compute()  # whether it fits may not depend on the drive's mood
+    simulate(
+        write_slowdown=_HESITATING
+    ).compute()  # whether it fits may not depend on the drive's mood
     simulation = simulate(recorder=recorder)
     rebuilt: tuple[RowsFound, ...] = ()
     if rows is None:

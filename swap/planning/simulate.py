@@ -76,7 +76,7 @@ class Simulation:
         min_swap_nbytes: smaller saved storages move in batches.
         write_budget_nbytes: that a step may write to the drive.
         recorder: takes the events.
-        writing_s: how many times as long as usual the drive takes for what is written to it.
+        write_slowdown: how many times as long as usual the drive takes for what is written to it.
 
     Attributes:
         plan: as it is now.
@@ -93,7 +93,7 @@ class Simulation:
         min_swap_nbytes: int = 64 << 10,
         write_budget_nbytes: int | None = None,
         recorder: Recorder | None = None,
-        writing_s: float = 1.0,
+        write_slowdown: float = 1.0,
     ) -> None:
         program, costs = compiled.program, compiled.costs
         self.plan = plan
@@ -105,7 +105,9 @@ class Simulation:
         memory.add("fixed", plan.baseline_nbytes + resident_nbytes + program.buffers_nbytes)
         self.world = world = World(
             read_lane(costs.read_s, costs.read_latency_s),
-            write_lane(lambda nbytes: writing_s * costs.write_s(nbytes), costs.write_latency_s),
+            write_lane(
+                lambda nbytes: write_slowdown * costs.write_s(nbytes), costs.write_latency_s
+            ),
             together=costs.together,
             memory=memory,
             lost_s_per_byte=costs.lost_s_per_byte,

@@ -1,5 +1,6 @@
 """Tiles are stepped while the training thread is inside a kernel: the bits stay, and the rest."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ def long_kernels(model: Any, engine: Engine | None) -> None:
         begun_s = time.monotonic()
         while (tiles.is_waiting or tiles._reading) and not tiles._failed:
             assert time.monotonic() < begun_s + PATIENCE_S, "nobody steps"
-            time.sleep(0.0005)
+            os.sched_yield()
 
     for layer in model:
         layer.register_forward_hook(lambda _layer, _args, out: out.register_hook(stay) and None)
