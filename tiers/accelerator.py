@@ -153,7 +153,10 @@ class Accelerator(ABC):
     def copy_in(
         self, stream: Stream, memory: DeviceMemory, offset: int, address: int, nbytes: int
     ) -> Event:
-        """Enqueue a copy of host bytes at ``address`` to ``offset``; both must stay alive."""
+        """Enqueue a copy of host bytes at ``address`` to ``offset``; both must stay alive.
+
+        It changes no tensor's version: bytes that arrive are no write to what they belong to.
+        """
 
     @abstractmethod
     def copy_out(

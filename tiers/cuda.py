@@ -219,7 +219,7 @@ class CudaAccelerator(Accelerator):
         start = self._runtime.Event(enable_timing=True)
         start.record(raw)
         with self._runtime.stream(raw):
-            target.copy_(source, non_blocking=True)
+            target.data.copy_(source, non_blocking=True)  # ``data`` has a version of its own
         return self._record(raw, start)
 
     def _raw(self, stream: Stream) -> Any:

@@ -38,6 +38,7 @@ def forget() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # a budget counts them, too
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.set_per_process_memory_fraction(1.0)  # whatever a failed check left

@@ -110,6 +110,15 @@ def test_moves_tell_the_times_of_the_device():
     assert 0 < move.duration_s < move.t_s
 
 
+def test_bytes_that_arrive_are_no_write_to_the_tensors_over_them():
+    device = CudaAccelerator()
+    with PinnedTier(MIB, pinners=[CudaPinner()]) as pool:
+        memory, buffer = device.allocate(MIB), pool.allocate(MIB)
+        version = memory.tensor._version
+        device.copy_in(device.stream("in"), memory, 0, pool.address(buffer), MIB).settle()
+        assert memory.tensor._version == version
+
+
 def test_the_limit_refuses_what_exceeds_it():
     device = CudaAccelerator()
     torch.cuda.empty_cache()

@@ -193,6 +193,16 @@ def test_a_prefetch_into_fresh_bytes_is_not_held_up(fake, tier, pool):
     assert not fake.ordered("kernel", "copy 0")
 
 
+def test_bytes_that_arrive_are_no_write_to_the_tensors_over_them(device, pool):
+    memory, buffer = device.allocate(PAGE), pool.allocate(PAGE)
+    pool.tensor(buffer, torch.float32, SHAPE).fill_(3)
+    values = memory.view(0, torch.float32, SHAPE)
+    version = values._version
+    device.copy_in(device.stream("in"), memory, 0, pool.address(buffer), PAGE)
+    assert values.eq(3).all()
+    assert values._version == version
+
+
 def test_bytes_are_reused_after_the_last_kernel(fake, tier, pool, monkeypatch):
     monkeypatch.setattr("offload.tiers.cuda.CudaEvent.done", lambda event: False)
     block = tier.allocate(PAGE)
