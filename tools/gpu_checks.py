@@ -110,11 +110,11 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
             name = f"token rows rebuilt, alpha {alpha}"
             report.run("exact", name, partial(rows_are_exact, device, alpha))
         report.run("exact", "token rows rebuilt, relaxed", partial(rows_are_close, device))
-        for name, check in AlphaChecks(device).all().items():
-            report.run("alpha", name, check)
+        run_alpha(report, device)
     gpu_rates.run_checks(report, device, real=isinstance(device, Cuda))
     report.run("pool", "exact size", partial(pool_size_is_exact, device))
-    gpu_attached.forget()  # its budgets count what is on the device already
+    if isinstance(device, Cuda):
+        report.run("pool", "nothing left behind", nothing_is_left)  # budgets would count it
     gpu_attach.run_checks(report, device, quick=quick)
     gpu_step.run_checks(report, device, quick=quick)
     if isinstance(device, Cuda):
@@ -124,6 +124,19 @@ def run_all(report: Report, device: UnderTest, *, quick: bool) -> None:
             report.run("pool", f"{direction} rate", partial(pool_rate, direction))
         report.run("budget", "limit and peak", limit_holds)
         run_caching(report)
+
+
+def run_alpha(report: Report, device: UnderTest) -> None:
+    """What ``alpha`` is solved from; the model that they share goes with the last of them."""
+    for name, check in AlphaChecks(device).all().items():
+        report.run("alpha", name, check)
+
+
+def nothing_is_left() -> Outcome:
+    """Checks before this one have given back what they had on the device."""
+    gpu_attached.forget()
+    left = torch.cuda.memory_allocated()
+    return Outcome(f"{left} bytes", holds=left < MIB, value=left, target="< 1 MiB")
 
 
 def run_caching(report: Report) -> None:
