@@ -40,7 +40,7 @@ class Change:
     """Something to do to a gradient in place, to each element by itself.
 
     Attributes:
-        writes: False if it only looks.
+        writes: False if it only looks, unless ``call`` returns True.
     """
 
     call: Callable[[torch.Tensor], object]
@@ -152,9 +152,11 @@ class GradientStream:
         try:
             with torch.no_grad():
                 for tile in self._read_ahead(pieces):
-                    for change in tile.piece.changes:
-                        change.call(tile.values)
-                    if any(change.writes for change in tile.piece.changes):
+                    changed = [
+                        change.call(tile.values) is True or change.writes
+                        for change in tile.piece.changes
+                    ]
+                    if any(changed):
                         self._write(tile)
                     else:
                         self.staging.give_back(tile.buffer)

@@ -136,8 +136,10 @@ class StreamedCalls(TorchFunctionMode):
             same = func in _PRODUCTS and not kwargs and _is_one(others[-1], tensor)
             if same and one.holds_finite():
                 continue
-            # Unscaling by one looks for infinities and NaN, and keeps these as they are, too.
-            one.changes.append(Change(call, writes=not (same and func is _UNSCALE)))
+            if same and func is _UNSCALE:
+                one.changes.append(Change(partial(_looked_at, call, others[0]), writes=False))
+            else:
+                one.changes.append(Change(call))
             one.is_finite = False
             self._waiting[one] = None
         return None if is_list else target
@@ -188,6 +190,14 @@ def _changed(
     values: torch.Tensor,
 ) -> None:
     func([values] if is_list else values, *others, **kwargs)
+
+
+def _looked_at(
+    call: Callable[[torch.Tensor], object], found: torch.Tensor, values: torch.Tensor
+) -> bool:
+    """Unscale by one; whether that may have changed bits: those of a NaN, which has many."""
+    call(values)
+    return bool(found)
 
 
 def _is_scalar(value: Any) -> bool:

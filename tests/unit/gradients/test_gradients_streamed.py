@@ -40,6 +40,19 @@ def test_what_moves(twins, journal):
     assert moved(journal, lambda: scaler.unscale_(optimizer)) == (NBYTES, NBYTES)
 
 
+def test_unscaling_by_one_changes_a_nan_as_torch_does(twins, journal):
+    for parameters in (twins.filed, twins.plain):
+        parameters[1].grad.view(torch.int32)[-1] = 0x7F800001  # any product makes it quiet
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1.0) for _ in range(2)]
+    for scaler, parameters in zip(scalers, (twins.filed, twins.plain), strict=True):
+        scaler.scale(torch.ones(()))
+        optimizer = torch.optim.SGD(parameters)
+        read, written = moved(journal, lambda o=optimizer, s=scaler: s.unscale_(o))
+        if parameters is twins.filed:
+            assert 0 < written < read  # only where there may be one
+    twins.assert_equal()
+
+
 def test_a_gradient_on_its_way_is_clipped_in_memory(twins, swapper, scratch, monkeypatch):
     may_end = threading.Event()
     whole = scratch.file.write
