@@ -6,7 +6,12 @@ from offload.tiers import hostmem
 
 
 def take_back(weights: WeightSwapper, keeper: StateKeeper | None, budget_nbytes: int) -> bool:
-    """Copy what is filed into ordinary memory; False if the budget has no room for all of it."""
+    """Copy what is filed into ordinary memory; False if the budget has no room for all of it.
+
+    Raises:
+        TierIOError: the read of a weight that was on its way failed.
+    """
+    weights.settle()
     filed = [weight for weight in weights.weights.values() if not weight.mapped.held]
     nbytes = sum(weight.nbytes for weight in filed)
     nbytes += keeper.materialised_nbytes() if keeper is not None else 0

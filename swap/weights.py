@@ -5,8 +5,9 @@ kernel, *held* it is in memory. Fetching and evicting change speed, never values
 user's own code are noticed in either state and become a new version in the store: in a filed
 weight by the kernel's page map (``absorb``), in a held one by comparing the checksums of its
 bytes with the store's (``evict``, ``absorb``). The same comparison catches a damaged disk: if
-the bytes in memory changed but nobody wrote, the block itself fails its checksum. A weight that a
-step changed in memory is dirty: memory alone has it until it is stored.
+the bytes in memory changed but nobody wrote, the block itself fails its checksum. What is written
+to a weight that is on its way is kept, too (``mapped`` [Note: landing]). A weight that a step
+changed in memory is dirty: memory alone has it until it is stored.
 """
 
 import sys
@@ -104,11 +105,22 @@ class WeightSwapper(Window[Weight]):
             StepInterruptedError: backward reads a weight that it has stepped.
         """
         self.before_use(names)
+        self.land()
         super().use(names)
         if in_backward():
             coming = sum(self.weights[name].gradient_nbytes for name in names)
             if coming >= _EXPECTED_NBYTES:
                 self._expect(coming)
+
+    def land(self) -> None:
+        """Move what has been read to its address, for those that use it past all hooks.
+
+        Raises:
+            TierIOError: the kernel refused.
+        """
+        for weight in self._fetching.values():
+            if weight.transfer is not None and weight.transfer.done():
+                weight.mapped.land()
 
     def add(self, weight: Weight) -> None:
         """Take over a weight whose mapped tensor is filed at its current block."""
@@ -210,8 +222,12 @@ class WeightSwapper(Window[Weight]):
     def _spare_nbytes(self) -> int:
         return self.pool.nbytes
 
+    def _arrived(self, weight: Weight) -> None:
+        weight.mapped.land()
+
     def _lost(self, weight: Weight) -> None:
-        self._refile(weight)
+        if weight.mapped.held:  # else it was never anything but filed, and may have been written
+            self._refile(weight)
 
     def _fetch(self, weight: Weight, *, urgent: bool = False) -> bool:
         self.absorb(weight)
@@ -249,6 +265,7 @@ class WeightSwapper(Window[Weight]):
 
     def store_new(self, weight: Weight) -> None:
         """Store the bytes that memory has now, which a step has just changed."""
+        self._await(weight, "drain")  # a small one may be on its way
         self.store.write(weight.stored, weight.mapped.tensor)
         self.replaced(weight)
 
@@ -260,6 +277,7 @@ class WeightSwapper(Window[Weight]):
         """
         if not self._written(weight):
             return False
+        self._await(weight, "drain")
         self.overwritten(weight)
         self.store.write(weight.stored, weight.mapped.tensor)
         self._refile(weight)
@@ -287,7 +305,7 @@ class WeightSwapper(Window[Weight]):
     def _written(self, weight: Weight) -> bool:
         if weight.dirty:
             return True
-        if not weight.in_memory or not weight.mapped.held:
+        if not weight.mapped.held:
             return weight.mapped.written_while_filed()
         return is_changed(self.store, weight.stored, weight.mapped.address)
 

@@ -193,12 +193,14 @@ class Window(ABC, Generic[_Item]):
             with self.journal.stall(weight.name, self._role, self._lane.name, reason):
                 weight.transfer.settle()
         transfer, weight.transfer = weight.transfer, None
-        self._arrived(weight)
-        if transfer.error is not None:
+        try:
+            self._arrived(weight)
+            transfer.wait()
+        except BaseException:
             self._lost(weight)
             self._streaming.leave(weight.name)
             self._become(weight, Residency.ABSENT)
-        transfer.wait()
+            raise
         self._become(weight, Residency.READY)
 
     def _prefetch(self) -> None:

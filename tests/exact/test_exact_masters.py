@@ -28,6 +28,7 @@ import offload
 from offload.allocator.errors import UnsupportedError
 from offload.saving import step_writes_nbytes
 from offload.swap.optim_kinds import state_nbytes
+from offload.swap.residency import Residency
 from offload.swap.state_precision import Precision
 from offload.tiers.events import Move
 
@@ -163,6 +164,43 @@ def test_what_the_user_writes_is_the_new_master(
                     whole[changed] = parameter[changed].float()
         if step == 3:
             engine.commit()
+    assert_same(plain, model, optimizer)
+
+
+@BOTH
+def test_what_the_user_writes_to_a_weight_on_its_way_is_the_new_master(
+    config: dict[str, Any], starve: Any
+) -> None:
+    torch.manual_seed(0)
+    twin: Any = half_model()
+    model = copy.deepcopy(twin)
+    plain, optimizer = InMemory(twin, adamw), adamw(model.parameters())
+    engine = starve(model, optimizer, config=config)
+    weight = engine.weights.weights["2.weight"]
+    engine.weights.window_nbytes = 1 << 30
+    met: list[Residency] = []
+
+    def write(parameter: torch.Tensor) -> None:
+        parameter.data.view(-1)[:100] += 1
+
+    def write_in_memory(_module: Any, _args: Any, _output: Any) -> None:
+        parameter, whole = plain.pairs[5]
+        assert parameter is twin[2].weight
+        write(parameter)
+        changed = parameter != truncated(whole)
+        whole.data[changed] = parameter.data[changed].float()
+
+    def write_on_its_way(_module: Any, _args: Any, _output: Any) -> None:
+        met.append(weight.residency)
+        write(model[2].weight)
+
+    twin[0].register_forward_hook(write_in_memory)
+    model[0].register_forward_hook(write_on_its_way)
+    for step in range(6):
+        engine.weights.evict_streaming()
+        steps = range(step, step + 1)
+        assert train(model, optimizer, steps) == train(twin, plain, steps)
+    assert met[1:] == [Residency.FETCHING] * 5
     assert_same(plain, model, optimizer)
 
 

@@ -1,6 +1,8 @@
 """The user's own code, touching swapped tensors at any time, sees and leaves right values."""
 
+import errno
 import io
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from offload.allocator.errors import TierIOError
 from offload.engine import Engine
+from offload.swap.residency import Residency
+from offload.swap.weights import Weight
+from offload.tiers.engines.registry import wrapping
+from offload.tiers.wrappers import Verb, WrapperEngine
 
 STEPS = 8
 Touch = Callable[[nn.Module, Any, int], list[float]]
@@ -196,3 +203,174 @@ def test_steps_without_gradients_and_retained_graphs_after_a_step(starve: Any) -
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()  # the weights that this graph saved have changed
+
+
+class Gate(WrapperEngine):
+    """Keeps the next read at ``shut`` until it is opened."""
+
+    shut: int | None = None
+    opened = threading.Event()
+
+    def move(self, verb: Verb, offset: int, address: int, nbytes: int) -> int:
+        if verb == "read" and offset == Gate.shut:
+            assert Gate.opened.wait(60)
+        return super().move(verb, offset, address, nbytes)
+
+    @classmethod
+    def shut_at(cls, weight: Weight) -> None:
+        """The next read of ``weight`` is on its way until ``open``."""
+        assert weight.stored.current is not None
+        cls.opened.clear()
+        cls.shut = weight.stored.current.extent.offset
+
+    @classmethod
+    def open(cls) -> None:
+        cls.shut = None
+        cls.opened.set()
+
+
+def deep() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(6)))
+
+
+def disturbing(write: Callable[[Any], object], met: list[Residency]) -> Callable[..., list[float]]:
+    """A loop in which a hook behind the first layer does ``write`` with the second one's weight."""
+
+    def loop(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
+        weight = None if engine is None else engine.weights.weights["1.weight"]
+        if engine is not None:
+            engine.weights.window_nbytes = 2 * model[0].weight.nbytes
+
+        def shut(_model: Any, _optimizer: Any, _step: int) -> list[float]:
+            if engine is not None and not engine._runtime.config.step_in_forward:
+                engine.weights.evict_streaming()
+                Gate.shut_at(engine.weights.weights["1.weight"])
+            return []
+
+        def disturb(_module: Any, _args: Any, _output: Any) -> None:
+            if weight is not None:
+                met.append(weight.residency)
+            write(model[1].weight)
+            Gate.open()
+
+        handle = model[0].register_forward_hook(disturb)
+        values = touching(before=shut)(model, optimizer, engine)
+        handle.remove()
+        return values
+
+    return loop
+
+
+def scale(weight: torch.Tensor) -> None:
+    weight.data.mul_(1.01)
+    weight.data[3, 5] = 0.5
+
+
+def set_one_element(weight: torch.Tensor) -> None:
+    weight.detach().numpy()[7, 9] = 0.25
+
+
+@pytest.mark.parametrize("write", [scale, set_one_element])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"commit": "never"},
+        {"step_in_backward": True},
+        {"step_in_backward": True, "commit": "never"},
+        {"step_in_forward": True},
+    ],
+    ids=["behind", "never stored", "in backward", "in backward, never stored", "in forward"],
+)
+def test_writes_to_a_weight_that_is_on_its_way(
+    config: dict[str, Any], write: Callable[[Any], object], compare: Any
+) -> None:
+    met: list[Residency] = []
+    with wrapping(Gate):
+        compare(deep, adamw, disturbing(write, met), config=config)
+    assert set(met) == {Residency.FETCHING} or "step_in_forward" in config
+
+
+class Broken(WrapperEngine):
+    """Reads at ``bad`` fail."""
+
+    bad: int | None = None
+
+    def move(self, verb: Verb, offset: int, address: int, nbytes: int) -> int:
+        if verb == "read" and offset == Broken.bad:
+            raise TierIOError(errno.EIO, "the disk is ill")
+        return super().move(verb, offset, address, nbytes)
+
+
+def test_what_was_written_is_kept_where_the_read_fails(starve: Any) -> None:
+    model: Any = deep()
+    with wrapping(Broken):
+        engine = starve(model, adamw(model))
+        weight = engine.weights.weights["1.weight"]
+        engine.weights.window_nbytes = 2 * weight.nbytes
+        Broken.bad = weight.stored.current.extent.offset
+        assert engine.weights.fetch_ahead(weight)
+        scale(model[1].weight)
+        written = model[1].weight.detach().clone()
+        with pytest.raises(TierIOError, match="the disk is ill"):
+            engine.weights.use(["1.weight"])
+        assert weight.residency is Residency.ABSENT
+        assert torch.equal(model[1].weight, written)
+        Broken.bad = None
+        engine.weights.use(["1.weight"])
+        assert weight.mapped.held
+        assert torch.equal(model[1].weight, written)
+
+
+def test_what_has_been_read_is_in_memory_where_no_hook_tells_its_use(starve: Any) -> None:
+    model: Any = deep()
+    engine = starve(model, adamw(model))
+    weight = engine.weights.weights["1.weight"]
+    engine.weights.window_nbytes = 2 * weight.nbytes
+    assert engine.weights.fetch_ahead(weight)
+    weight.transfer.settle()
+    engine.weights.use(["0.weight"])
+    assert weight.mapped.held
+    assert weight.residency is Residency.FETCHING
+    scale(model[1].weight)  # it is still told to nobody that the weight has arrived
+    written = model[1].weight.detach().clone()
+    assert engine.weights.absorb(weight)
+    engine.weights.evict(weight)
+    assert torch.equal(model[1].weight, written)
+
+
+def test_a_small_weight_that_is_on_its_way_is_stepped(compare: Any, monkeypatch: Any) -> None:
+    """It is stepped whole where it is, and what was read of it is older."""
+    met: list[Residency] = []
+
+    def loop(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
+        if engine is None:
+            return touching()(model, optimizer, engine)
+        bias, streamed = engine.weights.weights["0.bias"], engine._optimizing.streamed
+        engine.weights.window_nbytes = 1 << 30
+        plain = streamed.step
+
+        def step() -> None:
+            engine.weights.evict(bias)
+            engine.weights.fetch_ahead(bias)
+            met.append(bias.residency)
+            plain()
+
+        monkeypatch.setattr(streamed, "step", step)
+        return touching()(model, optimizer, engine)
+
+    compare(make_model, adamw, loop)
+    assert met == [Residency.FETCHING] * STEPS
+
+
+def test_a_weight_that_is_on_its_way_stays_as_it_is_when_offload_leaves(starve: Any) -> None:
+    model: Any = deep()
+    engine = starve(model, adamw(model))
+    weight = engine.weights.weights["1.weight"]
+    engine.weights.keep(["1.weight"])
+    assert engine.weights.fetch_ahead(weight)
+    scale(model[1].weight)
+    written = model[1].weight.detach().clone()
+    engine.detach()
+    assert torch.equal(model[1].weight, written)
+    assert weight.mapped.held

@@ -230,6 +230,7 @@ def numbered(count):
 
 def fetch(tier, mapped, pool=None):
     tier.lanes.reads.submit(mapped.fetch_jobs(pool), LABEL, mapped.nbytes).wait()
+    mapped.land()
 
 
 @pytest.mark.parametrize("count", [1, PAGE // 4, 5 * UNIT // 4 + 3, 300_000])
@@ -240,6 +241,8 @@ def test_a_mapped_tensor_is_right_in_every_state(tier, count):
     for job in mapped.fetch_jobs():
         job()
         assert torch.equal(mapped.tensor, values)
+    mapped.land()
+    assert torch.equal(mapped.tensor, values)
     assert mapped.held == tier.file.direct
     mapped.file_as(mapped.block)
     assert torch.equal(mapped.tensor, values)

@@ -36,3 +36,4 @@ def filed(tier, values, *, shared=False):
 
 def fetch(tier, mapped, pool=None):
     tier.lanes.reads.submit(mapped.fetch_jobs(pool), LABEL, mapped.nbytes).wait()
+    mapped.land()

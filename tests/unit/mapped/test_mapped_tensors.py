@@ -1,5 +1,6 @@
 """A mapped tensor reads right in every state, from every thread, at one address."""
 
+import errno
 import gc
 import os
 import threading
@@ -46,6 +47,7 @@ def test_values_are_right_in_every_state(any_tier, shape):
     for job in mapped.fetch_jobs():
         assert torch.equal(mapped.tensor, values)  # fetching
         job()
+    mapped.land()
     assert torch.equal(mapped.tensor, values)  # held
     assert mapped.held == any_tier.file.direct
     mapped.file_as(mapped.block)
@@ -284,3 +286,85 @@ def test_mapped_again_it_keeps_writes_from_the_file_or_not(any_tier):
     mapped.shed()
     found = torch.frombuffer(bytearray(on_disk(any_tier, mapped.block, 12_000)), dtype=values.dtype)
     assert found[5:7].tolist() == [-1, -3]
+
+
+def jobs_of(mapped):
+    for job in mapped.fetch_jobs():
+        job()
+
+
+@pytest.mark.parametrize("place", [7, FETCH_NBYTES // 4 + 7])
+def test_what_was_written_while_it_was_read_stays(tier, place):
+    """On any of its pieces; and no page that was read is left."""
+    values = numbered((FETCH_NBYTES // 4 + 1000,))
+    areas = count_areas()
+    mapped = filed(tier, values)
+    jobs_of(mapped)
+    mapped.tensor[place] = values[place] = -1
+    mapped.land()
+    assert mapped.held
+    assert torch.equal(mapped.tensor, values)
+    mapped.tensor[place + 1] = values[place + 1] = -2
+    mapped.land()  # once more: there is nothing to move
+    assert torch.equal(mapped.tensor, values)
+    del mapped
+    gc.collect()
+    assert count_areas() <= areas + 1
+
+
+def test_what_was_read_before_it_was_filed_anew_at_the_same_block_does_not_land(tier):
+    old, new = numbered((5000,)), numbered((5000,), first=7)
+    mapped = filed(tier, old)
+    jobs_of(mapped)
+    os.pwrite(tier.file.fd, new.numpy().tobytes(), mapped.block.extent.offset)
+    mapped.file_as(mapped.block)
+    mapped.land()
+    assert not mapped.held
+    assert torch.equal(mapped.tensor, new)
+    fetch(tier, mapped)
+    assert mapped.held
+    assert torch.equal(mapped.tensor, new)
+
+
+def test_pages_that_the_kernel_does_not_move_leave_it_filed(tier, monkeypatch):
+    values = numbered((FETCH_NBYTES // 4 + 1000,))
+    mapped = filed(tier, values)
+    jobs_of(mapped)
+    areas, move_over, moved = count_areas(), hostmem.move_over, []
+
+    def refuse(source, target, nbytes):
+        if moved:
+            raise TierIOError(errno.ENOMEM, "too many areas")
+        moved.append(target)
+        move_over(source, target, nbytes)
+
+    monkeypatch.setattr(hostmem, "move_over", refuse)
+    with pytest.raises(TierIOError, match="too many areas"):
+        mapped.land()
+    assert not mapped.held
+    assert torch.equal(mapped.tensor, values)
+    assert count_areas() <= areas
+    monkeypatch.undo()
+    fetch(tier, mapped)
+    assert mapped.held
+
+
+def test_what_was_read_of_another_block_does_not_land(tier):
+    old, new = numbered((5000,)), numbered((5000,), first=7)
+    mapped = filed(tier, old)
+    jobs_of(mapped)
+    mapped.file_as(stored(tier, new))
+    mapped.land()
+    assert torch.equal(mapped.tensor, new)
+    assert not mapped.held
+
+
+def test_what_was_read_in_part_does_not_land(tier):
+    values = numbered((FETCH_NBYTES // 4 + 1000,))
+    mapped = filed(tier, values)
+    first, *_ = mapped.fetch_jobs()
+    first()
+    mapped.land()
+    assert not mapped.held
+    assert not mapped.written_while_filed()
+    assert torch.equal(mapped.tensor, values)
