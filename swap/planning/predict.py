@@ -196,14 +196,14 @@ def _predict(
         min_swap_nbytes=settings.min_swap_nbytes,
         write_budget_nbytes=settings.write_budget_nbytes,
     )
-    simulate(
-        write_slowdown=_HESITATING
-    ).compute()  # whether it fits may not depend on the drive's mood
+    # Whether it fits may not depend on the drive's mood.
+    hesitating = partial(simulate, write_slowdown=_HESITATING)
     simulation = simulate(recorder=recorder)
     rebuilt: tuple[RowsFound, ...] = ()
     if rows is None:
-        steps = tuple(simulation.step() for _ in range(_STEPS))
+        steps = _steps(simulation, hesitating)
     else:
+        hesitating().compute()
         steps, rebuilt = rows.run(simulation)
     use = drive_use(program, settings, max(step.spilled_nbytes for step in steps))
     _check_drive(machine, settings, use)
@@ -216,6 +216,24 @@ def _predict(
         tokens=program.tokens,
         rebuilt=rebuilt,
     )
+
+
+def _steps(
+    simulation: Simulation, hesitating: Callable[[], Simulation]
+) -> tuple[SimulatedStep, ...]:
+    """The first steps.
+
+    Args:
+        hesitating: the same on a drive that hesitates; a budget that it names is enough.
+    """
+    try:
+        first = simulation.step()
+    except BudgetError:
+        hesitating().compute()
+        raise
+    if parts := simulation.doubtful_parts():
+        hesitating().compute(parts)
+    return first, *(simulation.step() for _ in range(1, _STEPS))
 
 
 def _drive_room(program: Program, machine: Machine, settings: Settings) -> int:

@@ -1,7 +1,7 @@
 """Forward and backward of a simulated step: what the runtime does at each moment of a program."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from offload.swap.gradients import MIN_NBYTES
@@ -72,7 +72,7 @@ class SimPass:
         self._looked_up: dict[str, int] = {}
         self.forwards = 0
 
-    def go_through(self, moments: Sequence[Moment]) -> None:
+    def go_through(self, moments: Iterable[Moment]) -> None:
         """Forward and backward."""
         self.forwards = 0
         self._world.go_through(moments, self._handlers())

@@ -74,6 +74,11 @@ class SimSaved:
         batch = tuple(self._batch), self._batch_nbytes, len(self._batched)
         return self._turns.used, batch, self.kept_nbytes, self._on_file_nbytes, self._absent
 
+    @property
+    def largest_nbytes(self) -> int:
+        """Of the largest unit of the present pass."""
+        return max((unit.nbytes for unit in self._turns.units), default=0)
+
     def would_choose_again(self) -> bool:
         """Whether the times of the last pass lead to what that pass has chosen."""
         return self._turns.would_choose_again()

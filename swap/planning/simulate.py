@@ -10,8 +10,9 @@ step is counted rather than simulated.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from offload.allocator.errors import BudgetError, CapacityError
 from offload.allocator.units import format_nbytes
@@ -29,6 +30,7 @@ from offload.swap.planning.compiled import Compiled, Moment
 from offload.swap.planning.sim_backward import SimBackwardStep
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_memory import Memory, Role
+from offload.swap.planning.sim_parts import PARTS, Parts
 from offload.swap.planning.sim_pass import SimPass
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_step import SimStep
@@ -96,7 +98,7 @@ class Simulation:
         write_slowdown: float = 1.0,
     ) -> None:
         program, costs = compiled.program, compiled.costs
-        self.plan = plan
+        self.plan = self._first_plan = plan
         self._program = program
         self._commits = commits
         self._costs = costs
@@ -161,6 +163,7 @@ class Simulation:
         )
         self._kept_nbytes = self._states_nbytes()
         self._steps = 0
+        self._parts = Parts(memory)  # of the first pass
         self.follow(compiled.moments)
 
     def follow(self, moments: Sequence[Moment]) -> None:
@@ -188,19 +191,38 @@ class Simulation:
         self._last = _Simulated(standing, before, done)
         return done
 
-    def compute(self) -> None:
+    def compute(self, parts: int = PARTS) -> None:
         """Forward and backward of the next step, and no more.
+
+        Args:
+            parts: of the first pass, after which it ends.
 
         Raises:
             BudgetError: as ``step``.
         """
         self.world.memory.restart_peak()
+        moments: Iterable[Moment] = self._moments
+        if not self._steps:
+            moments = chain.from_iterable(self._parts.of(self._moments, parts))
         try:
-            self._pass.go_through(self._moments)
+            self._pass.go_through(moments)
         except CapacityError as refusal:
             raise self._too_small(refusal) from refusal
         if not self._steps:
             self._check_fits()
+
+    def doubtful_parts(self) -> int:
+        """How many parts of the first pass, which fits, might not if the drive hesitates.
+
+        See ``sim_parts`` [Note: a drive that hesitates].
+        """
+        if self._backward is not None or self._drive.is_bounded:
+            return PARTS  # tiles wait for writes, too; or what may not be written stays
+        plan, more_nbytes = self._first_plan, self._first_plan.gradients_nbytes
+        if self._saved.spilled_nbytes:
+            limit_nbytes, largest_nbytes = plan.activations_nbytes, self._saved.largest_nbytes
+            more_nbytes += max(2 * limit_nbytes, largest_nbytes) - limit_nbytes + largest_nbytes
+        return self._parts.doubtful(more_nbytes, self._fits)
 
     def _simulate(self, before: Reading) -> SimulatedStep:
         world = self.world
@@ -307,9 +329,11 @@ class Simulation:
 
     def _check_fits(self) -> None:
         peak = self.world.memory.peak_nbytes
-        unsure = peak + int(peak * _UNSURE)
-        if unsure + VARIATION_NBYTES > self.plan.budget_nbytes:
-            raise self._too_small_for(peak, unsure)
+        if not self._fits(peak):
+            raise self._too_small_for(peak, _unsure(peak))
+
+    def _fits(self, peak_nbytes: int) -> bool:
+        return _unsure(peak_nbytes) + VARIATION_NBYTES <= self.plan.budget_nbytes
 
     def _too_small_for(self, peak_nbytes: int, unsure_nbytes: int = 0) -> BudgetError:
         budget = self.plan.budget_nbytes
@@ -354,3 +378,8 @@ class Simulation:
             for name, nbytes in self._step.states_nbytes.items()
             if name not in stepping.by_tile
         }
+
+
+def _unsure(peak_nbytes: int) -> int:
+    """What a run may take that is simulated to take so much."""
+    return peak_nbytes + int(peak_nbytes * _UNSURE)
