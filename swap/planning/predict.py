@@ -167,7 +167,10 @@ def _predict(
     settings: Settings,
     baseline: Baseline,
     recorder: Recorder | None = None,
+    *,
+    names_enough: bool = True,
 ) -> Prediction:
+    """``names_enough``: a budget that a refusal names is enough; else it may be too little."""
     program = compiled.program
     check_writes(program, settings.write_budget_nbytes)
     chunk_numel = choose_chunk_numel(settings.budget_nbytes)
@@ -201,7 +204,7 @@ def _predict(
     simulation = simulate(recorder=recorder)
     rebuilt: tuple[RowsFound, ...] = ()
     if rows is None:
-        steps = _steps(simulation, hesitating)
+        steps = _steps(simulation, hesitating, names_enough=names_enough)
     else:
         hesitating().compute()
         steps, rebuilt = rows.run(simulation)
@@ -219,7 +222,7 @@ def _predict(
 
 
 def _steps(
-    simulation: Simulation, hesitating: Callable[[], Simulation]
+    simulation: Simulation, hesitating: Callable[[], Simulation], *, names_enough: bool
 ) -> tuple[SimulatedStep, ...]:
     """The first steps.
 
@@ -229,7 +232,8 @@ def _steps(
     try:
         first = simulation.step()
     except BudgetError:
-        hesitating().compute()
+        if names_enough:
+            hesitating().compute()
         raise
     if parts := simulation.doubtful_parts():
         hesitating().compute(parts)
@@ -289,10 +293,10 @@ def least_budget(
         ConfigError: as ``predict``.
     """
 
-    def attempt(mib: int) -> "Prediction | BudgetError":
+    def attempt(mib: int, *, names_enough: bool = False) -> "Prediction | BudgetError":
         changed = dataclasses.replace(settings, budget_nbytes=mib * _MIB)
         try:
-            return _predict(compiled, machine, changed, baseline)
+            return _predict(compiled, machine, changed, baseline, names_enough=names_enough)
         except BudgetError as error:
             return error
 
@@ -301,7 +305,7 @@ def least_budget(
     compiled = compile_program(program, Costs(machine, settings.drive))
     low = 0
     high = max(1, baseline.attach_nbytes // _MIB)
-    while isinstance(tried := attempt(high), BudgetError):
+    while isinstance(tried := attempt(high, names_enough=True), BudgetError):
         low, high = high, max(high + 32, -(-(tried.needed_nbytes or 0) // _MIB))
     best = tried
     while high - low > 1:
