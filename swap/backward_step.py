@@ -65,6 +65,7 @@ class BackwardStep:
         self._stepped: set[nn.Parameter] = set()  # since the last step
         self._stepped_names: set[str] = set()
         streamed.weights.before_use = self._check_use
+        streamed.weights.is_stepped = self._is_stepped
         self._groups: dict[nn.Parameter, dict[str, Any]] = {}  # of the present step
         self._order: list[nn.Parameter] = []  # in which the present step's gradients came
         self._next: dict[nn.Parameter, nn.Parameter] = {}  # the gradient that came after, last time
@@ -114,15 +115,18 @@ class BackwardStep:
         Raises:
             StepInterruptedError: this backward has stepped one of ``names``.
         """
-        if not self._in_backward or torch._C._current_graph_task_id() == -1:
-            return
         for name in names:
-            if name in self._stepped_names:
+            if self._is_stepped(name):
                 raise StepInterruptedError(
                     f"backward reads {name} after it has stepped it: the model uses it without "
                     "its gradient, too, as with detach() or .data, before it is used with one. Set "
                     "step_in_backward=False"
                 )
+
+    def _is_stepped(self, name: str) -> bool:
+        """Whether the backward that runs has begun to step it."""
+        inside = self._in_backward and torch._C._current_graph_task_id() != -1
+        return inside and name in self._stepped_names
 
     def _group_of(self, parameter: nn.Parameter) -> dict[str, Any] | None:
         if not self._groups:

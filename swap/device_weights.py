@@ -31,6 +31,7 @@ from offload.allocator.errors import CapacityError
 from offload.swap.copying import storage_use_count
 from offload.swap.ferry import Cargo, Ferry, Mover, copy_from, copy_to
 from offload.swap.residency import Residency
+from offload.swap.saved import modified_error
 from offload.swap.weights import Weight, WeightSwapper
 from offload.swap.window import Window
 from offload.tiers.accelerator import DeviceMemory, Stream
@@ -198,10 +199,31 @@ class DeviceWeights(Window[DeviceCopy]):
             self._write_back(copy)
         return versions_of(copy.weight), copy.written
 
+    def check_state(self, name: str, state: tuple[int, int]) -> None:
+        """Raise unless the bytes of ``state`` can be had.
+
+        What the present backward has stepped, it may go on reading as long as a copy from before
+        the step is here.
+
+        Raises:
+            RuntimeError: the weight was modified in place since.
+            StepInterruptedError: this backward has stepped it, and the copy has left.
+        """
+        now, copy = self.state_of(name), self.weights[name]
+        if not self._host.is_stepped(name):
+            if now != state:
+                raise modified_error(sum(now), sum(state))
+        elif not copy.in_memory or (copy.versions, copy.written) != state:
+            self._host.before_use([name])
+
     def _can_leave(self, weight: DeviceCopy) -> bool:
         return weight.in_memory and not weight.held and not weight.is_shared()
 
     def _fetch(self, weight: DeviceCopy, *, urgent: bool = False) -> bool:
+        if self._host.is_stepped(weight.name):  # or it might come half stepped
+            if urgent:
+                self._host.before_use([weight.name])
+            return False
         memory = self._allocate(weight.nbytes, urgent=urgent)
         if memory is None:
             return False

@@ -30,7 +30,6 @@ from torch import nn
 from offload.swap.device_gradients import DeviceGradients
 from offload.swap.device_weights import DeviceWeights
 from offload.swap.kinds import PLAIN_TYPES
-from offload.swap.saved import modified_error
 from offload.swap.selective import SavedTensors
 
 _Sender = Callable[[nn.Parameter, torch.Tensor, Any], torch.Tensor | None]
@@ -239,6 +238,7 @@ class SavedWeights:
 
         Raises:
             RuntimeError: the weight was modified in place since it was saved.
+            StepInterruptedError: this backward has stepped it, and its copy has left.
             TierIOError: its bytes could not be read.
         """
         with self._lock:
@@ -247,9 +247,7 @@ class SavedWeights:
     def _unpack(self, packed: Any) -> torch.Tensor:
         if type(packed) is not _SavedWeight:
             return self.others.unpack(packed)
-        state = self._weights.state_of(packed.name)
-        if state != packed.state:
-            raise modified_error(sum(state), sum(packed.state))
+        self._weights.check_state(packed.name, packed.state)
         copy = self._weights.require(packed.name)
         view = torch.empty(0, dtype=packed.dtype, device=copy.device)
         view.set_(copy.untyped_storage(), packed.offset, packed.size, packed.stride)

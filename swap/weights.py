@@ -97,6 +97,7 @@ class WeightSwapper(Window[Weight]):
         self._expect = expect
         self.overwritten: Callable[[Weight], None] = lambda _weight: None  # see ``absorb``
         self.before_use: Callable[[Sequence[str]], None] = lambda _names: None  # may refuse it
+        self.is_stepped: Callable[[str], bool] = lambda _name: False  # by the present backward
 
     def use(self, names: Sequence[str]) -> None:
         """As in ``Window``; in backward there is room for the gradients that follow.

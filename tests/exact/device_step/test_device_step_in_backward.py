@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -17,12 +17,14 @@ from device_steps import (
 from exact_models import Net, adamw, loss_of, tokens_of
 from torch import nn
 
-from offload.allocator.errors import (
-    ConsumedGradientError,
-)
+from offload.allocator.errors import ConsumedGradientError, StepInterruptedError
 from offload.engine import Engine
 from offload.tiers.cpudevice import CpuAccelerator
 from offload.tiers.events import Move
+from offload.tiers.lanes import Transfer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.mark.parametrize(
@@ -80,29 +82,53 @@ class Detached(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(300, 300) / 17)
         self.is_read_again = False
+        self.between: Callable[[], None] = lambda: None  # behind its step
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_read_again:
             x = nn.functional.linear(x, self.weight.detach())
+            x.register_hook(lambda _gradient: self.between())
         return nn.functional.linear(x, self.weight)
 
 
+def squares(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
+    """Some steps, all but the first of which read a weight behind its step."""
+    losses = []
+    for step in range(3):
+        model[1].is_read_again = step > 0
+        loss = model(torch.randn(8, 300)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def with_detached() -> nn.Module:
+    return nn.Sequential(nn.Linear(300, 300), Detached(), nn.Linear(300, 300))
+
+
 @pytest.mark.parametrize("who", ["host", "device"])
-def test_what_is_read_after_a_step_is_the_copy_from_before_it(who: str, same: Any) -> None:
+@pytest.mark.parametrize("is_quick", [False, True])  # moves have ended when somebody asks
+def test_what_is_read_after_a_step_is_the_copy_from_before_it(
+    who: str, is_quick: bool, same: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the CPU it is refused: memory has one weight."""
+    if is_quick:
+        monkeypatch.setattr(Transfer, "done", lambda transfer: transfer.settle() is None)
+    same(with_detached, loop=squares, who=who, config=IN_BACKWARD)
 
-    def squares(model: Any, optimizer: Any, engine: Engine | None) -> list[float]:
-        losses = []
-        for step in range(3):
-            model[1].is_read_again = step > 0
-            loss = model(torch.randn(8, 300)).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
 
-    def make() -> nn.Module:
-        return nn.Sequential(nn.Linear(300, 300), Detached(), nn.Linear(300, 300))
-
-    same(make, loop=squares, who=who, config=IN_BACKWARD)
+def test_what_is_read_after_a_step_and_has_left_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, accelerator = with_detached(), CpuAccelerator()
+    optimizer = adamw(model)
+    engine = attach(model, optimizer, tmp_path, accelerator=accelerator, config=IN_BACKWARD)
+    copies = engine.computing.weights
+    model[1].between = lambda: copies.evict(copies.weights["1.weight"])
+    with (
+        pytest.raises(StepInterruptedError, match=r"reads 1\.weight after it has stepped it"),
+        engine,
+        computing_on(accelerator, engine),
+    ):
+        squares(model, optimizer, engine)
