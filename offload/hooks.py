@@ -21,14 +21,25 @@ from torch.utils.hooks import RemovableHandle  # noqa: TC002 (as all of torch)
 from offload.computing import Computing
 from offload.hosting import Hosting
 from offload.swap.buckets import Form, form_of
+from offload.swap.census import uses_rows_only
+from offload.swap.looked_up import ask_for_rows
 from offload.swap.selective import SavedTensors, put_on, take_off
 from offload.swap.uncompiled import uncompiled
 from offload.swap.weights import Weight
 from offload.swap.window import in_backward
+from offload.tiers.mapped import MappedTensor
 
 if TYPE_CHECKING:
     from offload.swap.forward_step import ForwardStep
     from offload.swap.window import Window
+
+
+def _tables_of(passes: Hosting | Computing) -> dict[nn.Parameter, MappedTensor]:
+    """The parameters of which rows are looked up where they are."""
+    if isinstance(passes, Computing):
+        return {}  # a device has tables whole
+    weights = [passes.weights.weights[name] for name in passes.census.lookups]
+    return {parameter: weight.mapped for weight in weights for parameter in weight.parameters}
 
 
 def _hooks_allowed() -> bool:
@@ -71,15 +82,20 @@ class ModelHooks:
         self._handles: list[RemovableHandle] = []
         self._running: dict[nn.Module, Callable[[tuple[Any, ...]], object]] = {}
         users = {info.name: info.weights for info in passes.census.modules}
+        self._tables = _tables_of(passes)
         for name, module in model.named_modules():
             if name in users or module is model or module._parameters:
                 self._hook(name, module, users.get(name, ()))
 
     def _hook(self, name: str, module: nn.Module, weights: tuple[str, ...]) -> None:
         computing = self._computing
+        weight: Any = getattr(module, "weight", None)
+        table = self._tables.get(weight) if uses_rows_only(module) else None
 
         @uncompiled
         def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            if table is not None:
+                ask_for_rows(table, args[0] if args else kwargs.get("input"))
             if self.in_forward is None:
                 self._enter(name, (args, kwargs))
                 if weights:

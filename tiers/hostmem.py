@@ -20,7 +20,7 @@ _PROT_READ, _PROT_WRITE = 0x1, 0x2
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED = 0x01, 0x02, 0x10
 _MAP_ANONYMOUS, _MAP_NORESERVE = 0x20, 0x4000
 _MREMAP_MAYMOVE, _MREMAP_FIXED, _MREMAP_DONTUNMAP = 0x1, 0x2, 0x4
-_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_PAGEOUT = 4, 14, 21
+_MADV_WILLNEED, _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_PAGEOUT = 3, 4, 14, 21
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
 _FALLOC_FL_ZERO_RANGE = 0x10
 _MS_ASYNC = 1
@@ -134,6 +134,11 @@ def discard(address: int, nbytes: int) -> None:
     """Drop the pages: a shared file mapping keeps its data, an anonymous one reads zeros."""
     if _libc.madvise(address, nbytes, _MADV_DONTNEED):
         raise _fail("madvise(MADV_DONTNEED)", nbytes)
+
+
+def will_need(address: int, nbytes: int) -> None:
+    """Ask the kernel to begin to read the pages of a file mapping; does not wait for them."""
+    _libc.madvise(address, nbytes, _MADV_WILLNEED)  # advice: a refusal costs speed only
 
 
 def page_out(address: int, nbytes: int) -> None:

@@ -1,8 +1,8 @@
 """How many pages of a mapped file a second are looked at, or written, for the first time.
 
 Rows of a table that is on the drive are looked up through its mapping, and the gradient of a lookup
-gets home through another: row by row, each in another page. The kernel brings in those around, as
-far as it reads ahead (64 KiB or many MiB, by ``read_ahead_kb`` of the drive). A home is zeroed
+gets home through another: row by row, each in another page. Those that are looked up are asked for
+together first, those that are near to each other with what lies between. A home is zeroed
 before its rows are written, by its extents alone, of which each row written in the last step has
 made some. So the farther apart the pages, the more each takes.
 """
@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from offload.swap.looked_up import page_spans
 from offload.tiers.hostmem import PAGE, zero_range
 from offload.tiers.machine import Work
 
@@ -60,9 +63,11 @@ def _look(fd: int, offsets: Sequence[int]) -> float:
     """Seconds of looking at pages in any order, none of which is in memory."""
     os.fdatasync(fd)  # what is not written can't be dropped
     os.posix_fadvise(fd, 0, _NBYTES, os.POSIX_FADV_DONTNEED)
-    shuffled = random.Random(0).sample(offsets, len(offsets))
+    shuffled, ascending = random.Random(0).sample(offsets, len(offsets)), np.array(offsets)
     with mmap.mmap(fd, _NBYTES, prot=mmap.PROT_READ) as pages:
         began_s = time.perf_counter()
+        for span in page_spans(ascending, PAGE):  # as ``swap/looked_up`` does
+            pages.madvise(mmap.MADV_WILLNEED, *span)
         for offset in shuffled:
             pages[offset]
         return max(time.perf_counter() - began_s, _LEAST_S)

@@ -15,9 +15,9 @@ from offload.swap.planning.sim_weights import SimWeight, SimWeights
 from offload.swap.planning.world import World
 from offload.tiers.hostmem import PAGE
 
-# What one look at a mapped file maps: the kernel maps the pages around it, too (debugfs
-# fault_around_bytes: 64 KiB). It may read far more, which is measured (``Costs.page_read_s``), but
-# that is no memory of the process.
+# What one look at a mapped file maps: the kernel maps the pages around it, too, if they have been
+# read (debugfs fault_around_bytes: 64 KiB), and what lies between near rows is read with them
+# (``looked_up``). How long that takes is measured (``Costs.page_read_s``).
 _FAULT_AROUND_NBYTES = 64 << 10
 
 
