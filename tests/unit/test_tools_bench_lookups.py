@@ -9,7 +9,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import bench_lookups
 from benchlib import Result
-
 from offload.tiers import hostmem
 
 
