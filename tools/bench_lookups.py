@@ -9,9 +9,8 @@ that, rows are left to page faults, as they would be without.
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -39,7 +38,7 @@ def measure(result: Result, folder: Path, rows: int, width: int, looked_up: int)
         faulted: list[float] = []
         for _ in range(_PAIRS):
             asked.append(_lookup_s(engine, model[0], looked_up))
-            with _no_advice():
+            with patch.object(hostmem, "will_need"):
                 faulted.append(_lookup_s(engine, model[0], looked_up))
     result.add(
         table=f"{rows} x {width}",
@@ -61,16 +60,6 @@ def _lookup_s(engine: Engine, table: nn.Module, looked_up: int) -> float:
         began_s = time.perf_counter()
         table(indices)
         return time.perf_counter() - began_s
-
-
-@contextmanager
-def _no_advice() -> Iterator[None]:
-    advise = hostmem.will_need
-    hostmem.will_need = lambda _address, _nbytes: None
-    try:
-        yield
-    finally:
-        hostmem.will_need = advise
 
 
 def main() -> int:
