@@ -393,4 +393,4 @@ class Engine(Attachment):
         keeper = self._optimizing.keeper if self._optimizing is not None else None
         if not whole or take_back(self.weights, keeper, self.plan.budget_nbytes):
             self._runtime.close()
-            self.weights.land()  # what was still on its way is nobody's else
+            self.weights.land()  # what lanes have read since would leak

@@ -26,6 +26,7 @@ from torch import nn
 
 import offload
 from offload.allocator.errors import UnsupportedError
+from offload.engine import Engine
 from offload.saving import step_writes_nbytes
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.residency import Residency
@@ -138,16 +139,23 @@ def test_what_is_reserved_and_written_counts_the_lower_halves() -> None:
     assert writes - step_writes_nbytes(model, optimizer) == low * (2 + 4)
 
 
+def beside_plain(
+    config: dict[str, Any], starve: Any
+) -> tuple[Any, InMemory, nn.Module, torch.optim.Optimizer, Engine]:
+    """A model that trains in memory, and the same one under Offload."""
+    torch.manual_seed(0)
+    twin: Any = half_model()
+    model = copy.deepcopy(twin)
+    plain, optimizer = InMemory(twin, adamw), adamw(model.parameters())
+    return twin, plain, model, optimizer, starve(model, optimizer, config=config)
+
+
 @pytest.mark.parametrize("resident", [False, True])
 @BOTH
 def test_what_the_user_writes_is_the_new_master(
     resident: bool, config: dict[str, Any], starve: Any
 ) -> None:
-    torch.manual_seed(0)
-    twin: Any = half_model()
-    model = copy.deepcopy(twin)
-    plain, optimizer = InMemory(twin, adamw), adamw(model.parameters())
-    engine = starve(model, optimizer, config=config)
+    twin, plain, model, optimizer, engine = beside_plain(config, starve)
     if resident:
         engine.weights.keep(engine.weights.weights)
     for step in range(6):
@@ -171,11 +179,7 @@ def test_what_the_user_writes_is_the_new_master(
 def test_what_the_user_writes_to_a_weight_on_its_way_is_the_new_master(
     config: dict[str, Any], starve: Any
 ) -> None:
-    torch.manual_seed(0)
-    twin: Any = half_model()
-    model = copy.deepcopy(twin)
-    plain, optimizer = InMemory(twin, adamw), adamw(model.parameters())
-    engine = starve(model, optimizer, config=config)
+    twin, plain, model, optimizer, engine = beside_plain(config, starve)
     weight = engine.weights.weights["2.weight"]
     engine.weights.window_nbytes = 1 << 30
     met: list[Residency] = []
