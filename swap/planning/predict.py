@@ -27,6 +27,7 @@ from offload.tiers.machine import Machine
 
 _STEPS = 4  # the first learns, the second has grown, the third may shrink, the fourth repeats
 _MIB = 1 << 20
+_STRIDE_MIB = 32  # of a look for a budget where no refusal names one
 _HESITATING = 8.0  # drives pause for tens of milliseconds, and then more waits to be written
 
 
@@ -303,10 +304,12 @@ def least_budget(
     _check_drive(machine, settings, drive_use(program, settings, 0))
     check_writes(program, settings.write_budget_nbytes)
     compiled = compile_program(program, Costs(machine, settings.drive))
-    low = 0
-    high = max(1, baseline.attach_nbytes // _MIB)
+    low, high, stride = 0, max(1, baseline.attach_nbytes // _MIB), _STRIDE_MIB
     while isinstance(tried := attempt(high, names_enough=True), BudgetError):
-        low, high = high, max(high + 32, -(-(tried.needed_nbytes or 0) // _MIB))
+        named = -(-(tried.needed_nbytes or 0) // _MIB)
+        low, high = high, max(high + stride, named)
+        if high > named:  # a drive that lacks room names no memory: terabytes may be missing
+            stride *= 2
     best = tried
     while high - low > 1:
         middle = (low + high) // 2

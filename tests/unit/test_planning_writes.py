@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,8 @@ from real_runs import both, check_moved
 
 import offload
 from offload.allocator.errors import BudgetError
-from offload.swap.planning.predict import Prediction, least_budget, predict
+from offload.swap.planning import predict as predicting
+from offload.swap.planning.predict import Prediction, drive_use, least_budget, predict
 from offload.swap.planning.sim_writes import must_write_nbytes
 from offload.tiers.events import ListRecorder, Move
 
@@ -85,3 +87,34 @@ def test_where_memory_has_no_room_for_it_the_refusal_names_both() -> None:
     least = least_budget(LONG, machine(), within, BASELINE)
     assert least.settings.budget_nbytes > ROOMY * MIB
     assert least.settings.drive == DRIVE
+
+
+@pytest.mark.parametrize(("length", "free_mib"), [(4096, 8), (1 << 20, 8), (1 << 30, 64)])
+def test_a_drive_without_room_for_what_is_saved_is_found_out_in_few_predictions(
+    length: int, free_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a drive names no memory that would do: from 100 MiB to petabytes are missing."""
+    program, tried = trace(length=length), []
+    taken_nbytes = drive_use(program, settings(1), 0).nbytes
+    full = dataclasses.replace(
+        machine(),
+        tiers=tuple(
+            dataclasses.replace(tier, free_nbytes=taken_nbytes + free_mib * MIB)
+            if tier.name == DRIVE
+            else tier
+            for tier in machine().tiers
+        ),
+    )
+    plain = predicting._predict
+
+    def counted(*words: Any, **options: Any) -> Prediction:
+        tried.append(words)
+        assert len(tried) <= 64
+        return plain(*words, **options)
+
+    monkeypatch.setattr(predicting, "_predict", counted)
+    found = least_budget(program, full, settings(1), BASELINE)
+    assert found.drive.nbytes <= taken_nbytes + free_mib * MIB
+    less = dataclasses.replace(settings(1), budget_nbytes=found.settings.budget_nbytes - MIB)
+    with pytest.raises(BudgetError):
+        predict(program, full, less, BASELINE)
