@@ -5,6 +5,7 @@ Pure: the same census, budget and facts always give the same plan.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,6 +23,7 @@ VARIATION_NBYTES = 6 << 20
 # Kept free when spare bytes are handed out: steps differ a little.
 MARGIN_NBYTES = 12 << 20
 _LEAST_ACTIVATIONS_NBYTES = 4 << 20  # with less, each saved tensor waits for the one before it
+_SMALLEST = "The smallest budget that fits is host="  # in a refusal, read by who started the run
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 _CHUNK_NUMELS = (2 << 20, 1 << 20, 1 << 18)
 _STAGED_PER_TILE = 4  # parameter, gradient and two states: the Adam family
@@ -132,8 +134,8 @@ def make_plan(
             f"({largest}) needs {format_nbytes(working)} for weights and gradients, "
             f"{'beside it' if beside else 'then'} a "
             f"tile of the optimizer step {format_nbytes(_tile(chunk_numel))}, the runtime "
-            f"{format_nbytes(OVERHEAD_NBYTES)}. The smallest budget that fits is "
-            f"host={_mib_ceil(needed + VARIATION_NBYTES)}MiB, and activations come on top: offload "
+            f"{format_nbytes(OVERHEAD_NBYTES)}. {_SMALLEST}"
+            f"{_mib_ceil(needed + VARIATION_NBYTES)}MiB, and activations come on top: offload "
             "plan counts them, too",
             needed_nbytes=needed,
             budget_nbytes=budget_nbytes,
@@ -155,6 +157,22 @@ def make_plan(
         tile_nbytes=_tile(chunk_numel),
     )
     return _move_ahead(bare, census, spare // 4)
+
+
+def named_nbytes(refusal: str) -> int | None:
+    """The smallest budget that a refusal of ``make_plan`` names; None if it is another one's."""
+    found = re.search(rf"{_SMALLEST}(\d+)MiB", refusal)
+    return int(found[1]) << 20 if found else None
+
+
+def fits_in_no_case(named_nbytes: int, budget_nbytes: int) -> bool:
+    """Whether no other settings bring a run below ``budget_nbytes`` that ``make_plan`` refuses.
+
+    Settings may change what the runtime takes, but for a step beside a pass, which takes more. The
+    size of a tile follows the budget, and two starts of a script differ.
+    """
+    doubtful = OVERHEAD_NBYTES + _tile(_CHUNK_NUMELS[0]) + 2 * VARIATION_NBYTES
+    return named_nbytes - doubtful > budget_nbytes
 
 
 def enough_nbytes(plan: Plan, peak_nbytes: int) -> int:

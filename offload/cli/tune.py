@@ -172,6 +172,8 @@ def _media(machines: "Mapping[Path, Machine]") -> Iterator[str]:
 def _nothing_worked(
     found: "Found", arguments: argparse.Namespace, base: OffloadConfig
 ) -> OffloadError:
+    from offload.swap.plan import named_nbytes
+
     failure = found.baseline.failure
     assert failure is not None
     name = arguments.script.name
@@ -186,9 +188,14 @@ def _nothing_worked(
             f"{name} ended by itself after {failure.steps} of {arguments.steps} steps: give it "
             f"more to do, or ask for fewer{least}"
         )
-    if failure.status == "does not fit":
+    if failure.status in {"does not fit", "never fits"}:
         budget = base.budget["host"]
-        return BudgetError(failure.reason, needed_nbytes=budget, budget_nbytes=budget)
+        needed = named_nbytes(failure.reason) or budget
+        return BudgetError(
+            f"{name} fits with no setting: {failure.reason}",
+            needed_nbytes=needed,
+            budget_nbytes=budget,
+        )
     return OffloadError(f"{name} {failure.status} with every setting: {failure.reason}")
 
 

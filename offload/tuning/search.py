@@ -31,6 +31,7 @@ Status: TypeAlias = Literal[
     "done",
     "failed",
     "does not fit",
+    "never fits",  # and with no other settings either
     "exceeds the budget",
     "too slow",
     "ended early",  # the script, by itself
@@ -243,7 +244,7 @@ class _Search:
         trials = [each for one in self._standings() for each in one.trials.values()]
         if any(each.done for each in trials):
             return False
-        if trial.status == "ended early":
+        if trial.status in {"ended early", "never fits"}:
             return True
         reasons = [(each.status, each.reason) for each in trials]
         return len(reasons) >= _GIVE_UP and len(set(reasons)) == 1

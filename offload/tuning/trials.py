@@ -23,6 +23,7 @@ from offload.allocator.errors import BudgetError, ConfigError
 from offload.allocator.units import format_nbytes
 from offload.config import OffloadConfig
 from offload.report.reader import read_run
+from offload.swap.plan import fits_in_no_case, named_nbytes
 from offload.tiers.events import Event, RunFinished, StepFinished
 from offload.tuning.candidates import Candidate
 from offload.tuning.search import Status, Trial
@@ -147,14 +148,24 @@ class Trials:
             hint = ": out of memory?" if code == -signal.SIGKILL else ""
             return "failed", f"killed by {signal.Signals(-code).name}{hint}"
         if code:
-            early = code == BudgetError.exit_code and not steps
-            return "does not fit" if early else "failed", self._said(code)
+            return self._refusal(code, steps, config)
         if steps < self._steps:
             return "ended early", f"the script ended after {steps} of {self._steps} steps"
         if peak_nbytes > (budget := config.budget["host"]):
             peak = f"peak {format_nbytes(peak_nbytes)} of {format_nbytes(budget)}"
             return "exceeds the budget", peak
         return "done", ""
+
+    def _refusal(self, code: int, steps: int, config: OffloadConfig) -> tuple[Status, str]:
+        said = self._said(code)
+        if code != BudgetError.exit_code or steps:
+            return "failed", said
+        # A step in backward needs more than one behind it, which may fit still.
+        if config.step_in_backward == self._base.step_in_backward:
+            named = named_nbytes(said)
+            if named is not None and fits_in_no_case(named, config.budget["host"]):
+                return "never fits", said
+        return "does not fit", said
 
     def _said(self, code: int) -> str:
         """The last words on stderr: Offload's, or the script's."""

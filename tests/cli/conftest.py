@@ -1,4 +1,4 @@
-"""What ``offload plan`` is asked about."""
+"""What ``offload plan`` is asked about, and where ``offload tune`` has its stores."""
 
 import json
 from pathlib import Path
@@ -20,3 +20,10 @@ def script(tmp_path: Path) -> Path:
     file = tmp_path / "train.py"
     file.write_text(SCRIPT)
     return file
+
+
+@pytest.fixture
+def nvme(tmp_path: Path) -> Path:
+    folder = tmp_path / "nvme"
+    folder.mkdir()
+    return folder

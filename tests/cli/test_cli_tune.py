@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tune_verb import write_script
 
 from forked import Forked, python
 from offload.cli import main
@@ -18,59 +19,15 @@ from offload.planner import machines
 from offload.planner.stored import Calibrated, calibrated
 from offload.tiers.machine import Machine
 from offload.tuning import predicting
-from offload.tuning.candidates import BASELINE, Candidate
+from offload.tuning.candidates import Candidate
 from offload.tuning.folders import trial_folders
 from offload.tuning.search import Trial
 from offload.tuning.trials import Trials
-
-SCRIPT = """
-import atexit, sys, torch
-from pathlib import Path
-from torch import nn
-here = Path(__file__).parent
-atexit.register(lambda: (here / "at-exit").write_text(""))
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(300, 500)
-        self.b = nn.Linear(500, 300)
-    def forward(self, x):
-        return self.b(torch.relu(self.a(x)))
-model = Net()
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-try:
-    for step in range(int(sys.argv[1])):
-        x = torch.randn(64, 300)
-        ((model(x) - x) ** 2).mean().backward()
-        BEHIND_BACKWARD
-        optimizer.step()
-        optimizer.zero_grad()
-    (here / "result").write_text("")
-except BaseException:
-    (here / "caught").write_text("")
-    raise
-finally:
-    (here / "finally").write_text("")
-"""
-
-
-def write_script(folder: Path, behind_backward: str = "pass", text: str = SCRIPT) -> Path:
-    folder.mkdir(exist_ok=True)
-    file = folder / "train.py"
-    file.write_text(text.replace("BEHIND_BACKWARD", behind_backward))
-    return file
 
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     return write_script(tmp_path / "job")
-
-
-@pytest.fixture
-def nvme(tmp_path: Path) -> Path:
-    folder = tmp_path / "nvme"
-    folder.mkdir()
-    return folder
 
 
 @pytest.fixture
@@ -226,6 +183,18 @@ def test_what_fails_everywhere_tells_why(
     assert "The smallest budget that fits is host=" in too_small
 
 
+@pytest.mark.usefixtures("measured", "unpredicted")
+def test_a_budget_that_no_setting_fits_ends_the_search_behind_its_first_trial(
+    script: Path, nvme: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [script, "--budget=60MiB", "--nvme", nvme, "-o", tmp_path / "best.yaml", "--", 5]
+    error = refusal(capsys, 3, *words)
+    assert "train.py fits with no setting: the host budget of 60.00 MiB" in error
+    assert "The smallest budget that fits is host=" in error
+    assert error.count("round 1, ") == 1
+    assert list(nvme.iterdir()) == []
+
+
 @pytest.mark.usefixtures("measured")
 def test_a_drive_that_is_too_full_is_told_before_a_trial(
     script: Path, nvme: Path, settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -333,9 +302,6 @@ def test_signals_end_trial_and_store(
     assert sorted(path.name for path in script.parent.iterdir()) == ["train.py"]
 
 
-# The parts with effects.
-
-
 def test_folders_go_and_those_of_killed_searches_with_them(nvme: Path) -> None:
     dead = nvme / "offload-tune-dead"
     dead.mkdir()
@@ -349,50 +315,3 @@ def test_folders_go_and_those_of_killed_searches_with_them(nvme: Path) -> None:
             assert folder.exists()
             assert others[nvme] != folder
     assert [path.name for path in nvme.iterdir()] == ["mine"]
-
-
-def trials(
-    script: Path, nvme: Path, folder: Path, *words: str, steps: int = 3, budget: str = "8GiB"
-) -> Trials:
-    base = make_config({}, budget=budget, nvme=str(nvme))
-    return Trials([str(script), *words], base, steps=steps, folders={nvme: folder})
-
-
-def test_a_trial_ends_behind_its_last_step_and_takes_its_helpers_along(
-    tmp_path: Path, nvme: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    helper = "import subprocess as s; pid = s.Popen(['sleep', '999']).pid if step == 2 else 0; "
-    helper += "(here / 'helper').write_text(str(pid))"
-    script = write_script(tmp_path / "job", helper)
-    monkeypatch.setenv("OFFLOAD_NVME", str(tmp_path / "mine"))  # the user's own store
-    with trial_folders([nvme]) as folders:
-        monkeypatch.delenv("OFFLOAD_NVME")
-        run = trials(script, nvme, folders[nvme], "100")
-        monkeypatch.setenv("OFFLOAD_NVME", str(tmp_path / "mine"))
-        trial = run(BASELINE, None)
-        left = sorted(path.name for path in folders[nvme].iterdir())
-    assert (trial.status, trial.steps) == ("done", 3)
-    assert left == ["lock", "settings.json", "stderr", "stdout"]
-    assert sorted(path.name for path in script.parent.iterdir()) == ["helper", "train.py"]
-    pid = int((script.parent / "helper").read_text())
-    status = Path(f"/proc/{pid}/stat")
-    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
-    assert not (tmp_path / "mine").exists()
-
-
-@pytest.mark.parametrize(
-    ("behind_backward", "limit_s", "status", "reason"),
-    [
-        ("import os; os.kill(os.getpid(), 9)", None, "failed", "killed by SIGKILL: out of memory?"),
-        ("import time; time.sleep(1000)", 0.0, "too slow", "not done after 0 s, 0 of 3 steps"),
-        ("print('why', file=sys.stderr); sys.exit(7)", None, "failed", "why"),
-    ],
-)
-def test_how_a_trial_may_end(
-    behind_backward: str, limit_s: float | None, status: str, reason: str,
-    tmp_path: Path, nvme: Path,
-) -> None:  # fmt: skip
-    script = write_script(tmp_path / "job", behind_backward)
-    with trial_folders([nvme]) as folders:
-        trial = trials(script, nvme, folders[nvme], "5")(BASELINE, limit_s)
-    assert (trial.status, trial.reason) == (status, reason)

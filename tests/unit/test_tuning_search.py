@@ -186,6 +186,18 @@ def test_a_script_that_ends_by_itself_ends_the_search() -> None:
     assert calls == ["baseline"]
 
 
+def test_what_fits_with_no_settings_ends_the_search() -> None:
+    calls: list[str] = []
+
+    def run(candidate: Candidate, _limit_s: float | None) -> Trial:
+        calls.append(candidate.name)
+        return Trial(status="never fits", reason=f"{len(calls)} bytes are missing")
+
+    found = search([variant("a"), variant("b")], run, combine=combine)
+    assert found.best is None
+    assert calls == ["baseline"]
+
+
 def test_failing_alike_gives_up_and_differently_does_not() -> None:
     def failing(reason: Callable[[Candidate], str]) -> list[str]:
         calls: list[str] = []
