@@ -171,7 +171,7 @@ class Engine(Attachment):
         self._commits.restore(record)
 
     def _begin(self) -> None:
-        record_start(self._runtime, self.plan)
+        record_start(self._runtime, self.plan, self.model)
         self._steps.begin()
         hostmem.trim_heap()
         self._runtime.governor.restart_peak()

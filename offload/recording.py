@@ -1,14 +1,17 @@
 """The first and the last event of a run, and the files beside them in its directory."""
 
+import json
 import platform
 import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from offload.allocator.errors import ConfigError
 from offload.runtime import Runtime
 from offload.saving import budgets_of
+from offload.swap.census import weight_forms
 from offload.swap.plan import Plan
 from offload.tiers import hostmem
 from offload.tiers.events import RunFinished, RunStarted
@@ -17,7 +20,7 @@ from offload.tiers.journal import Journal
 from offload.tiers.machine import write_machine
 
 
-def record_start(runtime: Runtime, plan: Plan) -> None:
+def record_start(runtime: Runtime, plan: Plan, model: nn.Module) -> None:
     """Tell what runs, on what, within which budgets; flushed, for a run may be killed.
 
     Raises:
@@ -43,6 +46,7 @@ def record_start(runtime: Runtime, plan: Plan) -> None:
     if config.record is not None:
         write_machine(machine, config.record / "machine.json")
         _write(config.record / "plan.json", plan.to_json())
+        _write(config.record / "weights.json", json.dumps(weight_forms(model), indent=2))
         _write(config.record / "config.json", config.model_dump_json(indent=2))
     journal.recorder.flush()
 

@@ -114,6 +114,14 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
     yield from by_storage.values()
 
 
+def weight_forms(model: nn.Module) -> dict[str, str]:
+    """Of each distinct weight, by its first name, such as ``float32 [500, 300]``."""
+    return {
+        name: f"{str(parameters[0].dtype).removeprefix('torch.')} {list(parameters[0].shape)}"
+        for name, parameters in named_weights(model)
+    }
+
+
 def uses_rows_only(module: nn.Module) -> bool:
     """Whether ``module`` reads a few rows of its weight rather than all of it."""
     return isinstance(module, _LOOKUPS) and getattr(module, "max_norm", None) is None

@@ -9,8 +9,8 @@ of the same step.
 import dataclasses
 import json
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ class Recorded:
 
     Attributes:
         attach_nbytes: the resident set before the model, as ``attach`` found it.
+        weight_forms: as of a ``Program``; none where the run was recorded before these were.
     """
 
     path: Path
@@ -88,6 +89,7 @@ class Recorded:
     attach_nbytes: int
     processor: str
     events: tuple[Event, ...]
+    weight_forms: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +109,7 @@ def read_recorded(path: Path) -> Recorded:
     """
     events = read_run(path).segments[-1]
     plan, given = _read(path / "plan.json"), _read(path / "config.json")
+    forms = _read(path / "weights.json") if (path / "weights.json").exists() else {}
     defaults = _DEFAULTS.model_dump(mode="json")
     try:
         config = OffloadConfig(
@@ -119,6 +122,7 @@ def read_recorded(path: Path) -> Recorded:
             attach_nbytes=int(plan["baseline_nbytes"]),
             processor=read_machine(path / "machine.json").processors[0].model,
             events=events,
+            weight_forms=forms,
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
@@ -219,12 +223,30 @@ def _check_same(program: Program, machine: Machine, drive: str, recorded: Record
             f"{recorded.path} ran with {name}={ran}: plan with {option} {ran}, or record a run "
             f"with {name}={getattr(program.stepping, name)}"
         )
+    _check_weights(program, recorded)
     names = {weight.name for weight in program.census.weights}
     moved = {e.key for e in recorded.events if isinstance(e, Move) and e.role == "gradient"}
     if moved and not moved & names:
         raise ConfigError(
             f"{recorded.path} trained another model: it has no weight {min(moved)!r} that this has"
         )
+
+
+def _check_weights(program: Program, recorded: Recorded) -> None:
+    """Those of the run are those of ``program``, as far as the record tells them."""
+    ran, planned = recorded.weight_forms, program.weight_forms
+    if not ran.keys() & planned.keys():
+        return  # adapters of another library have other names
+    for name in {**planned, **ran}:
+        if ran.get(name) != planned.get(name):
+            raise ConfigError(
+                f"{recorded.path} trained another model: its {_described(name, ran)}, "
+                f"this one's {_described(name, planned)}. Plan that model, or record a run of this"
+            )
+
+
+def _described(name: str, forms: Mapping[str, str]) -> str:
+    return f"weight {name!r} is {forms[name]}" if name in forms else f"weight {name!r} is not there"
 
 
 def _predict(

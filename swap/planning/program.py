@@ -149,6 +149,7 @@ class Program:
     Attributes:
         census: weights and their users.
         itemsizes: bytes of an element of each weight.
+        weight_forms: type and shape of each weight, by which runs of other models are told apart.
         buffers_nbytes: of the model's buffers, which stay in memory.
         tokens: elements of the batch, for rates per token.
         operations: distinct kernel calls.
@@ -174,6 +175,7 @@ class Program:
     row_gradients: Mapping[str, int] = field(default_factory=dict)
     rows: RowProgram | None = None
     prefetches: tuple[tuple[int, ...], ...] = ()
+    weight_forms: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:
@@ -246,6 +248,7 @@ class Program:
             row_gradients=fields["row_gradients"],
             rows=fields["rows"] and RowProgram.from_fields(fields["rows"]),
             prefetches=tuple(map(tuple, fields["prefetches"])),
+            weight_forms=fields["weight_forms"],
             events=tuple(
                 Event(What(what), which) for what, which in zip(numbers, numbers, strict=True)
             ),

@@ -29,7 +29,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload.allocator.errors import UnsupportedError
 from offload.swap.activations import LEAST_NBYTES, is_small_slice
-from offload.swap.census import named_weights, storage_key, take_census, uses_rows_only
+from offload.swap.census import (
+    named_weights,
+    storage_key,
+    take_census,
+    uses_rows_only,
+    weight_forms,
+)
 from offload.swap.planning.kernels import describe, tensors_of
 from offload.swap.planning.lookups import Tables
 from offload.swap.planning.program import Event, Lookup, Operation, Program, What
@@ -362,4 +368,5 @@ class Tracer(TorchDispatchMode):
             stepping=None if optimizer is None else stepping_of(self._model, optimizer, precision),
             row_gradients=dict(self._row_gradients),
             rows=None if self._watch is None else self._watch.program(),
+            weight_forms=weight_forms(self._model),
         )

@@ -136,6 +136,10 @@ def test_a_recorded_run_corrects_the_plan(
     assert process["memory_nbytes"] >= held > 100 << 20
     faster = answer(capsys, *given, "--from", run, "--what-if", "compute=4x")
     assert faster["step_s"] < found["step_s"]
+    narrow = tmp_path / "narrow.py"
+    narrow.write_text(plain.read_text().replace("500", "400"))
+    other = refusal(capsys, 2, narrow, *given[1:], "--from", run)
+    assert "'a.weight' is float32 [500, 300], this one's weight 'a.weight' is float32 [400" in other
     assert "ran on another processor" in refusal(capsys, 2, plain, *LAPTOP, "--from", run)
     assert "not a run directory" in refusal(capsys, 2, plain, *LAPTOP, "--from", nvme)
 

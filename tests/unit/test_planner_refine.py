@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from planning_models import BASELINE, DRIVE, MIB, machine, settings, trace
+import torch
+from planning_models import BASELINE, DRIVE, MIB, Model, machine, model_in, settings, trace
 
 from offload.allocator.errors import ConfigError
 from offload.config import OffloadConfig
@@ -34,6 +36,7 @@ def run_of(
         found = predict(program, real, BUDGET, baseline, recorder=recorder)
     plan = dataclasses.replace(found.steps[0].plan, baseline_nbytes=baseline.attach_nbytes)
     (path / "plan.json").write_text(plan.to_json())
+    (path / "weights.json").write_text(json.dumps(program.weight_forms))
     (path / "config.json").write_text((config or OffloadConfig()).model_dump_json())
     return found
 
@@ -89,6 +92,51 @@ def test_other_processors_and_models_are_refused(tmp_path: Path) -> None:
         refine(_renamed(PROGRAM), machine(), DRIVE, found)
 
 
+@pytest.mark.parametrize(
+    ("other", "ran", "planned"),
+    [
+        (
+            lambda: Model(width=128),
+            "'embedding.weight' is float32 [1000, 256]",
+            "'embedding.weight' is float32 [1000, 128]",
+        ),
+        (
+            lambda: Model(vocabulary=999),
+            "'embedding.weight' is float32 [1000, 256]",
+            "'embedding.weight' is float32 [999, 256]",
+        ),
+        (
+            lambda: model_in(torch.bfloat16),
+            "'embedding.weight' is float32 [1000, 256]",
+            "'embedding.weight' is bfloat16 [1000, 256]",
+        ),
+        (
+            lambda: Model(blocks=2),
+            "'blocks.2.norm.weight' is float32 [256]",
+            "'blocks.2.norm.weight' is not there",
+        ),
+        (
+            lambda: Model(blocks=4),
+            "'blocks.3.norm.weight' is not there",
+            "'blocks.3.norm.weight' is float32 [256]",
+        ),
+    ],
+)
+def test_models_whose_weights_share_names_are_told_apart(
+    other: Callable[[], Model], ran: str, planned: str, tmp_path: Path
+) -> None:
+    run_of(tmp_path, machine(), BASELINE)
+    with pytest.raises(ConfigError, match="trained another model") as refusal:
+        refine(trace(other), machine(), DRIVE, read_recorded(tmp_path))
+    assert f"its weight {ran}, this one's weight {planned}. Plan that model" in str(refusal.value)
+
+
+def test_a_record_without_weights_is_taken_as_ever(tmp_path: Path) -> None:
+    run_of(tmp_path, machine(), BASELINE)
+    (tmp_path / "weights.json").unlink()
+    refine(PROGRAM, machine(), DRIVE, read_recorded(tmp_path))
+
+
 def test_a_run_that_kept_states_in_another_precision_is_refused(tmp_path: Path) -> None:
     run_of(tmp_path, machine(), BASELINE, config=OffloadConfig(state_precision="bf16"))
     with pytest.raises(ConfigError, match="plan with --state-precision bf16, or record a run"):
@@ -107,7 +155,10 @@ def _renamed(program: Program) -> Program:
     weights = tuple(
         dataclasses.replace(weight, name=f"other.{weight.name}") for weight in census.weights
     )
-    return dataclasses.replace(program, census=dataclasses.replace(census, weights=weights))
+    forms = {f"other.{name}": form for name, form in program.weight_forms.items()}
+    return dataclasses.replace(
+        program, census=dataclasses.replace(census, weights=weights), weight_forms=forms
+    )
 
 
 def test_records_that_cannot_correct_anything(tmp_path: Path) -> None:
