@@ -6,11 +6,12 @@ others than autograd hold it.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from offload.allocator.errors import CapacityError
 from offload.allocator.units import format_nbytes
-from offload.swap.activations import BATCH_ALIGN, BATCH_NBYTES
+from offload.swap.activations import BATCH_ALIGN
+from offload.swap.planning.sim_batch import SimBatch
 from offload.swap.planning.sim_turns import SimTurns, Unit
 from offload.swap.planning.sim_writes import SimDrive
 from offload.swap.planning.world import World
@@ -48,9 +49,7 @@ class SimSaved:
         self._staying: deque[Unit] = deque()
         self._writing: deque[Unit] = deque()
         self._writing_nbytes = 0
-        self._batch: list[int] = []
-        self._batch_nbytes = 0
-        self._batched: set[int] = set()
+        self._batch = SimBatch(storages)
         self._saved_nbytes = 0  # since the pass began, whether or not they are needed still
         self.kept_nbytes = 0
         self.spilled_nbytes = 0  # the most that units took of the drive at once
@@ -63,6 +62,7 @@ class SimSaved:
     def begin(self) -> None:
         """A forward begins."""
         self._turns.begin(self._limit_nbytes)
+        self._batch.begin()
         self._saved_nbytes = 0
         self._order.clear()
         self._staying.clear()
@@ -71,7 +71,7 @@ class SimSaved:
         """What the next step depends on, between two steps, but for the times of uses."""
         if self._saved_nbytes <= self._limit_nbytes:  # nothing ever moves
             return (True,)
-        batch = tuple(self._batch), self._batch_nbytes, len(self._batched)
+        batch = self._batch.standing()
         return self._turns.used, batch, self.kept_nbytes, self._on_file_nbytes, self._absent
 
     @property
@@ -93,7 +93,7 @@ class SimSaved:
             unit.own_nbytes += nbytes
             is_kept = unit.in_memory
         else:
-            is_kept = storage in self._batched
+            is_kept = storage in self._batch
         if is_kept:
             self._world.memory.keep("saved", nbytes)
         else:
@@ -112,20 +112,10 @@ class SimSaved:
             unit = self._unit_of[storage] = self._turns.add({storage}, nbytes)
             self._keep(unit)
             return
-        self._batch.append(storage)
-        self._batched.add(storage)
-        self._batch_nbytes += nbytes
-        if self._batch_nbytes >= BATCH_NBYTES:
-            self._close_batch()
+        if together := self._batch.add(storage):
+            self._add_batch(together)
 
-    def _close_batch(self) -> None:
-        waiting = [one for one in self._batch if one in self._batched]
-        self._batch_nbytes = sum(self._storages[one] for one in waiting)
-        self._batch = waiting
-        if self._batch_nbytes < BATCH_NBYTES // 2:
-            return
-        self._batch, self._batch_nbytes = [], 0
-        self._batched.difference_update(waiting)
+    def _add_batch(self, waiting: Sequence[int]) -> None:
         sizes = (-(-self._storages[one] // BATCH_ALIGN) * BATCH_ALIGN for one in waiting)
         unit = self._turns.add(set(waiting), sum(sizes))
         for storage in waiting:
@@ -349,8 +339,7 @@ class SimSaved:
         """Autograd needs it no more."""
         unit, nbytes = self._unit_of[storage], self._storages[storage]
         if unit is None:  # the next pass may save one with its number
-            self._batched.remove(storage)
-            self._batch.remove(storage)
+            self._batch.forget(storage)
             if not self._held_by_others[storage]:
                 self._world.memory.drop("saved", nbytes)
             return
