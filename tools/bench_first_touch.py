@@ -68,14 +68,14 @@ def measure(result: Result, pages: str, idle_s: float, nbytes: int) -> None:
         blocks = slice(part * size, (part + 1) * size)
         rates = [size * _BLOCK_NBYTES / sum(each[blocks]) for each in rounds[1:]]
         upto = (part + 1) * nbytes / _PARTS / _GIB
-        figures[f"up_to_{upto:.3g}_gib"] = quantiles([rate / 1e9 for rate in rates])
+        figures[f"up_to_{upto:.3g}_gib_bytes_per_s"] = quantiles(rates)
     result.add(pages=pages, idle_s=idle_s, **figures)
 
 
 def main() -> int:
     """Measure and print."""
     options = arguments(__doc__ or "").parse_args()
-    result = Result("First touch of memory, GB/s by how much is held (min / median / max)")
+    result = Result("First touch of memory, by how much is held (min / median / max)")
     for pages in PAGES:
         for idle_s in _IDLE_S:
             measure(result, pages, idle_s, _QUICK_NBYTES if options.quick else _NBYTES)

@@ -31,12 +31,8 @@ def test_memory_is_fresh_each_time_and_given_back(
     bench_first_touch.measure(result, pages, 0.0, 64 * MIB)
     (row,) = result.rows
     assert row["pages"] == pages
-    assert [name for name in row if name.startswith("up_to")] == [
-        "up_to_0.0156_gib",
-        "up_to_0.0312_gib",
-        "up_to_0.0469_gib",
-        "up_to_0.0625_gib",
-    ]
+    parts = [name for name in row if name.startswith("up_to_")]
+    assert parts == [f"up_to_{gib}_gib_bytes_per_s" for gib in (0.0156, 0.0312, 0.0469, 0.0625)]
     rounds = [begun[at : at + 8] for at in range(0, len(begun), 8)]
     assert len(rounds) == 4
     for each in rounds[1:]:
