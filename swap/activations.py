@@ -170,6 +170,7 @@ class ActivationCache:
         """A forward begins; passes of one ``kind`` are expected to repeat."""
         with self._lock:
             self._kind = kind
+            self._look_who_waits()  # what the last pass has left over is not counted in this one
             self.lookahead.begin(kind, self.limit_nbytes)
             self.fixed.look_up()
 
@@ -258,9 +259,7 @@ class ActivationCache:
 
     def _close_batch(self) -> None:
         """The small storages that still live move as one from now on, if they are enough."""
-        living = [part for known in self._batch if (part := known()) is not None]
-        self._batch_nbytes = sum(part.nbytes for part in living)
-        self._batch = [part.ref for part in living]
+        living = self._look_who_waits()
         if self._batch_nbytes < BATCH_NBYTES // 2:
             return
         self._batch, self._batch_nbytes = [], 0
@@ -269,6 +268,13 @@ class ActivationCache:
             part.offset = end
             end += -(-part.nbytes // BATCH_ALIGN) * BATCH_ALIGN
         self._add_unit(living, end)
+
+    def _look_who_waits(self) -> list[Part]:
+        """The small storages that wait and still live; no others are counted any more."""
+        living = [part for known in self._batch if (part := known()) is not None]
+        self._batch_nbytes = sum(part.nbytes for part in living)
+        self._batch = [part.ref for part in living]
+        return living
 
     @uncompiled
     def unpack(self, saved: Saved) -> torch.Tensor:
