@@ -91,6 +91,7 @@ Work: TypeAlias = Literal[
     "pointwise",  # a sum: bytes read and written
     "heavy",  # an exponential for each element: bytes read and written
     "first touch",  # fresh memory: bytes that the kernel has to zero
+    "reclaimed touch",  # the same where a hypervisor had taken it back; size: so much at once
     "optimizer",  # a fused AdamW by all threads: bytes read and written
     "optimizer thread",  # the same by one thread
     "bf16 states",  # bytes of float32 that one thread rounds to bfloat16 and widens again

@@ -99,16 +99,19 @@ def _for_planner(
     from offload.doctor.finding import Finding, Section
     from offload.tiers.probe.compute import add_compute
     from offload.tiers.probe.cuda import add_devices
+    from offload.tiers.probe.reclaim import add_reclaimed
 
     machine = add_compute(diagnosis.bench.machine, progress=progress)
     machine, failures = add_devices(machine, progress=progress)
     failed: tuple[Finding, ...] = ()
     if rehearse:
-        machine, failed = _rehearsed(machine, directories, progress)
+        progress("looking whether free memory is taken back")
+        machine, failed = _rehearsed(add_reclaimed(machine), directories, progress)
     findings = (
         *_rates(machine),
         *(Finding(subject=name, value=why, status="fail") for name, why in failures.items()),
         *(failed or _rehearsal(machine)),
+        *_reclaimed(machine),
     )
     return dataclasses.replace(
         diagnosis,
@@ -153,6 +156,23 @@ def _rates(machine: "Machine") -> "Iterator[Finding]":
 
 def _flops(per_s: float) -> str:
     return f"{per_s / 1e12:.1f} TFLOP/s" if per_s >= 1e12 else f"{per_s / 1e9:.1f} GFLOP/s"
+
+
+def _reclaimed(machine: "Machine") -> "Iterator[Finding]":
+    """That free memory is taken back, if it is."""
+    from offload.allocator.units import format_nbytes, format_rate
+    from offload.doctor.finding import Finding
+
+    for rate in machine.compute:
+        if rate.work == "reclaimed touch":
+            yield Finding(
+                subject="free memory",
+                value=f"taken back by the hypervisor, {format_nbytes(rate.size)} at once",
+                status="warn",
+                detail=f"huge pages that were free for seconds come again at "
+                f"{format_rate(rate.per_s)}, which steps that take seconds wait for; "
+                "THP_MEM_ALLOC_ENABLE=0 in the environment gives torch small ones",
+            )
 
 
 def _rehearsal(machine: "Machine") -> "Iterator[Finding]":

@@ -122,7 +122,7 @@ def this_machine(
     def measure(directory: Path, care: Care) -> Machine:
         from offload.doctor.examine import bench_links
         from offload.planner.rehearsal import add_rehearsal
-        from offload.tiers.probe import compute, cuda, pace
+        from offload.tiers.probe import compute, cuda, pace, reclaim
 
         say(f"measuring this machine and {directory.resolve()}: some seconds")
         effort = pace.QUICK if care == "quick" else pace.Effort()
@@ -137,6 +137,7 @@ def this_machine(
             say(f"{name} could not be measured: {why}")
         if care == "full":
             say("rehearsing some steps of a small model")
+            machine = reclaim.add_reclaimed(machine)
             machine = add_rehearsal(machine, directory, file_tier_name(directory))
         return machine
 

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Program, What
+from offload.swap.planning.reclaimed import reclaimed_s
 
 # The runtime acts; what was before it is told, too:
 # - seconds of computing since the last moment, what calling the runtime costs included;
@@ -42,6 +43,7 @@ def compile_program(program: Program, costs: Costs) -> Compiled:
 def _moments(program: Program, costs: Costs) -> list[Moment]:
     computing_s = [costs.seconds(operation) for operation in program.operations]
     fresh_s = {nbytes: costs.fresh_s(nbytes) for nbytes in set(program.storages)}
+    waits_s = reclaimed_s(program, costs, computing_s)
     storages = program.storages
     # What a call of the runtime takes of the training thread before it decides anything.
     calling_s = [0.0] * len(What)
@@ -53,12 +55,14 @@ def _moments(program: Program, costs: Costs) -> list[Moment]:
     saved: set[int] = set()
     seconds, nbytes, high = 0.0, 0, 0
     highs: tuple[int, ...] = ()
-    for what, which in program.events:
+    for number, (what, which) in enumerate(program.events):
         if what is compute:
             seconds += computing_s[which]
         elif what is allocate:
             fresh = storages[which]
             seconds += fresh_s[fresh]
+            if number in waits_s:
+                seconds += waits_s[number]
             nbytes += fresh
             if nbytes > high:
                 high = nbytes

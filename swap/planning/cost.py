@@ -14,7 +14,7 @@ from typing import Literal
 from offload.allocator.errors import ConfigError
 from offload.swap.planning.program import Operation, StateForm, Stepping
 from offload.tiers.hostmem import PAGE
-from offload.tiers.machine import Link, Machine, Work
+from offload.tiers.machine import ComputeRate, Link, Machine, Work
 from offload.tiers.pieces import PIECE_NBYTES
 
 FRESH_NBYTES = 256 << 10  # larger results are fresh memory: ``hostmem.return_freed_memory``
@@ -63,6 +63,10 @@ class Costs:
         drive: the name of the file tier.
         key_block: keys that causal attention computes at once, masked ones among them.
 
+    Attributes:
+        reclaimed: how fast memory comes that a hypervisor took back, and its size: how much it
+            takes at once; None: it takes none, or nobody measured that.
+
     Raises:
         ConfigError: a rate or a link that a step needs was not measured; names what measures it.
     """
@@ -79,6 +83,7 @@ class Costs:
         self.hook_s = _HOOK_CALLS * self.call_s
         self.checksum_bytes_per_s = self._curve("checksum", "float32").rate(PIECE_NBYTES)
         self._curve("first touch", "float32")
+        self.reclaimed = _reclaimed(machine)
         read, write = machine.link(drive, "host"), machine.link("host", drive)
         self.read_latency_s, self.write_latency_s = read.latency_s, write.latency_s
         self._read_bytes_per_s, self._write_bytes_per_s = read.bytes_per_s, write.bytes_per_s
@@ -135,6 +140,14 @@ class Costs:
     def fresh_s(self, nbytes: int) -> float:
         """What the kernel takes to make ``nbytes`` of fresh memory, in one piece."""
         return self._at("first touch", "float32", nbytes) if nbytes >= FRESH_NBYTES else 0.0
+
+    @property
+    def reclaimed_s_per_byte(self) -> float:
+        """What fresh memory takes longer where a hypervisor has to bring it back."""
+        if self.reclaimed is None:
+            return 0.0
+        fresh_s = 1 / self._curve("first touch", "float32").rate(self.reclaimed.size)
+        return max(1 / self.reclaimed.per_s - fresh_s, 0.0)
 
     def page_write_s(self, apart: float) -> float:
         """Of zeroing a page of a mapped file, and its first write, so far from the next one."""
@@ -205,6 +218,11 @@ _RECODINGS: Mapping[StateForm, tuple[Work, float]] = {
     "low": ("masters", 0.33),
 }
 _UNFUSED_PASSES = 2.5  # over the same bytes
+
+
+def _reclaimed(machine: Machine) -> ComputeRate | None:
+    """How a hypervisor takes memory back, and how fast it comes; None: it does not, or unknown."""
+    return next((rate for rate in machine.compute if rate.work == "reclaimed touch"), None)
 
 
 def _by_block(machine: Machine, source: str, target: str) -> tuple[list[int], list[Link]]:

@@ -12,8 +12,8 @@ import pytest
 from offload.allocator.errors import OffloadError
 from offload.cli import main
 from offload.planner import rehearsal
-from offload.tiers.machine import Machine, read_machine
-from offload.tiers.probe import compute, pace
+from offload.tiers.machine import ComputeRate, Machine, read_machine
+from offload.tiers.probe import compute, pace, reclaim
 
 
 def run(*words: object, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -32,6 +32,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "QUICK", replace(effort, repeats=1))
     whole = compute.measure_compute
     monkeypatch.setattr(compute, "measure_compute", lambda _s, **options: whole(0.0, **options))
+    monkeypatch.setattr(reclaim, "measure_reclaimed", lambda _nbytes: None)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -89,7 +90,28 @@ def test_what_a_plan_lacks_is_told_and_a_rehearsal_measures_it(
         "bf16 states 2.00 GB/s, 8bit states 2.00 GB/s, masters 2.00 GB/s"
     )
     assert told in out
+    assert "free memory" not in out
     assert {*rehearsal.REHEARSED} <= {rate.work for rate in read_machine(file).compute}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_hypervisor_that_takes_memory_back_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = ComputeRate(
+        processor="cpu", work="reclaimed touch", dtype="float32", size=1 << 30, per_s=0.5e9
+    )
+    monkeypatch.setattr(reclaim, "measure_reclaimed", lambda _nbytes: found)
+    monkeypatch.setattr(rehearsal, "add_rehearsal", lambda machine, *_directories: machine)
+    file = tmp_path / "machine.json"
+    words = ["doctor", "--nvme", str(tmp_path), "-o", str(file)]
+    assert main(words) == 0
+    assert "free memory" not in capsys.readouterr().out  # takes seconds: with --rehearse alone
+    assert main([*words, "--rehearse"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "warn free memory taken back by the hypervisor, 1.00 GiB at once" in out
+    assert "come again at 500.00 MB/s" in out
+    assert found in read_machine(file).compute
 
 
 @pytest.mark.usefixtures("tiny")
