@@ -34,6 +34,7 @@ class Case:
     states: StatePrecision = "exact"
     masters: MasterWeights = "none"
     in_backward: bool = False
+    in_forward: bool = False
     paths: int = 1  # directories of the store, all on the one drive
     alpha: Alpha | None = None  # of token-wise recompute
 
@@ -53,6 +54,7 @@ class Case:
         rows = {} if self.alpha is None else {"recompute": "tokenwise", "alpha": self.alpha}
         return {
             "step_in_backward": self.in_backward,
+            "step_in_forward": self.in_forward,
             "state_precision": self.states,
             "master_weights": self.masters,
             **rows,
@@ -74,7 +76,8 @@ class Case:
         given = [
             f"{n}={getattr(self, n)}" for n, usual in names.items() if getattr(self, n) != usual
         ]
-        return ", ".join(given + ["in backward"] * self.in_backward) or "-"
+        given += ["in backward"] * self.in_backward + ["in forward"] * self.in_forward
+        return ", ".join(given) or "-"
 
 
 _M10, _M20, _M70 = (2, 128, 4), (4, 256, 4), (12, 512, 8)
@@ -106,6 +109,7 @@ FULL = (
     *(Case(*_M70, sequence=128, factor=1.2, dtype="bfloat16", masters=m) for m in _MASTERS),
     Case(*_M70, 128, 1.2, dtype="bfloat16", masters="fp32", states="8bit", in_backward=True),
     *(Case(*_M70, sequence=128, factor=1.2, paths=2, in_backward=each) for each in (False, True)),
+    *(Case(*_M70, sequence=length, factor=1.5, in_forward=True) for length in (128, 512)),
     *(Case(*_M20, sequence=1024, factor=1.2, alpha=alpha) for alpha in _ALPHAS),
     Case(*_M20, sequence=2048, factor=1.2, alpha=0.5),
     Case(*_M70, sequence=1024, factor=1.2, alpha=0.25),

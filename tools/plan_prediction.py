@@ -12,8 +12,8 @@ configuration. A run's time is the median of its steps behind the second; short 
 ones few. The median of the runs is held against the median of what the rates around them predict.
 How far runs, and predictions, are apart is told beside: no prediction can be closer to a run than
 runs are to each other. What the very first rates said alone is told as well, for that is what a
-user gets. Links are measured once, at the start. Every run counts and none is done again; all rates
-are the measured ones, and nothing is fitted to a run.
+user gets. Links, and what a hypervisor takes back, are measured once, at the start. Every run
+counts and none is done again; all rates are the measured ones, and nothing is fitted to a run.
 """
 
 import importlib.util
@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from offload.tiers.inventory import file_tier_name
 from offload.tiers.machine import Machine
 from offload.tiers.probe.compute import add_compute
 from offload.tiers.probe.pace import Effort
+from offload.tiers.probe.reclaim import add_reclaimed
 from plan_cases import FULL, QUICK, Case, program_of, spread, throttled
 from plan_job import WARM
 
@@ -93,11 +95,13 @@ def measure(
     ]
     nvme.mkdir(parents=True, exist_ok=True)
     links = bench_links([nvme], effort=Effort()).machine
+    reclaimed = add_reclaimed(replace(links, compute=())).compute
     drive = file_tier_name(nvme)
     dtypes = list(dict.fromkeys(["float32", *(case.dtype for case in cases)]))
 
     def measured() -> Machine:
         rates = add_compute(links, seconds=_RATES_S * len(dtypes), dtypes=dtypes)
+        rates = replace(rates, compute=(*rates.compute, *reclaimed))
         return add_rehearsal(rates, nvme, drive, quick=True)
 
     errors: dict[str, list[float]] = {"peak": [], "step": []}
@@ -176,6 +180,7 @@ class Trial:
             budget_nbytes=mib * _MIB,
             drive=drive,
             step_in_backward=self._case.in_backward,
+            step_in_forward=self._case.in_forward,
             align_nbytes=HUGE_PAGE if self._case.paths > 1 else PAGE,
             alpha=self._case.alpha,
         )

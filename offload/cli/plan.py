@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="step each parameter as soon as its gradient is complete",
     )
     parser.add_argument(
+        "--step-in-forward",
+        action="store_true",
+        help="step each parameter in the next forward, right before its use",
+    )
+    parser.add_argument(
         "--state-precision",
         choices=["exact", "bf16", "8bit"],
         default="exact",

@@ -68,6 +68,7 @@ class Asking:
             drive=drive,
             commits=arguments.commit != "never",
             step_in_backward=arguments.step_in_backward,
+            step_in_forward=arguments.step_in_forward,
             align_nbytes=HUGE_PAGE if len(arguments.nvme) > 1 else PAGE,
             write_budget_nbytes=config.nvme_write_budget,
             alpha=config.alpha if config.recompute == "tokenwise" else None,
@@ -154,7 +155,7 @@ class Asking:
     def _check_placeable(self) -> None:
         unknown = [
             f"--{name.replace('_', '-')}"
-            for name in ("step_in_backward", "nvme_write_budget", "recompute")
+            for name in ("step_in_backward", "step_in_forward", "nvme_write_budget", "recompute")
             if getattr(self.arguments, name) not in {None, False, "off"}
         ]
         if unknown:
@@ -252,5 +253,8 @@ def config_of(arguments: argparse.Namespace) -> OffloadConfig:
     Raises:
         ConfigError: a setting that a run refuses.
     """
-    names = ("nvme_write_budget", "recompute", "alpha")
+    names = (
+        "nvme_write_budget", "recompute", "alpha", "step_in_backward", "step_in_forward",
+        "state_precision",
+    )  # fmt: skip
     return make_config(OffloadConfig(), **{name: getattr(arguments, name) for name in names})

@@ -38,7 +38,7 @@ _APART = frozenset(
     }
 )  # fmt: skip
 _DEFAULTS = OffloadConfig()
-_UNKNOWN = ("io_threads", "recompute", "accumulation_steps", "step_in_forward")
+_UNKNOWN = ("io_threads", "recompute", "accumulation_steps")
 
 
 def unpredicted(config: OffloadConfig) -> list[str]:
@@ -61,6 +61,7 @@ def settings_of(config: OffloadConfig, drive: str, budget_nbytes: int) -> Settin
         commits=config.commit != "never",
         min_swap_nbytes=config.min_swap_nbytes,
         step_in_backward=config.step_in_backward,
+        step_in_forward=config.step_in_forward,
         align_nbytes=HUGE_PAGE if len(config.nvme) > 1 else PAGE,
         write_budget_nbytes=config.nvme_write_budget,
     )

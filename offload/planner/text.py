@@ -140,7 +140,7 @@ def rows(answer: Answer) -> list[dict[str, Any]]:
         ),
         (
             "gradients", roles.get("gradients", 0), drive.gradients_nbytes,
-            "used up in backward" if budget.step_in_backward else "leave as they are produced",
+            _gradients(budget),
         ),
         (
             "optimizer states", roles.get("states", 0), drive.states_nbytes,
@@ -162,6 +162,13 @@ def rows(answer: Answer) -> list[dict[str, Any]]:
         {"name": name, "memory_nbytes": memory, "drive_nbytes": on_drive, "how": how}
         for name, memory, on_drive, how in listed
     ]
+
+
+def _gradients(settings: Settings) -> str:
+    if settings.step_in_backward:
+        return "used up in backward"
+    until = ", until the next forward steps" if settings.step_in_forward else ""
+    return f"leave as they are produced{until}"
 
 
 def explanation(answer: Answer) -> Iterator[str]:

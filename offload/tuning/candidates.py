@@ -68,6 +68,10 @@ def list_candidates(
     """
     candidates = [
         _one("step in backward", step_in_backward=True),
+        # Of loops that clip or scale; never both of them.
+        Candidate(
+            name="step in forward", factor="step_in_backward", changes={"step_in_forward": True}
+        ),
         *_recomputing(steps),
         *(_one(f"{threads} I/O threads", io_threads=threads) for threads in _THREADS),
         *(
@@ -103,16 +107,19 @@ def combine(winners: Iterable[Candidate]) -> Candidate | None:
     """The first of ``winners`` of each factor, all together; None where that is only one.
 
     Args:
-        winners: the best first.
+        winners: the best first; what a run refuses beside better ones is left out.
     """
     by_factor: dict[str, Candidate] = {}
+    changes: dict[str, Any] = {}
     for candidate in winners:
-        by_factor.setdefault(candidate.factor, candidate)
+        together = {**changes, **candidate.changes}
+        if candidate.factor not in by_factor and not _exclude_each_other(together):
+            by_factor[candidate.factor], changes = candidate, together
     if len(by_factor) < 2:
         return None
-    parts = by_factor.values()
-    return Candidate(
-        name=" + ".join(part.name for part in parts),
-        factor="several",
-        changes={name: value for part in parts for name, value in part.changes.items()},
-    )
+    name = " + ".join(part.name for part in by_factor.values())
+    return Candidate(name=name, factor="several", changes=changes)
+
+
+def _exclude_each_other(changes: Mapping[str, Any]) -> bool:
+    return bool(changes.get("step_in_forward")) and changes.get("state_precision") == "8bit"

@@ -160,8 +160,9 @@ class Trials:
         said = self._said(code)
         if code != BudgetError.exit_code or steps:
             return "failed", said
-        # A step in backward needs more than one behind it, which may fit still.
-        if config.step_in_backward == self._base.step_in_backward:
+        # A step in backward or in forward needs more than one between them, which may fit still.
+        names = ("step_in_backward", "step_in_forward")
+        if all(getattr(config, name) == getattr(self._base, name) for name in names):
             named = named_nbytes(said)
             if named is not None and fits_in_no_case(named, config.budget["host"]):
                 return "never fits", said

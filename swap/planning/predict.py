@@ -53,6 +53,7 @@ class Settings:
         drive: the name of the file tier.
         commits: whether anything is made durable, which takes two slots of the drive.
         step_in_backward: weights are stepped as soon as their gradients are complete.
+        step_in_forward: they are in the next forward, right before their use.
         align_nbytes: of the drive's large extents: those of a striped store are whole huge pages.
         write_budget_nbytes: that a step may write to the drive.
         alpha: of token-wise recompute: the share of rows that is swapped, or ``auto``; None: off.
@@ -63,6 +64,7 @@ class Settings:
     commits: bool = True
     min_swap_nbytes: int = 64 << 10
     step_in_backward: bool = False
+    step_in_forward: bool = False
     align_nbytes: int = PAGE
     write_budget_nbytes: int | None = None
     alpha: Alpha | None = None
@@ -181,6 +183,7 @@ def _predict(
         baseline_nbytes=baseline.attach_nbytes,
         chunk_numel=chunk_numel,
         step_in_backward=settings.step_in_backward,
+        step_in_forward=settings.step_in_forward,
     )
     rows = None
     if settings.alpha is not None:

@@ -88,6 +88,7 @@ class What(IntEnum):
     BORROW = 11  # what is rebuilt takes so many bytes more of what saved tensors may, or fewer
     PREFETCH = 12  # prefetches: these saved storages are needed soon, in this order
     RECORD = 13  # so many operations have been recorded
+    RETURN = 14  # the outermost module's forward has ended
 
 
 class Event(NamedTuple):

@@ -1,11 +1,10 @@
 """The step inside backward of a simulated run: ``swap.backward_step`` on a virtual clock."""
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from offload.swap.planning.sim_pipeline import SimPipeline
+from offload.swap.planning.sim_spent import Spent
 from offload.swap.planning.sim_step import SimStep
 from offload.swap.planning.sim_weights import SimWeight, SimWeights
 from offload.swap.planning.world import World
@@ -40,8 +39,7 @@ class SimBackwardStep:
 
     Attributes:
         stepped: the weights of the present step that are done, or on their way.
-        spent_s: seconds that backward spent on steps, since the last ``end_step``.
-        stalled_s: those of it that were waits.
+        spent: of backward, since the last ``end_step``.
     """
 
     def __init__(
@@ -52,7 +50,7 @@ class SimBackwardStep:
         self._step = step
         self.limit_nbytes = limit_nbytes
         self.stepped: dict[str, SimWeight] = {}  # in the order of their gradients
-        self.spent_s = self.stalled_s = 0.0
+        self.spent = Spent(world)
         self._next: dict[str, SimWeight] = {}  # the gradient that came after, last time
         self._pending_nbytes = 0  # gradients whose weights are not stepped yet
 
@@ -64,7 +62,7 @@ class SimBackwardStep:
         """The gradient of ``weight`` is complete, of which so many bytes are in memory."""
         self._world.memory.add("gradients", gradient_nbytes)
         self.stepped[weight.name] = weight
-        with self._timed():
+        with self.spent.counting():
             if self._step.keeps(weight):
                 self._step.step_in_memory([weight.name])
                 self._world.memory.drop("gradients", gradient_nbytes)
@@ -113,16 +111,8 @@ class SimBackwardStep:
 
     def end_backward(self) -> None:
         """Backward gives control to the user's code: what it began is finished."""
-        with self._timed():
+        with self.spent.counting():
             self._pipeline.finish()
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = self._world.reading()
-        yield
-        ended = self._world.reading()
-        self.spent_s += ended.now_s - began.now_s
-        self.stalled_s += ended.stall_s - began.stall_s
 
     def standing(self) -> tuple[object, ...]:
         """What the next step depends on, between two steps."""
@@ -133,4 +123,4 @@ class SimBackwardStep:
         order = list(self.stepped.values())
         self._next = {one.name: after for one, after in itertools.pairwise(order)}
         self.stepped = {}
-        self.spent_s = self.stalled_s = 0.0
+        self.spent.restart()

@@ -28,6 +28,7 @@ class SimGradients:
         kept: the weights whose gradients stay.
         on_file: those whose gradients have left.
         by_rows: those whose last gradients were made of rows alone.
+        held: those whose gradients are needed behind the step, which was put off.
     """
 
     def __init__(self, world: World, *, limit_nbytes: int, leaving_s: float = 0.0) -> None:
@@ -39,6 +40,7 @@ class SimGradients:
         self.kept: Collection[str] = ()
         self.on_file: set[str] = set()
         self.by_rows: set[str] = set()
+        self.held: set[str] = set()
         self.in_memory_nbytes = 0
 
     def take(self, name: str, nbytes: int) -> None:
@@ -85,9 +87,14 @@ class SimGradients:
         self._world.memory.drop("gradients", nbytes)
 
     def clear(self) -> None:
-        """The step has used them all, and the user's code lets go of them."""
-        while self._leaving:
-            self._let_go(self._leaving.popleft().nbytes)
-        self._world.memory.drop("gradients", self.in_memory_nbytes)
-        self.in_memory_nbytes = 0
-        self.on_file.clear()
+        """The step has used all but the ``held`` ones, and the user's code lets go of them."""
+        self._leaving = deque(one for one in self._leaving if one.name in self.held)
+        self._leaving_nbytes = sum(one.nbytes for one in self._leaving)
+        self._world.memory.drop("gradients", self.in_memory_nbytes - self._leaving_nbytes)
+        self.in_memory_nbytes = self._leaving_nbytes
+        self.on_file &= self.held
+
+    def use_up(self, name: str) -> None:
+        """The gradient of the weight ``name``, which was held, is needed no more."""
+        self.held.discard(name)
+        self.on_file.discard(name)

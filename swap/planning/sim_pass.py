@@ -9,6 +9,7 @@ from offload.swap.planning.compiled import Moment
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.program import Program, What
 from offload.swap.planning.sim_backward import SimBackwardStep
+from offload.swap.planning.sim_forward import SimForwardStep
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_weights import SimWeight, SimWeights
@@ -41,6 +42,7 @@ class SimPass:
 
     Args:
         backward: of a step in backward.
+        forward: of a step in the next forward.
 
     Attributes:
         forwards: of the last step.
@@ -56,6 +58,7 @@ class SimPass:
         saved: SimSaved,
         gradients: SimGradients,
         backward: SimBackwardStep | None,
+        forward: SimForwardStep | None,
     ) -> None:
         self._world = world
         self._program = program
@@ -64,6 +67,7 @@ class SimPass:
         self._saved = saved
         self._gradients = gradients
         self._backward = backward
+        self._forward = forward
         by_name = weights.weights
         self._uses = [[by_name[name] for name in names] for names in program.uses]
         self._of_weights = [
@@ -86,7 +90,7 @@ class SimPass:
         """What each kind of moment does, in the order of ``What``."""
         saved = self._saved
         by_kind: Mapping[What, Callable[[int], None]] = {
-            What.USE: self._use,
+            What.USE: self._use if self._forward is None else self._step_and_use,
             What.LOOKUP: self._look_up,
             What.FREE: saved.let_go,
             What.SAVE: saved.save,
@@ -97,6 +101,7 @@ class SimPass:
             What.GRADIENT: self._take_gradient,
             What.FORWARD: self._begin,
             What.STEP: self._end_backward,
+            What.RETURN: self._end_forward,
         }
         return tuple(by_kind.get(what, _do_nothing) for what in What)
 
@@ -105,9 +110,22 @@ class SimPass:
         self._gradients.poll()
         self._weights.begin_pass()
         self._saved.begin()
+        if self._forward is not None:
+            self._forward.begin()
+
+    def _end_forward(self, _which: int) -> None:
+        if self._forward is not None:
+            self._forward.end_forward()
 
     def _use(self, which: int) -> None:
         self._weights.use(self._uses[which])
+
+    def _step_and_use(self, which: int) -> None:
+        assert self._forward is not None
+        weights = self._uses[which]
+        self._forward.need(weights)
+        self._weights.use(weights)
+        self._forward.go_on()
 
     def _prefetch(self, which: int) -> None:
         self._saved.prefetch(self._program.prefetches[which])

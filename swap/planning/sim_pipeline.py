@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from offload.swap.planning.world import Flight, Reading, World
 
@@ -51,12 +51,20 @@ def _nothing_follows() -> None:
     """Nobody asks when a tile is written."""
 
 
+class Target(Protocol):
+    """A weight, of whose tiles so many are not stepped or not written yet."""
+
+    unstepped: int
+    unwritten: int
+
+
 @dataclass(slots=True, eq=False)
 class _Waiting:
     tile: SimTile
     count: int
     written: Callable[[], None]
     stepped: Callable[[], None]
+    arrive: Callable[[], None]
 
     @property
     def is_told(self) -> bool:
@@ -73,6 +81,7 @@ class _InFlight:
     tile: SimTile
     written: Callable[[], None]
     stepped: Callable[[], None]
+    arrive: Callable[[], None]
     buffer_nbytes: int  # 0 once it is promised to another
     flight: Flight
 
@@ -179,19 +188,29 @@ class SimPipeline:
         count: int,
         written: Callable[[], None] = _nothing_follows,
         stepped: Callable[[], None] = _nothing_follows,
+        arrive: Callable[[], None] = _nothing_follows,
     ) -> None:
-        """Line up equal tiles; ``stepped`` and ``written`` are called as each of them is."""
+        """Line up equal tiles.
+
+        Args:
+            written, stepped: called as each of them is; ``arrive`` before it is stepped.
+        """
         last = self._waiting[-1] if self._waiting else None
         merges = last is not None and last.written == written and last.tile.equals(tile)
         if last is not None and merges and not self._world.is_recorded:
             last.count += count
         else:
-            self._waiting.append(_Waiting(tile, count, written, stepped))
+            self._waiting.append(_Waiting(tile, count, written, stepped, arrive))
 
     @property
     def is_busy(self) -> bool:
         """Whether any tile is not written yet."""
         return bool(self._waiting or self._reading or self._writing)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a tile waits for staging memory to be read to."""
+        return bool(self._waiting)
 
     def move_on(self) -> None:
         """Let written tiles go and begin to read others, as far as staging reaches."""
@@ -216,14 +235,18 @@ class SimPipeline:
             flight = world.submit(lane, tile.name, _ROLE, nbytes)
         else:
             flight = world.submit_after(after, lane, tile.name, _ROLE, nbytes)
-        self._reading.append(_InFlight(tile, first.written, first.stepped, buffer, flight))
+        callbacks = first.written, first.stepped, first.arrive
+        self._reading.append(_InFlight(tile, *callbacks, buffer, flight))
 
     def advance(self) -> None:
         """Read, step and write what can be without waiting for a lane."""
         self.move_on()
-        while self._reading and self._reading[0].flight.ended_s <= self._world.now_s:
+        while self._has_read():
             self._step_first()
             self.move_on()
+
+    def _has_read(self) -> bool:
+        return bool(self._reading) and self._reading[0].flight.ended_s <= self._world.now_s
 
     def advance_one(self) -> None:
         """Wait for the tile that is nearest to its end, and step it or let it go."""
@@ -232,6 +255,17 @@ class SimPipeline:
             self._step_first()
         elif self._writing:
             self._retire()
+
+    def finish_target(self, target: Target) -> None:
+        """Go on until all tiles of ``target`` are written; others as far as they are read."""
+        while True:
+            self.move_on()
+            if not target.unwritten:
+                return
+            if target.unstepped or self._has_read():
+                self.advance_one()
+            else:
+                self._retire()
 
     def finish(self) -> None:
         """Go on until every tile has been written; no staging is kept."""
@@ -260,6 +294,7 @@ class SimPipeline:
         world, first = self._world, self._reading.popleft()
         tile = first.tile
         world.wait(world.reads, first.flight, "late")
+        first.arrive()
         if tile.temporary_nbytes:
             world.memory.pass_through([tile.temporary_nbytes])
         world.compute(tile.seconds)

@@ -4,7 +4,7 @@ The tiles, and the order in which they are read, stepped and written, are those 
 stays in memory is stepped between them, and written at the commit.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -48,6 +48,8 @@ class SimStep:
         names: of the weights that are stepped.
         gradients: of all weights.
         states_nbytes: of each weight's states in memory, to whole pages.
+        has_states: a step has been made, which made them.
+        put_off: takes weights whose tiles are stepped later; returns those to be stepped now.
 
     Args:
         numels: elements of each weight.
@@ -75,7 +77,8 @@ class SimStep:
         self._chunk_numel = chunk_numel
         self.pipeline = SimPipeline(world, staging_nbytes=staging_nbytes)
         self._held: set[str] = set()  # whose states are in memory
-        self._has_states = False
+        self.has_states = False
+        self.put_off: Callable[[Sequence[str]], Sequence[str]] = lambda names: names
         self.names = list(stepping.states_nbytes)
         self._in_order = [weights.weights[name] for name in self.names]
         self._small = {name for name in self.names if numels[name] <= SMALL_NUMEL}
@@ -100,7 +103,7 @@ class SimStep:
 
     def standing(self) -> tuple[object, ...]:
         """What the next step depends on, between two steps."""
-        return frozenset(self._held), self._has_states, frozenset(self.gradients.by_rows)
+        return frozenset(self._held), self.has_states, frozenset(self.gradients.by_rows)
 
     def step(self, stepped: Collection[str] = ()) -> None:
         """The whole step, but for the weights that backward has ``stepped``."""
@@ -118,13 +121,13 @@ class SimStep:
                 small.append(weight)
             else:
                 streamed.append(name)
-        for tile, count in self.tiles(streamed):
+        for tile, count in self.tiles(self.put_off(streamed)):
             self.pipeline.add(tile, count)
         self.pipeline.move_on()
         self.step_in_memory(held)
         self.pipeline.finish()
         self._step_small(small)
-        self._has_states = True
+        self.has_states = True
         self.gradients.clear()
 
     # Tiles.
@@ -139,7 +142,7 @@ class SimStep:
             (weight.ready or weight.flight is not None, weight.name in on_file)
             for weight in found.weights
         ]
-        state = self._has_states, there
+        state = self.has_states, there
         if state != found.state:
             found.state = state
             found.tiles = [(self._tile(parts), count) for parts, count in found.parts]
@@ -162,7 +165,7 @@ class SimStep:
 
     def _tile(self, parts: Sequence[_Part]) -> SimTile:
         on_file = self.gradients.on_file
-        key: list[object] = [self._has_states]
+        key: list[object] = [self.has_states]
         for weight, stepped, numel in parts:
             key += (
                 id(stepped),
@@ -182,7 +185,7 @@ class SimStep:
             in_memory, on_file = weight.in_memory, weight.name in self.gradients.on_file
             parameter, states = stepped.itemsize * numel, stepped.stored_nbytes(numel)
             read += parameter * ((not in_memory) + on_file)
-            read += states if self._has_states else 0
+            read += states if self.has_states else 0
             written += parameter + states
             staged += stepped.staging_nbytes(numel, in_memory=in_memory, on_file=on_file)
         numel = sum(numel for _, _, numel in parts)
@@ -202,7 +205,7 @@ class SimStep:
         numel = sum(numel for _, _, numel in parts)
         made = (
             0
-            if self._has_states
+            if self.has_states
             else sum(stepped.states_nbytes * numel for _, stepped, numel in parts)
         )
         scratch = 4 * max(stepped.by_blocks for _, stepped, _ in parts)
@@ -236,7 +239,7 @@ class SimStep:
                 continue
             nbytes = self.states_nbytes[name]
             world.memory.add("states", nbytes)
-            if self._has_states:
+            if self.has_states:
                 missing.append(world.submit(world.reads, name, "state", nbytes))
             self._held.add(name)
         for flight in missing:
@@ -257,8 +260,8 @@ class SimStep:
             world.compute(seconds)
             world.move(writes, weight.name, "weight", weight.padded_nbytes, "full")
 
-    def commit(self) -> None:
-        """What only memory has newest is written, and all is made durable."""
+    def take_down(self) -> None:
+        """What only memory has newest is on its way to the drive."""
         world = self._world
         for weight in self._in_order:
             name = weight.name
@@ -267,5 +270,8 @@ class SimStep:
                 world.submit(world.writes, name, "state", self.states_nbytes[name])
             elif weight.ready:  # is it still what was stored?
                 world.compute(weight.nbytes / self._costs.checksum_bytes_per_s)
-        world.drain()
-        world.compute(self._costs.commit_s(len(self._numels)))
+
+    def make_durable(self) -> None:
+        """All that was written is."""
+        self._world.drain()
+        self._world.compute(self._costs.commit_s(len(self._numels)))

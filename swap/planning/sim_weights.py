@@ -133,10 +133,7 @@ class SimWeights:
     def fetch_now(self, weight: SimWeight) -> None:
         """Have ``weight`` in memory, if it is not on its way."""
         if not weight.ready and weight.flight is None and not weight.held:
-            excess = self._excess_nbytes(weight)
-            if excess > 0:
-                for victim in self._farthest(excess, -1)[0]:
-                    self.evict(victim)
+            self._make_room(weight, -1, force=True)
             self._take_room(weight)
             world = self._world
             world.compute(self._fetch_s)
@@ -151,22 +148,14 @@ class SimWeights:
     def _prefetch(self) -> None:
         # What is nearer than a weight is never given up for it: its place says so.
         trace, numbered = self.trace, self._numbered
-        reads, submit = self._world.reads, self._world.submit
         for place, number in trace.unsettled():
             weight = numbered[number]
             if weight.ready or weight.flight is not None or weight.held:
                 continue
-            excess = self._excess_nbytes(weight)
-            if excess > 0:
-                victims, nbytes = self._farthest(excess, trace.place(number))
-                if excess > nbytes:
-                    trace.settle(place)
-                    return
-                for victim in victims:
-                    self.evict(victim)
-            self._take_room(weight)
-            self._world.compute(self._fetch_s)
-            weight.flight = submit(reads, weight.name, _ROLE, weight.nbytes)
+            if not self._make_room(weight, trace.place(number)):
+                trace.settle(place)
+                return
+            self._begin_fetch(weight)
         trace.settle(sys.maxsize)
 
     def _excess_nbytes(self, weight: SimWeight) -> int:
@@ -195,10 +184,45 @@ class SimWeights:
 
     # While a step in backward changes weights.
 
-    def hold(self, weight: SimWeight) -> None:
-        """Keep ``weight`` where it is until ``let_go``."""
+    def hold(self, weight: SimWeight, *, wait: bool = True) -> None:
+        """Keep ``weight`` where it is until ``let_go``; ``wait`` until it is there, if it comes."""
         weight.held = True
+        if wait:
+            self.arrive(weight)
+
+    def arrive(self, weight: SimWeight) -> None:
+        """Wait for ``weight`` if it is on its way."""
         self._await(weight, "late")
+
+    def bring(self, weight: SimWeight) -> None:
+        """Begin to fetch ``weight``, whatever has to go for it."""
+        if not weight.in_memory and not weight.held:
+            self._make_room(weight, -1, force=True)
+            self._begin_fetch(weight)
+
+    def fetch_ahead(self, weight: SimWeight) -> bool:
+        """Begin to fetch ``weight`` if there is room for it; whether it is here or coming."""
+        if not weight.in_memory and not weight.held:
+            if not self._make_room(weight, self.trace.place(weight.number)):
+                return False
+            self._begin_fetch(weight)
+        return weight.in_memory
+
+    def _make_room(self, weight: SimWeight, limit: int, *, force: bool = False) -> bool:
+        """Evict what is used behind the place ``limit`` until ``weight`` fits; False: it can't."""
+        excess = self._excess_nbytes(weight)
+        if excess > 0:
+            victims, nbytes = self._farthest(excess, limit)
+            if excess > nbytes and not force:
+                return False
+            for victim in victims:
+                self.evict(victim)
+        return True
+
+    def _begin_fetch(self, weight: SimWeight) -> None:
+        self._take_room(weight)
+        self._world.compute(self._fetch_s)
+        weight.flight = self._world.submit(self._world.reads, weight.name, _ROLE, weight.nbytes)
 
     def let_go(self, weight: SimWeight) -> None:
         """``weight`` may be fetched and evicted again."""

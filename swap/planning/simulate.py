@@ -28,6 +28,7 @@ from offload.swap.plan import (
 )
 from offload.swap.planning.compiled import Compiled, Moment
 from offload.swap.planning.sim_backward import SimBackwardStep
+from offload.swap.planning.sim_forward import SimForwardStep
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_memory import Memory, Role
 from offload.swap.planning.sim_parts import PARTS, Parts
@@ -152,6 +153,12 @@ class Simulation:
             self._backward = SimBackwardStep(
                 world, self._weights, self._step, limit_nbytes=plan.gradients_nbytes
             )
+        self._forward: SimForwardStep | None = None
+        if plan.step_in_forward and self._step is not None:
+            self._forward = SimForwardStep(
+                world, self._weights, self._step, tables=program.census.lookups
+            )
+            self._forward.finished = self._make_late_step_durable
         self._pass = SimPass(
             world,
             program,
@@ -160,6 +167,7 @@ class Simulation:
             saved=self._saved,
             gradients=self._gradients,
             backward=self._backward,
+            forward=self._forward,
         )
         self._kept_nbytes = self._states_nbytes()
         self._steps = 0
@@ -201,6 +209,8 @@ class Simulation:
             BudgetError: as ``step``.
         """
         self.world.memory.restart_peak()
+        if self._forward is not None:
+            self._forward.start()
         moments: Iterable[Moment] = self._moments
         if not self._steps:
             moments = chain.from_iterable(self._parts.of(self._moments, parts))
@@ -228,12 +238,11 @@ class Simulation:
         world = self.world
         self.compute()
         passed_s, stalled_s = world.now_s, world.journal.totals.stall_s
-        inside_s, inside_stall_s = self._spent_in_backward()
+        inside_s, inside_stall_s = self._spent_inside()
+        late_s = 0.0 if self._forward is None else self._forward.late_s
         self._optimize()
         stepped_s, stepped_stall_s = world.now_s, world.journal.totals.stall_s
-        if self._step is not None and self._commits:
-            self._step.commit()
-        world.drain()
+        self._end_step()
         self._drive.finish_step()
         self._steps += 1
         after, left = world.reading(), world.memory.now
@@ -243,10 +252,10 @@ class Simulation:
             t_s=world.now_s,
             step=self._steps,
             step_s=step_s,
-            compute_s=passed_s - before.now_s - stall_s - inside_s,
+            compute_s=passed_s - before.now_s - stall_s - inside_s - late_s,
             stall_s=stall_s,
             optimizer_s=stepped_s - passed_s + inside_s,
-            commit_s=world.now_s - stepped_s,
+            commit_s=world.now_s - stepped_s + late_s,
             read_nbytes=after.read_nbytes - before.read_nbytes,
             written_nbytes=after.written_nbytes - before.written_nbytes,
             peak_nbytes=world.memory.peak_nbytes,
@@ -278,7 +287,7 @@ class Simulation:
 
     def _standing(self) -> tuple[object, ...]:
         """What the next step depends on, but for times."""
-        parts = (self._weights, self._saved, self._step, self._backward)
+        parts = (self._weights, self._saved, self._step, self._backward, self._forward)
         standing = [part.standing() for part in parts if part is not None]
         return self.plan, list(self.world.memory.now.values()), *standing
 
@@ -300,24 +309,41 @@ class Simulation:
         self._last = _Simulated(last.standing, before, done)
         return done
 
-    def _spent_in_backward(self) -> tuple[float, float]:
-        """Seconds that backward spent on steps, and those of it that were waits."""
-        if self._backward is None:
+    def _spent_inside(self) -> tuple[float, float]:
+        """Seconds that forward and backward spent on steps, and those of it that were waits."""
+        if (inside := self._backward or self._forward) is None:
             return 0.0, 0.0
-        return self._backward.spent_s, self._backward.stalled_s
+        return inside.spent.seconds, inside.spent.stalled_s
 
     def _optimize(self) -> None:
+        if self._forward is not None:
+            self._forward.end_forward()  # of a model that is called in parts
         self._weights.end_pass()
         self._gradients.poll()
-        if self._backward is None:
+        if self._backward is None and self._forward is None:
             self._weights.evict_streaming()
         else:
             self._weights.settle()
         if self._step is not None:
             self._step.step(self._backward.stepped if self._backward is not None else ())
-        if self._backward is not None:
-            self._backward.end_step()
+        if (inside := self._backward or self._forward) is not None:
+            inside.end_step()
         self._pass.end()
+
+    def _end_step(self) -> None:
+        """As ``Committing.after_step``."""
+        is_late = self._forward is not None and self._forward.is_pending
+        if self._step is not None and self._commits:
+            self._step.take_down()
+            if not is_late:
+                self._step.make_durable()
+        if not is_late:
+            self.world.drain()
+
+    def _make_late_step_durable(self) -> None:
+        self.world.drain()
+        if self._step is not None and self._commits:
+            self._step.make_durable()
 
     def _too_small(self, refusal: CapacityError) -> BudgetError:
         budget = self.plan.budget_nbytes

@@ -220,6 +220,8 @@ class Tracer(TorchDispatchMode):
 
     def _leave(self, _module: nn.Module, _arguments: Any, _output: Any) -> None:
         self._depth -= 1
+        if not self._depth:
+            self._note(What.RETURN, 0)
 
     def _on_forward(self, _module: nn.Module, _arguments: Any) -> None:
         self._note(What.FORWARD, 0)

@@ -58,6 +58,20 @@ def test_a_step_in_backward_moves_fewer_bytes(
     assert within["step"]["written_nbytes"] <= behind["step"]["written_nbytes"]
 
 
+def test_a_step_in_forward_overlaps_with_it(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [model, *LAPTOP, "--budget", "420MiB", "--seq", 128]
+    behind, ahead = answer(capsys, *words), answer(capsys, *words, "--step-in-forward")
+    assert ahead["plan"]["step_in_forward"]
+    assert not behind["plan"]["step_in_forward"]
+    how = {row["name"]: row["how"] for row in ahead["rows"]}
+    assert how["gradients"] == "leave as they are produced, until the next forward steps"
+    assert ahead["fits"]
+    assert main(["plan", *map(str, words), "--step-in-forward"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
 def test_states_in_fewer_bits_take_less_of_the_drive(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +127,8 @@ def test_a_write_budget_is_told_kept_and_refused(
         (["--alpha", "0.5"], "only recompute='tokenwise' uses alpha"),
         (["--recompute", "tokenwise", "--alpha", "2"], "'2' is no fraction of the rows"),
         (["--nvme-write-budget", "much"], "nvme_write_budget: 'much' is not a size"),
+        (["--step-in-forward", "--step-in-backward"], "either in backward or in the next forward"),
+        (["--step-in-forward", "--state-precision", "8bit"], "step_in_forward has no"),
     ],
 )
 def test_settings_that_a_run_refuses_are_refused(

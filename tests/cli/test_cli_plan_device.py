@@ -209,6 +209,10 @@ def test_memory_nodes_are_placed_on(
             "--step-in-backward: no placement knows it",
         ),
         (
+            ["--budget", "device=8GiB", "--step-in-forward"],
+            "--step-in-forward: no placement knows it",
+        ),
+        (
             ["--budget", "device=8GiB", "--nvme-write-budget", "1GiB"],
             "--nvme-write-budget: no placement knows it",
         ),

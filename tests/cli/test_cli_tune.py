@@ -76,7 +76,7 @@ def test_a_script_is_tuned_end_to_end(
     found = json.loads(output.out)
     assert found["format"] == 1
     rows = {row["name"]: row for row in found["candidates"]}
-    assert set(rows) == {"baseline", "step in backward"}
+    assert set(rows) == {"baseline", "step in backward", "step in forward"}
     for row in rows.values():
         assert row["status"] == "done"
         assert len(row["trials"]) == found["rounds"] == 2
@@ -87,7 +87,8 @@ def test_a_script_is_tuned_end_to_end(
     assert rows["baseline"]["predicted_step_s"] > 0
     assert rows["baseline"]["predicted_peak_nbytes"] > 100 << 20
     assert rows["step in backward"]["predicted_step_s"] > 0
-    assert "round 1, 1 of 2: baseline" in output.err
+    assert rows["step in forward"]["predicted_step_s"] > 0
+    assert "round 1, 1 of 3: baseline" in output.err
     # What the script does at its end was never done, and nothing is left.
     assert [path.name for path in script.parent.iterdir()] == ["train.py"]
     assert list(nvme.iterdir()) == []
@@ -95,6 +96,7 @@ def test_a_script_is_tuned_end_to_end(
     text = file.read_text()
     config = make_config(file)
     assert config.step_in_backward == (found["best"] == "step in backward")
+    assert config.step_in_forward == (found["best"] == "step in forward")
     assert config.budget == {"host": 8 << 30}
     assert config.nvme == (nvme,)
     assert (config.recompute, config.io_threads) == ("off", 4)

@@ -45,6 +45,8 @@ def both(
 ) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
     """What a step of a real run moves and one of the simulated run, where all weights stream.
 
+    A step that is put off counts to the one in whose forward it is made.
+
     Args:
         program: of ``planning_models.Model`` in ``dtype``, with these settings.
         config: of the real run.
@@ -92,6 +94,7 @@ def events_of_both(
         activations_nbytes=activations_nbytes,
         staging_nbytes=given.staging_nbytes,
         step_in_backward=given.step_in_backward,
+        step_in_forward=given.step_in_forward,
     )
     virtual = ListRecorder()
     compiled = compile_program(program, Costs(machine(), DRIVE))

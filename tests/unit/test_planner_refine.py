@@ -197,6 +197,6 @@ def test_records_that_cannot_correct_anything(tmp_path: Path) -> None:
 def test_what_the_simulation_does_not_know_is_named(tmp_path: Path) -> None:
     assert unpredicted(OffloadConfig(commit="never", nvme=(tmp_path,), device="cpu")) == []
     assert unpredicted(OffloadConfig(nvme=(tmp_path, tmp_path / "b"), step_in_backward=True)) == []
-    assert unpredicted(OffloadConfig(nvme_write_budget=1 << 30)) == []
+    assert unpredicted(OffloadConfig(nvme_write_budget=1 << 30, step_in_forward=True)) == []
     config = OffloadConfig(device="cuda", io_engine="aiofiles", commit="manual")
     assert len(unpredicted(config)) == 3

@@ -35,6 +35,7 @@ CASES: Mapping[str, tuple[Callable[[], Program], Settings]] = {
     "many tiles": (_WIDE, settings(680)),
     "many tiles, not fused": (partial(_WIDE, fused=False), settings(760)),
     "in backward": (_DEEP, dataclasses.replace(settings(420), step_in_backward=True)),
+    "in forward": (_DEEP, dataclasses.replace(settings(420), step_in_forward=True)),
     "never committed": (_WIDE, dataclasses.replace(settings(900), commits=False)),
 }
 

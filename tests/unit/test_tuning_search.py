@@ -280,9 +280,10 @@ def test_what_gives_something_up_is_asked_for() -> None:
 
 def test_what_the_user_has_set_is_not_searched() -> None:
     free = {name for one in changes(list_candidates(BASE, steps=8)) for name in one}
-    assert free == {"step_in_backward", "recompute", "alpha", "io_threads"}
+    assert free == {"step_in_backward", "step_in_forward", "recompute", "alpha", "io_threads"}
     for name, value in (
-        ("step_in_backward", False), ("recompute", "off"), ("io_threads", 4),
+        ("step_in_backward", False), ("step_in_forward", False), ("recompute", "off"),
+        ("io_threads", 4),
     ):  # fmt: skip
         base = OffloadConfig(**{**BASE.model_dump(include={"budget", "nvme"}), name: value})
         left = changes(list_candidates(base, steps=8))
@@ -312,3 +313,18 @@ def test_combining_takes_the_best_of_each_factor() -> None:
     assert (both.name, both.changes) == ("a + c", {"io_threads": 8, "commit": "never"})
     assert combine([a, b]) is None
     assert combine([]) is None
+
+
+def test_what_a_run_refuses_together_is_not_combined() -> None:
+    backward, forward, *_ = list_candidates(BASE, steps=8)
+    *_, bf16, eight = list_candidates(BASE, steps=8, lossy=True)
+    assert combine([backward, forward]) is None
+    for winners, name in (
+        ([forward, eight, bf16], "step in forward + bf16 states"),
+        ([backward, eight], "step in backward + 8bit states"),
+    ):
+        both = combine(winners)
+        assert both is not None
+        assert both.name == name
+        both.config(BASE)
+    assert combine([eight, forward]) is None
