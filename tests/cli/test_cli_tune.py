@@ -79,10 +79,12 @@ def test_a_script_is_tuned_end_to_end(
     assert set(rows) == {"baseline", "step in backward", "step in forward"}
     for row in rows.values():
         assert row["status"] == "done"
-        assert len(row["trials"]) == found["rounds"] == 2
         assert all(trial["steps"] == 4 for trial in row["trials"])
         assert row["step_s"] > 0
         assert 100 << 20 < row["peak_nbytes"] < 8 << 30
+    # The slower one of both goes out behind the first round.
+    assert sorted(len(row["trials"]) for row in rows.values()) == [1, 2, 2]
+    assert len(rows["baseline"]["trials"]) == found["rounds"] == 2
     assert rows["baseline"]["ratio"] == 1
     assert rows["baseline"]["predicted_step_s"] > 0
     assert rows["baseline"]["predicted_peak_nbytes"] > 100 << 20
