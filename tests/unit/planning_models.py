@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from offload.planner.machines import library_machine
-from offload.swap.planning.predict import Baseline, Settings
+from offload.swap.planning.predict import Baseline, Prediction, Settings
 from offload.swap.planning.program import Program
 from offload.swap.planning.tracing import fake_mode, trace_step
 from offload.swap.state_precision import EXACT, Precision
@@ -94,3 +95,15 @@ DRIVE = "file:samsung-970-evo-plus-2tb"
 
 def settings(mib: int) -> Settings:
     return Settings(budget_nbytes=mib * MIB, drive=DRIVE)
+
+
+def check_books(found: Prediction) -> None:
+    """Raise unless the parts of each step add up, and nothing is less than nothing."""
+    for each in found.steps:
+        step = each.finished
+        parts = (step.compute_s, step.stall_s, step.optimizer_s, step.commit_s)
+        assert sum(parts) == pytest.approx(step.step_s)
+        assert all(part >= 0 for part in parts)
+        assert each.busy_s["optimizer"] >= 0
+        assert all(nbytes >= 0 for nbytes in each.peak_roles.values())
+        assert step.peak_nbytes <= each.plan.budget_nbytes

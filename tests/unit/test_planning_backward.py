@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning_models import BASELINE, DRIVE, MIB, machine, settings
+from planning_models import BASELINE, DRIVE, MIB, check_books, machine, settings
 from planning_programs import decoder
 
 from offload.allocator.errors import BudgetError
@@ -39,15 +39,7 @@ def test_gradients_never_travel_and_weights_once_less() -> None:
 
 @given(more=st.integers(0, 150))
 def test_the_books_balance_at_any_budget(more: int) -> None:
-    found = predict(PROGRAM, machine(), inside(LEAST + more), BASELINE)
-    for each in found.steps:
-        step = each.finished
-        parts = (step.compute_s, step.stall_s, step.optimizer_s, step.commit_s)
-        assert sum(parts) == pytest.approx(step.step_s)
-        assert all(part >= 0 for part in parts)
-        assert each.busy_s["optimizer"] >= 0
-        assert all(nbytes >= 0 for nbytes in each.peak_roles.values())
-        assert step.peak_nbytes <= each.plan.budget_nbytes
+    check_books(predict(PROGRAM, machine(), inside(LEAST + more), BASELINE))
 
 
 def test_nothing_is_left_in_memory_but_what_stays() -> None:

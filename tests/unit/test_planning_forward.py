@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from planning_models import BASELINE, DRIVE, MIB, machine, settings, trace
+from planning_models import BASELINE, DRIVE, MIB, check_books, machine, settings, trace
 from planning_programs import decoder
 from real_runs import both
 
@@ -68,15 +68,7 @@ def test_a_first_step_is_made_at_once_and_the_second_put_off() -> None:
 
 @given(more=st.integers(0, 150))
 def test_the_books_balance_at_any_budget(more: int) -> None:
-    found = predict(PROGRAM, machine(), ahead(LEAST + more), BASELINE)
-    for each in found.steps:
-        step = each.finished
-        parts = (step.compute_s, step.stall_s, step.optimizer_s, step.commit_s)
-        assert sum(parts) == pytest.approx(step.step_s)
-        assert all(part >= 0 for part in parts)
-        assert each.busy_s["optimizer"] >= 0
-        assert all(nbytes >= 0 for nbytes in each.peak_roles.values())
-        assert step.peak_nbytes <= each.plan.budget_nbytes
+    check_books(predict(PROGRAM, machine(), ahead(LEAST + more), BASELINE))
 
 
 @pytest.mark.parametrize("returns", [True, False])
