@@ -22,6 +22,8 @@ class Arena(Protocol):
     def current_count(self) -> int: ...
     @property
     def largest_free_nbytes(self) -> int: ...
+    @property
+    def last_free_nbytes(self) -> int: ...
 
     def allocate(self, nbytes: int, *, align: int = 4096) -> Extent: ...
     def reserve(self, extent: Extent) -> None: ...
@@ -54,6 +56,11 @@ class ArenaAdaptor:
     def largest_free_nbytes(self) -> int:
         """Bytes of the largest hole."""
         return self.inner.largest_free_nbytes
+
+    @property
+    def last_free_nbytes(self) -> int:
+        """Bytes of the hole at its end."""
+        return self.inner.last_free_nbytes
 
     def allocate(self, nbytes: int, *, align: int = 4096) -> Extent:
         """See ``TLSF.allocate``."""

@@ -87,6 +87,12 @@ class TLSF:
         """Bytes of the largest hole."""
         return max((hole.nbytes for hole in self._holes.values()), default=0)
 
+    @property
+    def last_free_nbytes(self) -> int:
+        """Bytes of the hole at the end of the arena, with which it would grow together."""
+        start = self._hole_ends.get(self.capacity, self.capacity)
+        return self.capacity - start
+
     def _find(self, nbytes: int, align: int) -> Extent | None:
         """A hole that holds ``nbytes`` aligned: by bitmap, else by looking at its own class."""
         wanted = nbytes + align - 1

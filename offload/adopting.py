@@ -10,6 +10,7 @@ from offload.allocator.errors import ConfigError, StoreMismatchError, Unsupporte
 from offload.building import built_weight, claim
 from offload.runtime import Runtime
 from offload.swap.census import named_weights, unmovable_reason
+from offload.swap.gradients import gradient_nbytes
 from offload.swap.optim_kinds import state_nbytes
 from offload.swap.state_precision import EXACT, Precision
 from offload.swap.weights import Weight, WeightSwapper
@@ -151,12 +152,13 @@ def reserve_room(model: nn.Module, optimizer: Optimizer | None, runtime: Runtime
     """Meet a full disk now, before anything moves, rather than in the middle of a step.
 
     Two slots for what is trained and for its states (one if nothing is ever committed), one for
-    what is frozen, and scratch for the gradients. A resumed store has its first slots already.
+    what is frozen, and scratch for the gradients that move. A resumed store has its first slots
+    already.
 
     Raises:
         CapacityError: the disk has not enough room.
     """
-    absent = trained = 0
+    absent = trained = gradients = 0
     extent_nbytes = runtime.store.tier.extent_nbytes
     for _, (source, *others) in named_weights(model):
         nbytes = extent_nbytes(source.nbytes)
@@ -164,6 +166,8 @@ def reserve_room(model: nn.Module, optimizer: Optimizer | None, runtime: Runtime
             absent += nbytes
         if any(parameter.requires_grad for parameter in (source, *others)):
             trained += nbytes
+            if moved := gradient_nbytes(source):
+                gradients += extent_nbytes(moved)
     states = 0
     if optimizer is not None:
         states = state_nbytes(optimizer, extent_nbytes, precision=runtime.precision)
@@ -174,7 +178,7 @@ def reserve_room(model: nn.Module, optimizer: Optimizer | None, runtime: Runtime
     else:
         needed = absent + trained + 2 * states
     runtime.store.tier.reserve_room(needed)
-    runtime.scratch.reserve_room(trained)
+    runtime.gradient_scratch.reserve_room(gradients)
 
 
 def _adopt(

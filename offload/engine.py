@@ -88,7 +88,7 @@ class Engine(Attachment):
         drop_unclaimed(runtime)
         self.weights.learn_order([name for info in census.modules for name in info.weights])
         self.gradients = GradientSwapper(
-            runtime.scratch, self._journal, governor, plan.gradients_nbytes
+            runtime.gradient_scratch, self._journal, governor, plan.gradients_nbytes
         )
         self.gradient_stream = GradientStream(
             self.gradients,

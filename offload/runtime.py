@@ -9,6 +9,7 @@ from pathlib import Path
 from offload.allocator.errors import ConfigError
 from offload.config import OffloadConfig
 from offload.swap.governor import Governor
+from offload.swap.homes import SPARE_NBYTES
 from offload.swap.plan import choose_chunk_numel, soft_limit_nbytes
 from offload.swap.state_precision import Precision
 from offload.tiers import hostmem
@@ -44,12 +45,16 @@ class Runtime:
         self.lanes = open_lanes(
             directories, self.journal, io_engine=config.io_engine, workers=config.io_threads
         )
-        try:
+        with ExitStack() as opened:
+            opened.callback(self.lanes.close)
             self.store = Store(directories, self.lanes, discard_damaged=config.resume == "never")
-            self.scratch = self.store.open_scratch()
-        except BaseException:
-            self.lanes.close()
-            raise
+            opened.callback(self.store.close)
+            # Apart from each other: what is saved stays in memory where the disk is full, but
+            # gradients and the records of commits must have their room.
+            self.gradient_scratch = self.store.open_scratch()
+            opened.callback(self.gradient_scratch.close)
+            self.activation_scratch = self.store.open_scratch(spare_nbytes=SPARE_NBYTES)
+            opened.pop_all()
         if self.store.committed is not None:
             self.chunk_numel = self.store.committed.state["chunk_numel"]
         self.governor = Governor(soft_limit_nbytes(self.budget_nbytes), self.budget_nbytes)
@@ -98,7 +103,8 @@ class Runtime:
             for part in (
                 self.journal.recorder,
                 self.store,
-                self.scratch,
+                self.gradient_scratch,
+                self.activation_scratch,
                 self.lanes,
                 self.governor,
             ):

@@ -44,7 +44,7 @@ def make_homes(
     Raises:
         BudgetError: the step must write more than the budget.
     """
-    scratch = FileHome(runtime.scratch)
+    scratch = FileHome(runtime.activation_scratch)
     limit = runtime.config.nvme_write_budget
     if limit is None:
         return [scratch], None

@@ -371,6 +371,14 @@ class GradientSwapper:
                 parameter.grad = parameter.grad.clone()
 
 
+def gradient_nbytes(parameter: torch.Tensor) -> int:
+    """What the gradient of ``parameter`` takes of scratch, if it moves."""
+    if parameter.nbytes < MIN_NBYTES:
+        return 0
+    dtype: torch.dtype | None = getattr(parameter, "grad_dtype", None)  # not every torch has it
+    return parameter.numel() * (dtype or parameter.dtype).itemsize
+
+
 def _movable(gradient: torch.Tensor, parameter: nn.Parameter) -> bool:
     """Whether the bytes of ``gradient`` can go to a file and come back the same tensor."""
     return (

@@ -14,6 +14,7 @@ from offload.tiers.base import Block, Tier
 from offload.tiers.filetier import FileTier
 from offload.tiers.lanes import Job, Lane
 
+SPARE_NBYTES = 64 << 20  # of a store's disk that saved activations leave: records need some
 _CHUNK_NBYTES = 16 << 20
 ROLE = "activation"
 

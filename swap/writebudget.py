@@ -65,6 +65,10 @@ class WriteBudget:
             )
         self.taken_nbytes += nbytes
 
+    def give_back(self, nbytes: int) -> None:
+        """What was taken is not written: the drive has no room for it."""
+        self.taken_nbytes -= nbytes
+
     def finish_step(self, owed_nbytes: int = 0) -> None:
         """An optimizer step has ended, and all its writes.
 
@@ -88,7 +92,11 @@ class BudgetedHome(Home):
 
     def allocate(self, nbytes: int) -> Block:
         self.budget.take(nbytes)
-        return self.inner.allocate(nbytes)
+        try:
+            return self.inner.allocate(nbytes)
+        except CapacityError:
+            self.budget.give_back(nbytes)
+            raise
 
     def room_nbytes(self) -> int:
         return min(self.inner.room_nbytes(), self.budget.step_nbytes)

@@ -35,15 +35,22 @@ class TierFile:
         name: file name inside it; ``None`` makes an unlinked file (scratch) whose bytes no
             crash can leave behind.
         engine: makes the engine that moves whole pages.
+        spare_nbytes: of the disk that the file leaves free when it grows.
 
     Raises:
         TierIOError: the file can't be opened for writing.
     """
 
     def __init__(
-        self, directory: Path, name: str | None, engine: EngineFactory = ThreadsEngine
+        self,
+        directory: Path,
+        name: str | None,
+        engine: EngineFactory = ThreadsEngine,
+        *,
+        spare_nbytes: int = 0,
     ) -> None:
         self.directory = directory
+        self._spare_nbytes = spare_nbytes
         self.label = str(directory / name) if name else f"scratch in {directory}"
         try:
             self.fd = _open(directory, name)
@@ -77,6 +84,9 @@ class TierFile:
 
     def growth_nbytes(self) -> int:
         """Bytes by which the file can still grow, as its disk is now."""
+        return max(self._free_nbytes() - self._spare_nbytes, 0)
+
+    def _free_nbytes(self) -> int:
         stats = os.fstatvfs(self.fd)
         return stats.f_bavail * stats.f_frsize
 
@@ -88,20 +98,25 @@ class TierFile:
         """
         if nbytes <= self.nbytes:
             return
+        if self._spare_nbytes and nbytes - self.nbytes > self.growth_nbytes():
+            raise self._full(nbytes - self.nbytes)
         try:
             os.posix_fallocate(self.fd, self.nbytes, nbytes - self.nbytes)
         except OSError as error:
             self.shrink(self.nbytes)  # some file systems keep what they found before the end
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise TierIOError(error.errno, f"can't grow {self.label}: {error}") from error
-            stats = os.fstatvfs(self.fd)
-            raise CapacityError(
-                f"{self.label} needs {format_nbytes(nbytes - self.nbytes)} more "
-                f"({nbytes - self.nbytes} bytes), but its disk has "
-                f"{format_nbytes(stats.f_bavail * stats.f_frsize)} free: "
-                "free that much, or pass another directory with nvme="
-            ) from error
+            raise self._full(nbytes - self.nbytes) from error
         self.nbytes = nbytes
+
+    def _full(self, nbytes: int) -> CapacityError:
+        spare = self._spare_nbytes
+        spared = f", {format_nbytes(spare)} of which stay free for records" if spare else ""
+        return CapacityError(
+            f"{self.label} needs {format_nbytes(nbytes)} more ({nbytes} bytes), but its disk has "
+            f"{format_nbytes(self._free_nbytes())} free{spared}: "
+            "free that much, or pass another directory with nvme="
+        )
 
     def shrink(self, nbytes: int) -> None:
         """Give back the room beyond ``nbytes``, where the file system lets it go."""

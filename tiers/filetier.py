@@ -125,14 +125,13 @@ class FileTier(Tier):
         self.file.clear(block.extent.offset, block.extent.nbytes)
 
     def _grow_for(self, nbytes: int) -> None:
-        """Grow by as much again, within bounds; on a nearly full disk by ``nbytes`` only."""
+        """Grow by as much again, within bounds; on a nearly full disk by what is missing only."""
+        missing = nbytes - self.arena.last_free_nbytes
         generous = max(nbytes, min(_GROW_NBYTES, self.arena.capacity))
         try:
             self._grow(generous)
         except CapacityError:
-            if generous == nbytes:
-                raise
-            self._grow(nbytes)
+            self._grow(missing)
 
     def _grow(self, nbytes: int) -> None:
         total = page_ceil(self.arena.capacity + nbytes)

@@ -106,17 +106,22 @@ class StoreHome:
 
         return PathHealth(layout.rates, report)
 
-    def open_tier(self, name: str | None) -> FileTier:
+    def open_tier(self, name: str | None, *, spare_nbytes: int = 0) -> FileTier:
         """The tier of the file ``name`` on all paths; None: unlinked scratch.
+
+        Args:
+            spare_nbytes: of each path's disk that it leaves free.
 
         Raises:
             TierIOError: a file can't be made.
         """
-        if self.layout is None or self._health is None:
-            return FileTier(self.directory, name, self._lanes)
+        engine = self._lanes.engine
         make = [
-            partial(TierFile, folder.path, name, self._lanes.engine) for folder in self._folders
+            partial(TierFile, folder.path, name, engine, spare_nbytes=spare_nbytes)
+            for folder in self._folders
         ]
+        if self.layout is None or self._health is None:
+            return FileTier(self.directory, name, self._lanes, file=make[0]())
         file = open_striped(make, self.layout.stripes, self._health)
         return FileTier(self.directory, name, self._lanes, file=file)
 

@@ -155,13 +155,16 @@ class Store:
             self.tier.close()
             raise
 
-    def open_scratch(self) -> FileTier:
+    def open_scratch(self, *, spare_nbytes: int = 0) -> FileTier:
         """A tier of unlinked files on the same paths, laid out as the store is.
+
+        Args:
+            spare_nbytes: of each path's disk that it leaves free.
 
         Raises:
             TierIOError: a file can't be made.
         """
-        return self._home.open_tier(None)
+        return self._home.open_tier(None, spare_nbytes=spare_nbytes)
 
     def _hold_committed(self) -> dict[str, Block]:
         if self.committed is None:

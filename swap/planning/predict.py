@@ -11,6 +11,7 @@ from functools import cache, partial
 from offload.allocator.errors import BudgetError
 from offload.allocator.units import format_nbytes
 from offload.swap.gradients import MIN_NBYTES
+from offload.swap.homes import SPARE_NBYTES
 from offload.swap.plan import Plan, choose_chunk_numel, make_plan, soft_limit_nbytes
 from offload.swap.planning.collecting import collection_paused
 from offload.swap.planning.compiled import Compiled, compile_program
@@ -176,6 +177,9 @@ def _predict(
     """``names_enough``: a budget that a refusal names is enough; else it may be too little."""
     program = compiled.program
     check_writes(program, settings.write_budget_nbytes)
+    use = drive_use(program, settings, 0)
+    _check_drive(machine, settings, use)
+    room_nbytes = max(machine.tier(settings.drive).free_nbytes - use.nbytes - SPARE_NBYTES, 0)
     chunk_numel = choose_chunk_numel(settings.budget_nbytes)
     plan = make_plan(
         program.census,
@@ -191,7 +195,7 @@ def _predict(
             compiled,
             settings.alpha,
             memory_nbytes=plan.activations_nbytes,
-            drive_nbytes=_drive_room(program, machine, settings),
+            drive_nbytes=_step_room(program, settings, room_nbytes),
         )
     simulate = partial(
         Simulation,
@@ -202,6 +206,7 @@ def _predict(
         commits=settings.commits,
         min_swap_nbytes=settings.min_swap_nbytes,
         write_budget_nbytes=settings.write_budget_nbytes,
+        drive_nbytes=room_nbytes,
     )
     # Whether it fits may not depend on the drive's mood.
     hesitating = partial(simulate, write_slowdown=_HESITATING)
@@ -212,14 +217,13 @@ def _predict(
     else:
         hesitating().compute()
         steps, rebuilt = rows.run(simulation)
-    use = drive_use(program, settings, max(step.spilled_nbytes for step in steps))
-    _check_drive(machine, settings, use)
+    spilled_nbytes = max(step.spilled_nbytes for step in steps)
     building = baseline.attach_nbytes + program.census.weight_nbytes
     return Prediction(
         settings=settings,
         steps=steps,
         building_nbytes=min(soft_limit_nbytes(settings.budget_nbytes), building),
-        drive=use,
+        drive=dataclasses.replace(use, activations_nbytes=spilled_nbytes),
         tokens=program.tokens,
         rebuilt=rebuilt,
     )
@@ -244,11 +248,12 @@ def _steps(
     return first, *(simulation.step() for _ in range(1, _STEPS))
 
 
-def _drive_room(program: Program, machine: Machine, settings: Settings) -> int:
-    """Bytes of saved activations that the drive takes in a step."""
-    free = machine.tier(settings.drive).free_nbytes - drive_use(program, settings, 0).nbytes
+def _step_room(program: Program, settings: Settings, room_nbytes: int) -> int:
+    """Bytes of saved activations that the drive takes in a step, ``room_nbytes`` at once."""
     most = settings.write_budget_nbytes
-    return max(free if most is None else min(free, most - must_write_nbytes(program)), 0)
+    if most is None:
+        return room_nbytes
+    return max(min(room_nbytes, most - must_write_nbytes(program)), 0)
 
 
 def drive_use(program: Program, settings: Settings, activations_nbytes: int) -> DriveUse:
@@ -311,8 +316,7 @@ def least_budget(
     while isinstance(tried := attempt(high, names_enough=True), BudgetError):
         named = -(-(tried.needed_nbytes or 0) // _MIB)
         low, high = high, max(high + stride, named)
-        if high > named:  # a drive that lacks room names no memory: terabytes may be missing
-            stride *= 2
+        stride = 2 * (high - low)  # terabytes may be missing, and a refusal may name the next unit
     best = tried
     while high - low > 1:
         middle = (low + high) // 2

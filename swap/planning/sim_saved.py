@@ -202,7 +202,7 @@ class SimSaved:
     def _try_to_send_away(self, unit: Unit, *, refusable: bool) -> bool:
         """Whether the drive takes the bytes of ``unit``; if not, they stay."""
         assert self._drive is not None
-        refusal = self._drive.refusal(unit.nbytes)
+        refusal = self._drive.refusal(unit.nbytes, self._on_file_nbytes)
         if refusal is None:
             self._send_away(unit)
         elif refusable:

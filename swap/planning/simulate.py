@@ -78,6 +78,7 @@ class Simulation:
         commits: each step is made durable.
         min_swap_nbytes: smaller saved storages move in batches.
         write_budget_nbytes: that a step may write to the drive.
+        drive_nbytes: of the drive that saved activations may take at once.
         recorder: takes the events.
         write_slowdown: how many times as long as usual the drive takes for what is written to it.
 
@@ -95,6 +96,7 @@ class Simulation:
         commits: bool = True,
         min_swap_nbytes: int = 64 << 10,
         write_budget_nbytes: int | None = None,
+        drive_nbytes: int | None = None,
         recorder: Recorder | None = None,
         write_slowdown: float = 1.0,
     ) -> None:
@@ -125,7 +127,7 @@ class Simulation:
             checksum_bytes_per_s=costs.checksum_bytes_per_s,
             fetch_s=costs.fetch_s,
         )
-        self._drive = SimDrive(world.journal, program, write_budget_nbytes)
+        self._drive = SimDrive(world.journal, program, write_budget_nbytes, drive_nbytes)
         self._saved = SimSaved(
             world,
             program.storages,
@@ -227,7 +229,7 @@ class Simulation:
         See ``sim_parts`` [Note: a drive that hesitates].
         """
         if self._backward is not None or self._drive.is_bounded:
-            return PARTS  # tiles wait for writes, too; or what may not be written stays
+            return PARTS  # tiles wait for writes, too; or what the drive refuses stays
         plan, more_nbytes = self._first_plan, self._first_plan.gradients_nbytes
         if self._saved.spilled_nbytes:
             limit_nbytes, largest_nbytes = plan.activations_nbytes, self._saved.largest_nbytes
@@ -294,7 +296,7 @@ class Simulation:
     def _repeats(self, last: "_Simulated", standing: tuple[object, ...]) -> bool:
         return (
             not self.world.is_recorded
-            and not self._drive.is_bounded  # it counts what is written
+            and not self._drive.counts_writes
             and self._pass.forwards == 1
             and last.standing == standing
             and self._saved.would_choose_again()

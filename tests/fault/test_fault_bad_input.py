@@ -93,13 +93,14 @@ def test_a_store_in_use_is_refused_here_and_in_another_process(tmp_path: Path) -
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB."""
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of 24 MiB, or as many as the parameter says."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small file system")
     place = tmp_path / "disk"
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], check=True)
+    size = f"size={getattr(request, 'param', 24)}m"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", place], check=True)
     yield place
     subprocess.run(["umount", "-l", place], check=True)
 
@@ -136,6 +137,36 @@ def test_a_disk_filled_by_others_does_not_touch_preallocated_training(small_disk
     with offload.attach(resumed, adamw(resumed), budget="8GiB", nvme=small_disk) as engine:
         assert engine.step == 3
         assert torch.equal(resumed[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("small_disk", [64 + 14 + 20], indirect=True)
+def test_saved_activations_fill_a_disk_no_further_than_gradients_and_records_let_them(
+    small_disk: Path,
+) -> None:
+    def steps(model: nn.Sequential, optimizer: Any) -> list[float]:
+        losses = []
+        for _ in range(3):
+            loss = model(torch.ones(512, 512)).square().mean()  # each layer saves 1 MiB
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def deep() -> nn.Sequential:
+        first, last = make_model()
+        return nn.Sequential(first, *(nn.Tanh() for _ in range(100)), last)
+
+    plain, model = deep(), deep()
+    expected = steps(plain, adamw(plain))
+    optimizer = adamw(model)
+    with offload.attach(model, optimizer, budget="8GiB", nvme=small_disk) as engine:
+        engine.activations.limit_nbytes = 1 << 20
+        assert steps(model, optimizer) == expected
+        taken = engine._runtime.activation_scratch.file.nbytes
+        assert 16 << 20 < taken < 24 << 20  # of 100 MiB that would leave
+        assert engine.step == 3
+    assert all(map(torch.equal, plain.parameters(), model.parameters()))
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:

@@ -87,6 +87,8 @@ class TlsfMachine(RuleBasedStateMachine):
         ordered = sorted(self.living)
         for left, right in itertools.pairwise(ordered):
             assert not left.overlaps(right)
+        last = ordered[-1].end if ordered else 0
+        assert self.arena.last_free_nbytes == self.arena.capacity - last
         stats = self.counted.stats()
         assert stats.current_nbytes == sum(extent.nbytes for extent in self.living)
         assert stats.current_count == len(self.living)

@@ -12,6 +12,7 @@ from planning_models import DRIVE, MIB, loss_of, machine, model_in, tokens_of
 from torch import nn
 
 import offload
+from offload.engine import Engine
 from offload.swap.plan import Plan
 from offload.swap.planning.compiled import compile_program
 from offload.swap.planning.cost import Costs
@@ -41,6 +42,7 @@ def both(
     *,
     window_nbytes: int = 1 << 20,
     dtype: torch.dtype = torch.float32,
+    drive_nbytes: int | None = None,
     **config: Any,
 ) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
     """What a step of a real run moves and one of the simulated run, where all weights stream.
@@ -50,10 +52,17 @@ def both(
     Args:
         program: of ``planning_models.Model`` in ``dtype``, with these settings.
         config: of the real run.
+        drive_nbytes: see ``events_of_both``.
     """
     torch.manual_seed(0)
     real, virtual = events_of_both(
-        program, model_in(dtype), tokens_of(), stores, window_nbytes=window_nbytes, config=config
+        program,
+        model_in(dtype),
+        tokens_of(),
+        stores,
+        window_nbytes=window_nbytes,
+        drive_nbytes=drive_nbytes,
+        config=config,
     )
     return moved(real, _STEPS - 1), moved(virtual, _STEPS - 1)
 
@@ -67,17 +76,21 @@ def events_of_both(
     config: Mapping[str, Any],
     window_nbytes: int = 1 << 20,
     activations_nbytes: int = ACTIVATIONS_NBYTES,
+    drive_nbytes: int | None = None,
 ) -> tuple[Sequence[Event], Sequence[Event]]:
     """What happens in the first steps of a real run, and of the simulated one.
 
     Args:
         program: of ``model`` on ``tokens``, with these settings.
+        drive_nbytes: what saved activations may take of the drive at once.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     engine = offload.attach(model, optimizer, budget="host=8GiB", nvme=stores, config=config)
     real = engine._journal.recorder = ListRecorder()
     engine.weights.window_nbytes = window_nbytes
     engine.keep_streaming()
+    if drive_nbytes is not None:
+        fill_up_to(engine, drive_nbytes)
     for _ in range(_STEPS):
         engine.activations.limit_nbytes = activations_nbytes  # whatever was planned anew
         loss_of(model, tokens).backward()
@@ -108,6 +121,7 @@ def events_of_both(
         plan,
         chunk_numel=chunk_numel,
         write_budget_nbytes=config.get("nvme_write_budget"),
+        drive_nbytes=drive_nbytes,
         recorder=virtual,
     )
     simulation._replan = lambda _peak_nbytes: None  # type: ignore[method-assign]
@@ -117,6 +131,12 @@ def events_of_both(
         for _ in range(_STEPS):
             simulation.step()
     return real.events, virtual.events
+
+
+def fill_up_to(engine: Engine, nbytes: int) -> None:
+    """Let the drive have room for ``nbytes`` of saved activations, and no more."""
+    file = engine._runtime.activation_scratch.file
+    file.growth_nbytes = lambda: nbytes - file.nbytes  # type: ignore[method-assign]
 
 
 def check_moved(

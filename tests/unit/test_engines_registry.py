@@ -241,7 +241,7 @@ def test_a_run_tells_which_engine_it_took_and_why(tmp_path):
     with offload.attach(model, budget="8GiB", nvme=tmp_path, config=config) as engine:
         assert "I/O engine: aiofiles: asked for; by direct I/O" in engine.notices
         assert engine._runtime.store.tier.file.engine.name == "aiofiles"
-        assert engine._runtime.scratch.file.engine.name == "aiofiles"
+        assert engine._runtime.gradient_scratch.file.engine.name == "aiofiles"
     with offload.attach(model, budget="8GiB", nvme=tmp_path) as engine:
         assert not any("I/O engine" in notice for notice in engine.notices)
 

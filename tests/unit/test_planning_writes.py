@@ -1,4 +1,4 @@
-"""A write budget in a simulated run: what it refuses, and what it leaves in memory."""
+"""A write budget and a full drive in a simulated run: what they refuse, what stays in memory."""
 
 import dataclasses
 from pathlib import Path
@@ -12,10 +12,13 @@ from real_runs import both, check_moved
 
 import offload
 from offload.allocator.errors import BudgetError
+from offload.swap.homes import SPARE_NBYTES
 from offload.swap.planning import predict as predicting
 from offload.swap.planning.predict import Prediction, drive_use, least_budget, predict
+from offload.swap.planning.program import Program
 from offload.swap.planning.sim_writes import must_write_nbytes
 from offload.tiers.events import ListRecorder, Move
+from offload.tiers.machine import Machine
 
 PROGRAM = trace()
 MUST = must_write_nbytes(PROGRAM)
@@ -36,6 +39,16 @@ def test_it_moves_the_bytes_that_a_real_run_moves_within_the_same_budget(
     assert virtual["activation", "written"] == real["activation", "written"] > 0
     written = sum(nbytes for (_, way), nbytes in virtual.items() if way == "written")
     assert written <= MUST + allowance  # lookups write fewer rows than they must be let
+    check_moved(real, virtual, in_backward=False)
+
+
+@pytest.mark.parametrize("room_nbytes", [0, 512 << 10, 1 << 20, 64 << 20])
+def test_a_full_drive_takes_the_bytes_that_it_takes_of_a_real_run(
+    tmp_path: Path, room_nbytes: int
+) -> None:
+    real, virtual = both(PROGRAM, tmp_path, drive_nbytes=room_nbytes)
+    assert virtual["activation", "written"] == real["activation", "written"]
+    assert (real["activation", "written"] > 0) == (room_nbytes > 0)
     check_moved(real, virtual, in_backward=False)
 
 
@@ -89,22 +102,41 @@ def test_where_memory_has_no_room_for_it_the_refusal_names_both() -> None:
     assert least.settings.drive == DRIVE
 
 
-@pytest.mark.parametrize(("length", "free_mib"), [(4096, 8), (1 << 20, 8), (1 << 30, 64)])
-def test_a_drive_without_room_for_what_is_saved_is_found_out_in_few_predictions(
-    length: int, free_mib: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such a drive names no memory that would do: from 100 MiB to petabytes are missing."""
-    program, tried = trace(length=length), []
-    taken_nbytes = drive_use(program, settings(1), 0).nbytes
-    full = dataclasses.replace(
-        machine(),
-        tiers=tuple(
-            dataclasses.replace(tier, free_nbytes=taken_nbytes + free_mib * MIB)
-            if tier.name == DRIVE
-            else tier
-            for tier in machine().tiers
-        ),
+def with_room(program: Program, nbytes: int) -> Machine:
+    """A machine whose drive has room for ``nbytes`` of saved activations."""
+    free_nbytes = drive_use(program, settings(1), 0).nbytes + SPARE_NBYTES + nbytes
+    tiers = (
+        dataclasses.replace(tier, free_nbytes=free_nbytes) if tier.name == DRIVE else tier
+        for tier in machine().tiers
     )
+    return dataclasses.replace(machine(), tiers=tuple(tiers))
+
+
+def test_what_a_full_drive_does_not_take_stays_in_memory() -> None:
+    free, least = bounded(ROOMY + 60, None), settings(ROOMY + 60)
+    spilled_nbytes = free.drive.activations_nbytes
+    same = predict(LONG, with_room(LONG, spilled_nbytes), least, BASELINE)
+    assert (same.peak_nbytes, same.step_s) == (free.peak_nbytes, free.step_s)
+    half = predict(LONG, with_room(LONG, spilled_nbytes // 2), least, BASELINE)
+    assert 0 < half.drive.activations_nbytes <= spilled_nbytes // 2
+    assert half.steps[0].finished.peak_nbytes > free.steps[0].finished.peak_nbytes
+
+
+def test_where_memory_has_no_room_either_the_refusal_names_the_drive() -> None:
+    bounded(ROOMY + 4, None)
+    full = with_room(LONG, 3 * MIB)
+    with pytest.raises(BudgetError, match=r"has room for 3.00 MiB of them.*free more") as found:
+        predict(LONG, full, settings(ROOMY + 4), BASELINE)
+    assert found.value.budget_nbytes == (ROOMY + 4) * MIB
+
+
+@pytest.mark.parametrize(("length", "room_mib"), [(4096, 0), (1 << 20, 8), (1 << 30, 64)])
+def test_the_least_budget_beside_a_full_drive_is_found_in_few_predictions(
+    length: int, room_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 100 MiB to terabytes are missing, and each refusal names what the next unit takes."""
+    program, tried = trace(length=length), []
+    full = with_room(program, room_mib * MIB)
     plain = predicting._predict
 
     def counted(*words: Any, **options: Any) -> Prediction:
@@ -114,7 +146,8 @@ def test_a_drive_without_room_for_what_is_saved_is_found_out_in_few_predictions(
 
     monkeypatch.setattr(predicting, "_predict", counted)
     found = least_budget(program, full, settings(1), BASELINE)
-    assert found.drive.nbytes <= taken_nbytes + free_mib * MIB
+    assert found.drive.activations_nbytes <= room_mib * MIB
+    assert found.settings.budget_nbytes < 1.2 * found.peak_nbytes
     less = dataclasses.replace(settings(1), budget_nbytes=found.settings.budget_nbytes - MIB)
     with pytest.raises(BudgetError):
         predict(program, full, less, BASELINE)

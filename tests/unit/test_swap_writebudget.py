@@ -76,6 +76,19 @@ def test_activations_beyond_the_budget_stay_in_memory(journal, scratch):
     assert journal.totals.written_nbytes == 6 * NBYTES  # a new step, a new allowance
 
 
+def test_what_a_full_drive_refuses_is_not_counted(journal, scratch, monkeypatch):
+    home = BudgetedHome(FileHome(scratch), WriteBudget(journal, 1000, 0))
+
+    def refuse(_nbytes):
+        raise CapacityError("full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scratch, "allocate", refuse)
+        with pytest.raises(CapacityError, match="full"):
+            home.allocate(1000)
+    home.allocate(1000).release()
+
+
 def test_the_next_home_takes_what_the_drive_may_not(journal, scratch):
     lanes = [Lane(name, 1, journal) for name in ("far→host", "host→far")]
     with RamTier(100 * NBYTES, name="far") as far:

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,6 +233,23 @@ def test_a_growth_that_finds_no_room_keeps_none(file, monkeypatch, code):
     assert (file.directory / "data").stat().st_size == FILE_NBYTES == file.nbytes
 
 
+def test_a_file_leaves_its_disk_what_it_is_told_to_spare(tmp_path, monkeypatch):
+    stats = os.statvfs(tmp_path)
+    free = (10 << 20) // stats.f_frsize * stats.f_frsize
+    full = SimpleNamespace(f_bavail=free // stats.f_frsize, f_frsize=stats.f_frsize)
+    monkeypatch.setattr(file_module.os, "fstatvfs", lambda _fd: full)
+    with TierFile(tmp_path, None, spare_nbytes=4 << 20) as file:
+        assert file.growth_nbytes() == free - (4 << 20)
+        said = r"needs 6.00 MiB more .*10.00 MiB free, 4.00 MiB of which stay free for records"
+        with pytest.raises(CapacityError, match=said):
+            file.grow((6 << 20) + PAGE)
+        assert file.nbytes == 0
+        file.grow(6 << 20)
+        assert file.nbytes == 6 << 20
+    with TierFile(tmp_path, None, spare_nbytes=11 << 20) as file:
+        assert file.growth_nbytes() == 0
+
+
 def test_files_are_the_owner_s_alone(tmp_path):
     with TierFile(tmp_path, "data"):
         assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o600
@@ -305,6 +323,26 @@ def test_room_is_taken_when_blocks_are_allocated_not_when_they_are_written(tmp_p
         capacity = tier.arena.capacity
         tier.reserve_room(10 << 20)
         assert tier.arena.capacity == capacity  # released room counts
+
+
+def test_a_tier_uses_the_last_pages_of_a_full_disk(tmp_path, lanes, monkeypatch):
+    with FileTier(tmp_path, None, lanes) as tier:
+        grow = tier.file.grow
+
+        def bounded(nbytes):
+            if nbytes > 9 * PAGE:
+                raise CapacityError("full")
+            grow(nbytes)
+
+        monkeypatch.setattr(tier.file, "grow", bounded)
+        blocks = [tier.allocate(4 * PAGE), tier.allocate(PAGE)]
+        assert tier.arena.last_free_nbytes == 3 * PAGE  # it doubled
+        blocks.append(tier.allocate(4 * PAGE))
+        assert tier.arena.current_nbytes == tier.file.nbytes == 9 * PAGE
+        with pytest.raises(CapacityError, match="full"):
+            tier.allocate(PAGE)
+        for block in blocks:
+            block.release()
 
 
 def test_a_reopened_tier_finds_its_bytes_again(tmp_path, lanes):
