@@ -12,22 +12,21 @@ step is counted rather than simulated.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
-from offload.allocator.errors import BudgetError, CapacityError
-from offload.allocator.units import format_nbytes
+from offload.allocator.errors import CapacityError
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.plan import (
     MARGIN_NBYTES,
-    VARIATION_NBYTES,
     Plan,
-    enough_nbytes,
     grow,
     shrink,
     soft_limit_nbytes,
 )
 from offload.swap.planning.compiled import Compiled, Moment
 from offload.swap.planning.sim_backward import SimBackwardStep
+from offload.swap.planning.sim_fits import check_fits, fits, refused, too_small
 from offload.swap.planning.sim_forward import SimForwardStep
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_memory import Memory, Role
@@ -39,9 +38,6 @@ from offload.swap.planning.sim_weights import SimWeights
 from offload.swap.planning.sim_writes import SimDrive
 from offload.swap.planning.world import Reading, World, read_lane, write_lane
 from offload.tiers.events import Recorder, StepFinished
-
-# A run may take so much more than is simulated, and what is said to fit must fit.
-_UNSURE = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,9 +215,9 @@ class Simulation:
         try:
             self._pass.go_through(moments)
         except CapacityError as refusal:
-            raise self._too_small(refusal) from refusal
+            raise refused(self.plan, self.world.memory.room(), refusal) from refusal
         if not self._steps:
-            self._check_fits()
+            check_fits(self.plan, self.world.memory.peak_nbytes)
 
     def doubtful_parts(self) -> int:
         """How many parts of the first pass, which fits, might not if the drive hesitates.
@@ -234,7 +230,7 @@ class Simulation:
         if self._saved.spilled_nbytes:
             limit_nbytes, largest_nbytes = plan.activations_nbytes, self._saved.largest_nbytes
             more_nbytes += max(2 * limit_nbytes, largest_nbytes) - limit_nbytes + largest_nbytes
-        return self._parts.doubtful(more_nbytes, self._fits)
+        return self._parts.doubtful(more_nbytes, partial(fits, self.plan))
 
     def _simulate(self, before: Reading) -> SimulatedStep:
         world = self.world
@@ -281,7 +277,7 @@ class Simulation:
             spilled_nbytes=self._saved.spilled_nbytes,
         )
         if world.memory.peak_nbytes > self.plan.budget_nbytes:  # a later step may take more
-            raise self._too_small_for(world.memory.peak_nbytes)
+            raise too_small(self.plan, world.memory.peak_nbytes)
         self._replan(world.memory.peak_nbytes)
         return done
 
@@ -347,33 +343,6 @@ class Simulation:
         if self._step is not None and self._commits:
             self._step.make_durable()
 
-    def _too_small(self, refusal: CapacityError) -> BudgetError:
-        budget = self.plan.budget_nbytes
-        return BudgetError(
-            f"the host budget of {format_nbytes(budget)} is too small: {refusal}",
-            needed_nbytes=budget - self.world.memory.room(),
-            budget_nbytes=budget,
-        )
-
-    def _check_fits(self) -> None:
-        peak = self.world.memory.peak_nbytes
-        if not self._fits(peak):
-            raise self._too_small_for(peak, _unsure(peak))
-
-    def _fits(self, peak_nbytes: int) -> bool:
-        return _unsure(peak_nbytes) + VARIATION_NBYTES <= self.plan.budget_nbytes
-
-    def _too_small_for(self, peak_nbytes: int, unsure_nbytes: int = 0) -> BudgetError:
-        budget = self.plan.budget_nbytes
-        needed = enough_nbytes(self.plan, max(peak_nbytes, unsure_nbytes))
-        return BudgetError(
-            f"the host budget of {format_nbytes(budget)} is too small: with this batch, "
-            f"forward and backward take {format_nbytes(peak_nbytes)}. Take a smaller batch, or a "
-            f"budget of host={-(-needed // (1 << 20))}MiB",
-            needed_nbytes=needed,
-            budget_nbytes=budget,
-        )
-
     def _replan(self, peak_nbytes: int) -> None:
         """As ``Replanner.finish_step``."""
         states, census = self._kept_nbytes, self._program.census
@@ -406,8 +375,3 @@ class Simulation:
             for name, nbytes in self._step.states_nbytes.items()
             if name not in stepping.by_tile
         }
-
-
-def _unsure(peak_nbytes: int) -> int:
-    """What a run may take that is simulated to take so much."""
-    return peak_nbytes + int(peak_nbytes * _UNSURE)

@@ -13,6 +13,7 @@ from offload.swap.planning.compiled import compile_program
 from offload.swap.planning.cost import Costs
 from offload.swap.planning.predict import least_budget, predict
 from offload.swap.planning.program import Program
+from offload.swap.planning.sim_fits import fits
 from offload.swap.planning.sim_memory import Memory
 from offload.swap.planning.sim_parts import PARTS, Parts
 from offload.swap.planning.simulate import Simulation
@@ -83,7 +84,7 @@ def test_what_is_not_in_doubt_fits_however_slow_the_drive_is(number: int, slowdo
         usual = first_pass(program, mib, 1)
         slow = first_pass(program, mib, slowdown)
         sure = slow._parts.peaks_nbytes[usual.doubtful_parts() :]
-        assert all(slow._fits(peak_nbytes) for peak_nbytes in sure)
+        assert all(fits(slow.plan, peak_nbytes) for peak_nbytes in sure)
 
 
 def test_a_budget_far_above_the_least_takes_no_pass_on_a_slower_drive() -> None:
