@@ -21,6 +21,7 @@ from offload.swap.planning.row_steps import Alpha, RowsFound, row_steps
 from offload.swap.planning.sim_memory import Role
 from offload.swap.planning.sim_writes import check_writes, must_write_nbytes
 from offload.swap.planning.simulate import SimulatedStep, Simulation
+from offload.swap.planning.striping import drives_of
 from offload.tiers.events import Recorder
 from offload.tiers.filetier import LARGE_NBYTES
 from offload.tiers.hostmem import PAGE
@@ -28,7 +29,7 @@ from offload.tiers.machine import Machine
 
 _STEPS = 4  # the first learns, the second has grown, the third may shrink, the fourth repeats
 _MIB = 1 << 20
-_STRIDE_MIB = 32  # of a look for a budget where no refusal names one
+_STRIDE_MIB = 32  # of a look for a budget, at first
 _HESITATING = 8.0  # drives pause for tens of milliseconds, and then more waits to be written
 
 
@@ -179,7 +180,8 @@ def _predict(
     check_writes(program, settings.write_budget_nbytes)
     use = drive_use(program, settings, 0)
     _check_drive(machine, settings, use)
-    room_nbytes = max(machine.tier(settings.drive).free_nbytes - use.nbytes - SPARE_NBYTES, 0)
+    spare_nbytes = SPARE_NBYTES * len(drives_of(settings.drive))
+    room_nbytes = max(machine.tier(settings.drive).free_nbytes - use.nbytes - spare_nbytes, 0)
     chunk_numel = choose_chunk_numel(settings.budget_nbytes)
     plan = make_plan(
         program.census,

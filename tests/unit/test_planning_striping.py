@@ -12,8 +12,9 @@ from real_runs import both, check_moved
 import offload
 from offload.allocator.errors import BudgetError, ConfigError
 from offload.planner.machines import find_machine
+from offload.swap.homes import SPARE_NBYTES
 from offload.swap.planning.cost import Costs
-from offload.swap.planning.predict import predict
+from offload.swap.planning.predict import least_budget, predict
 from offload.swap.planning.striping import drives_of, joined, striped
 from offload.swap.planning.whatif import changed
 from offload.tiers.hostmem import HUGE_PAGE, PAGE
@@ -148,6 +149,20 @@ def test_a_drive_that_is_too_small_is_named_with_all_of_them() -> None:
     drive = dataclasses.replace(settings(400), drive=found.drive)
     with pytest.raises(BudgetError, match=r"file:/0 \+ file:/1 has 12.00 MiB free"):
         predict(PROGRAM, found.machine, drive, BASELINE)
+
+
+def test_saved_activations_leave_room_for_records_on_each_drive() -> None:
+    program = trace(length=1024)
+    roomy = striped(with_drives(GB, GB), names(2))
+    drive = dataclasses.replace(settings(1), drive=roomy.drive)
+    least = least_budget(program, roomy.machine, drive, BASELINE)
+    assert least.drive.activations_nbytes > 2 * MIB
+    free_nbytes = -(-least.drive.nbytes // 2) + SPARE_NBYTES
+    enough = striped(with_drives(GB, GB, free_nbytes=free_nbytes), names(2))
+    assert predict(program, enough.machine, least.settings, BASELINE).drive == least.drive
+    less = striped(with_drives(GB, GB, free_nbytes=free_nbytes - MIB), names(2))
+    found = predict(program, less.machine, least.settings, BASELINE)
+    assert found.drive.activations_nbytes < least.drive.activations_nbytes
 
 
 def test_machines_that_were_measured_with_one_drive_each_are_joined() -> None:
