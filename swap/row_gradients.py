@@ -39,6 +39,7 @@ from offload.tiers.journal import Journal
 from offload.tiers.mapped import MappedTensor
 
 _SHARD_NBYTES = 8 << 20  # of pages that one shard of rows may bring into memory
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FAULT_NBYTES = 64 << 10  # what the kernel maps around a page that is read, if it is cached
 
 
@@ -268,10 +269,11 @@ def _write_rows(
 def _lose_signs_of_zeros(home: MappedTensor) -> None:
     """See [Note: zeros have signs]; what has no -0 is only read."""
     flat = home.tensor.view(-1)
+    bits = flat.view(_INTEGERS[flat.element_size()])  # of which -0 has the least
+    least = torch.iinfo(bits.dtype).min
     for part in _parts(len(flat), flat.element_size()):
-        shard = flat[part]
-        if bool(shard.signbit().logical_and_(shard == 0).any()):
-            shard.add_(0.0)
+        if int(bits[part].min()) == least:
+            flat[part].add_(0.0)
         home.shed()
 
 

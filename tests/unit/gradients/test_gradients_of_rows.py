@@ -107,8 +107,9 @@ def test_what_is_written_is_recorded(watched, journal):
     ]
 
 
-def test_zeros_that_the_user_made_negative_lose_their_sign_as_in_torch(watched):
-    plain = lookup()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_that_the_user_made_negative_lose_their_sign_as_in_torch(dtype, watched):
+    plain = lookup().to(dtype)
     model = watched(plain)
     for one in (plain, model):
         loss_of(one, tokens(1, 5)).backward()
