@@ -153,6 +153,23 @@ class Costs:
         """Of zeroing a page of a mapped file, and its first write, so far from the next one."""
         return self._seconds_each("page writes", 0.0, max(round(apart), 1))
 
+    def added_s(self, nbytes: int) -> float:
+        """Of adding a gradient of ``nbytes`` to another, both in memory."""
+        return self._at("pointwise", "float32", _ADDED * nbytes)
+
+    def added_at_home_s(self, nbytes: int) -> float:
+        """As ``added_s``, through the mapping of a file whose pages the kernel has in memory.
+
+        Each page is a fault, and the first write to it.
+        """
+        given_s = nbytes / self._curve("first touch", "float32").rate(PAGE)
+        return max(nbytes / PAGE * self.page_write_s(1.0), given_s) + self.added_s(nbytes)
+
+    def looked_over_s(self, nbytes: int) -> float:
+        """Of a look at all bytes of a mapped file that has none of them on the drive."""
+        given_s = nbytes / self._curve("first touch", "float32").rate(PAGE)
+        return given_s + self._at("pointwise", "float32", nbytes)
+
     def page_read_s(self, apart: float) -> float:
         """Of the first look at a page of a mapped file, so many pages from the next one."""
         return self._seconds_each("page reads", self.read_latency_s, max(round(apart), 1))
@@ -209,6 +226,7 @@ class Costs:
 
 
 _FLOAT_NBYTES = 4
+_ADDED = 3  # a sum reads two numbers for each that it writes
 # Of each form of a state: whose rate it takes, and where nobody measured that, its share of the
 # rate of the optimizer's step: `tools/bench_codecs.py` on an AMD EPYC.
 _RECODINGS: Mapping[StateForm, tuple[Work, float]] = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 
-from offload.allocator.errors import BudgetError
+from offload.allocator.errors import BudgetError, UnsupportedError
 from offload.allocator.units import format_nbytes
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.homes import SPARE_NBYTES
@@ -59,6 +59,7 @@ class Settings:
         align_nbytes: of the drive's large extents: those of a striped store are whole huge pages.
         write_budget_nbytes: that a step may write to the drive.
         alpha: of token-wise recompute: the share of rows that is swapped, or ``auto``; None: off.
+        micro_batches: forwards of a step, each with its backward; their gradients add up.
     """
 
     budget_nbytes: int
@@ -70,6 +71,7 @@ class Settings:
     align_nbytes: int = PAGE
     write_budget_nbytes: int | None = None
     alpha: Alpha | None = None
+    micro_batches: int = 1
 
     def extent_nbytes(self, nbytes: int) -> int:
         """What ``nbytes`` take of the drive."""
@@ -159,7 +161,8 @@ def predict(
         BudgetError: it does not fit memory, the drive, or what may be written to it; names what
             would.
         ConfigError: a rate or a link is needed that the machine does not tell.
-        UnsupportedError: rows are to be rebuilt of a step that was traced without its blocks.
+        UnsupportedError: rows are to be rebuilt of a step that was traced without its blocks, or
+            that has several micro-batches.
     """
     compiled = compile_program(program, Costs(machine, settings.drive))
     return _predict(compiled, machine, settings, baseline, recorder)
@@ -177,6 +180,11 @@ def _predict(
 ) -> Prediction:
     """``names_enough``: a budget that a refusal names is enough; else it may be too little."""
     program = compiled.program
+    if settings.alpha is not None and settings.micro_batches > 1:
+        raise UnsupportedError(
+            "rows that are rebuilt are predicted of one micro-batch: a run learns and tries in "
+            "single forwards. Plan with --recompute off, or with --micro-batches 1"
+        )
     check_writes(program, settings.write_budget_nbytes)
     use = drive_use(program, settings, 0)
     _check_drive(machine, settings, use)
@@ -209,6 +217,8 @@ def _predict(
         min_swap_nbytes=settings.min_swap_nbytes,
         write_budget_nbytes=settings.write_budget_nbytes,
         drive_nbytes=room_nbytes,
+        micro_batches=settings.micro_batches,
+        pages_stay=_pages_stay(program, machine, settings),
     )
     # Whether it fits may not depend on the drive's mood.
     hesitating = partial(simulate, write_slowdown=_HESITATING)
@@ -226,7 +236,7 @@ def _predict(
         steps=steps,
         building_nbytes=min(soft_limit_nbytes(settings.budget_nbytes), building),
         drive=dataclasses.replace(use, activations_nbytes=spilled_nbytes),
-        tokens=program.tokens,
+        tokens=program.tokens * settings.micro_batches,
         rebuilt=rebuilt,
     )
 
@@ -248,6 +258,12 @@ def _steps(
     if parts := simulation.doubtful_parts():
         hesitating().compute(parts)
     return first, *(simulation.step() for _ in range(1, _STEPS))
+
+
+def _pages_stay(program: Program, machine: Machine, settings: Settings) -> bool:
+    """Whether the kernel has room for all gradients in scratch beside the budget."""
+    gradients = drive_use(program, settings, 0).gradients_nbytes
+    return machine.tier("host").free_nbytes >= settings.budget_nbytes + gradients
 
 
 def _step_room(program: Program, settings: Settings, room_nbytes: int) -> int:

@@ -16,14 +16,20 @@ class _Target:
 
     step: "SimBackwardStep"
     weight: SimWeight
-    gradient_nbytes: int
+    gradient_nbytes: int  # in memory
+    waiting_nbytes: int
+    mapped_nbytes: int  # of the gradient at home; each tile takes its part from there
     unstepped: int  # tiles
     unwritten: int
 
     def stepped_one(self) -> None:
+        if self.mapped_nbytes:
+            taken_nbytes = self.mapped_nbytes // self.unstepped
+            self.mapped_nbytes -= taken_nbytes
+            self.step.took_pages(taken_nbytes)
         self.unstepped -= 1
         if not self.unstepped:
-            self.step.used_up(self.gradient_nbytes)
+            self.step.used_up(self.gradient_nbytes, self.waiting_nbytes)
 
     def wrote_one(self) -> None:
         self.unwritten -= 1
@@ -35,7 +41,8 @@ class SimBackwardStep:
     """Steps weights as their gradients arrive.
 
     Args:
-        limit_nbytes: bytes of gradients that may wait for their step.
+        limit_nbytes: bytes of gradients that may wait for their step, and of weights whose
+            gradients are at home.
 
     Attributes:
         stepped: the weights of the present step that are done, or on their way.
@@ -52,7 +59,7 @@ class SimBackwardStep:
         self.stepped: dict[str, SimWeight] = {}  # in the order of their gradients
         self.spent = Spent(world)
         self._next: dict[str, SimWeight] = {}  # the gradient that came after, last time
-        self._pending_nbytes = 0  # gradients whose weights are not stepped yet
+        self._pending_nbytes = 0  # what waits for weights that are not stepped yet
 
     @property
     def _pipeline(self) -> SimPipeline:
@@ -67,24 +74,40 @@ class SimBackwardStep:
                 self._step.step_in_memory([weight.name])
                 self._world.memory.drop("gradients", gradient_nbytes)
             else:
-                self._step_tiled(weight, gradient_nbytes)
+                self._step_tiled(weight, gradient_nbytes, gradient_nbytes, 0)
             self._make_room(self._coming_nbytes(weight))
 
-    def _step_tiled(self, weight: SimWeight, gradient_nbytes: int) -> None:
+    def take_at_home(self, weight: SimWeight, *, mapped_nbytes: int) -> None:
+        """As ``take``, of a gradient that has got its last part at home."""
+        self.stepped[weight.name] = weight
+        with self.spent.counting():
+            streams = weight.in_memory and not weight.resident
+            self._step_tiled(weight, 0, weight.nbytes if streams else 0, mapped_nbytes)
+            self._make_room(self._coming_nbytes(weight))
+
+    def _step_tiled(
+        self, weight: SimWeight, gradient_nbytes: int, waiting_nbytes: int, mapped_nbytes: int
+    ) -> None:
         self._weights.hold(weight)
-        self._pending_nbytes += gradient_nbytes
+        self._pending_nbytes += waiting_nbytes
         tiles = self._step.tiles([weight.name])
         number = sum(count for _, count in tiles)
-        target = _Target(self, weight, gradient_nbytes, number, number)
+        target = _Target(
+            self, weight, gradient_nbytes, waiting_nbytes, mapped_nbytes, number, number
+        )
         for tile, count in tiles:
             self._pipeline.add(tile, count, target.wrote_one, target.stepped_one)
         self._pipeline.advance()
         while self._pending_nbytes > self.limit_nbytes:
             self._pipeline.advance_one()
 
-    def used_up(self, gradient_nbytes: int) -> None:
+    def took_pages(self, nbytes: int) -> None:
+        """A tile has taken its part of a gradient from pages of its home."""
+        self._world.memory.add_pages(-nbytes)
+
+    def used_up(self, gradient_nbytes: int, waiting_nbytes: int) -> None:
         """All tiles of a weight are stepped: its gradient goes."""
-        self._pending_nbytes -= gradient_nbytes
+        self._pending_nbytes -= waiting_nbytes
         self._world.memory.drop("gradients", gradient_nbytes)
 
     def wrote(self, weight: SimWeight) -> None:

@@ -1,22 +1,25 @@
-"""How high memory rises in each part of a pass, and where a slower drive could make it too high.
+"""How high memory rises in each part of a step, and where a slower drive could make it too high.
 
 [Note: a drive that hesitates] In the first pass nothing is fetched by the clock, so that what it
 holds depends on times only by which writes have ended. Slower ones hold more, at most: gradients
 up to their limit; and saved units, twice the limit of which (or one that is larger) may be in
 memory where the usual drive leaves the limit, but for a unit that didn't fit. A pass on a slower
-drive need be simulated only up to the last part that might not fit with that.
+drive need be simulated only up to the last part that might not fit with that. The passes of
+further micro-batches fetch by the clock, as later steps do: earlier, if the drive is slower, and up
+to the same limits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 from offload.swap.planning.compiled import Moment
 from offload.swap.planning.sim_memory import Memory
 
-PARTS = 64
+PARTS = 64  # of a pass
 
 
 class Parts:
-    """The parts of a pass.
+    """The parts of a step's passes.
 
     Attributes:
         peaks_nbytes: of the parts that it has gone through.
@@ -25,6 +28,15 @@ class Parts:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self.peaks_nbytes: list[int] = []
+
+    def passes(
+        self, moments: Sequence[Moment], count: int, parts: int | None
+    ) -> Iterator[Iterable[Moment]]:
+        """So many passes over ``moments``, up to a number of ``parts`` of all of them."""
+        left = count * PARTS if parts is None else parts
+        for _ in range(-(-left // PARTS)):
+            yield chain.from_iterable(self.of(moments, min(left, PARTS)))
+            left -= PARTS
 
     def of(self, moments: Sequence[Moment], parts: int) -> Iterator[Sequence[Moment]]:
         """So many parts of ``moments``, whose peaks are noted as a pass goes through them."""

@@ -40,12 +40,16 @@ class _Gradient(NamedTuple):
 class SimPass:
     """Hands the moments of a program to the parts that act.
 
+    A step has a pass for each micro-batch: gradients of the first are new, later ones are added to
+    them, and a step in backward is one in the last.
+
     Args:
+        micro_batches: of a step.
         backward: of a step in backward.
         forward: of a step in the next forward.
 
     Attributes:
-        forwards: of the last step.
+        forwards: of the last pass.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class SimPass:
         gradients: SimGradients,
         backward: SimBackwardStep | None,
         forward: SimForwardStep | None,
+        micro_batches: int = 1,
     ) -> None:
         self._world = world
         self._program = program
@@ -74,11 +79,14 @@ class SimPass:
             _gradient_of(by_name[weight.name], program) for weight in program.census.weights
         ]
         self._looked_up: dict[str, int] = {}
+        self._last = micro_batches - 1
+        self._number = 0
         self.forwards = 0
 
-    def go_through(self, moments: Iterable[Moment]) -> None:
-        """Forward and backward."""
+    def go_through(self, moments: Iterable[Moment], number: int) -> None:
+        """Forward and backward of a micro-batch; its ``number`` in the step."""
         self.forwards = 0
+        self._number = number
         self._world.go_through(moments, self._handlers())
 
     def end(self) -> None:
@@ -98,7 +106,7 @@ class SimPass:
             What.FORGET: saved.forget,
             What.BORROW: saved.borrow,
             What.PREFETCH: self._prefetch,
-            What.GRADIENT: self._take_gradient,
+            What.GRADIENT: self._add_gradient if self._number else self._take_gradient,
             What.FORWARD: self._begin,
             What.STEP: self._end_backward,
             What.RETURN: self._end_forward,
@@ -109,7 +117,7 @@ class SimPass:
         self.forwards += 1
         self._gradients.poll()
         self._weights.begin_pass()
-        self._saved.begin()
+        self._saved.begin(first=not self._number)
         if self._forward is not None:
             self._forward.begin()
 
@@ -132,19 +140,50 @@ class SimPass:
 
     def _take_gradient(self, which: int) -> None:
         weight, rows_nbytes, pages, is_used = self._of_weights[which]
+        stepping = self._backward if self._number == self._last else None
         if rows_nbytes is not None and weight.name not in self._gradients.kept:
             self._world.compute(self._costs.fresh_s(rows_nbytes))
             apart = weight.nbytes / PAGE / pages
             self._world.compute(pages * self._costs.page_write_s(apart))
             self._gradients.take_rows(weight.name, rows_nbytes)
-            if self._backward is not None:
-                self._backward.take(weight, gradient_nbytes=0)
-        elif self._backward is not None and weight.nbytes >= MIN_NBYTES:
-            self._backward.take(weight, gradient_nbytes=weight.nbytes)
+            if stepping is not None:
+                stepping.take(weight, gradient_nbytes=0)
+        elif stepping is not None and weight.nbytes >= MIN_NBYTES:
+            stepping.take(weight, gradient_nbytes=weight.nbytes)
         else:
             self._gradients.take(weight.name, weight.nbytes)
         if is_used:
             self._weights.trace.use(weight.number)
+
+    def _add_gradient(self, which: int) -> None:
+        """As ``_take_gradient``, to that of the micro-batches before."""
+        weight, rows_nbytes, pages, is_used = self._of_weights[which]
+        gradients, name, nbytes = self._gradients, weight.name, weight.nbytes
+        if rows_nbytes is not None and name not in gradients.kept:
+            self._world.compute(pages * self._costs.page_write_s(1.0))
+            gradients.add_rows(name, rows_nbytes, nbytes)
+            mapped_nbytes = 0
+        else:
+            mapped_nbytes = gradients.add(name, nbytes)
+        if self._backward is not None and nbytes >= MIN_NBYTES:
+            mapped_nbytes = self._step_inside(self._backward, weight, mapped_nbytes)
+        if mapped_nbytes:
+            self._world.memory.add_pages(-mapped_nbytes)
+        if is_used:
+            self._weights.trace.use(weight.number)
+
+    def _step_inside(self, backward: SimBackwardStep, weight: SimWeight, mapped_nbytes: int) -> int:
+        """Have ``weight`` stepped if its gradient is complete; bytes of it left to give back."""
+        gradients, name, nbytes = self._gradients, weight.name, weight.nbytes
+        gradients.settle(name)
+        if self._number < self._last:
+            return mapped_nbytes
+        if name in gradients.kept:
+            gradients.give(name, nbytes)
+            backward.take(weight, gradient_nbytes=nbytes)
+        else:
+            backward.take_at_home(weight, mapped_nbytes=mapped_nbytes)
+        return 0
 
     def _end_backward(self, _which: int) -> None:
         if self._backward is not None:
@@ -157,7 +196,8 @@ class SimPass:
             return
         known, table = self._looked_up.get(lookup.weight, 0), weight.nbytes
         # Rows are as good as random: how much of the table is around one of them.
-        seen = -math.expm1(-lookup.rows * _FAULT_AROUND_NBYTES / table) * table
+        rows = lookup.rows * (self._number + 1)  # each micro-batch looks up others
+        seen = -math.expm1(-rows * _FAULT_AROUND_NBYTES / table) * table
         nbytes = max(known, int(seen))
         self._world.memory.add_pages(nbytes - known)
         # A row that an earlier look brought in, with what is around it, is there.

@@ -59,9 +59,9 @@ class SimSaved:
         self._looked_ahead = -1  # from this turn, and nothing has changed since then
         self._keys: list[str] = []  # of units, by position
 
-    def begin(self) -> None:
-        """A forward begins."""
-        self._turns.begin(self._limit_nbytes)
+    def begin(self, *, first: bool = True) -> None:
+        """A forward begins, the ``first`` of a step or a further one."""
+        self._turns.begin(self._limit_nbytes, first=first)
         self._batch.begin()
         self._saved_nbytes = 0
         self._order.clear()

@@ -103,7 +103,7 @@ class SimStep:
 
     def standing(self) -> tuple[object, ...]:
         """What the next step depends on, between two steps."""
-        return frozenset(self._held), self.has_states, frozenset(self.gradients.by_rows)
+        return frozenset(self._held), self.has_states, *self.gradients.standing()
 
     def step(self, stepped: Collection[str] = ()) -> None:
         """The whole step, but for the weights that backward has ``stepped``."""

@@ -69,18 +69,24 @@ class SimTurns:
         self._before: list[Unit] = []
         self._turns: dict[int, int] = {}
         self._staying: set[int] = set()
-        self._differs = False  # the present pass from the last one
+        self._differs = False  # a pass of the present step from the one before it
         self._choices: list[_Choice] = []  # that times decided, of the present pass
+        self._first_choices = self._choices  # and of the first one of the step
 
-    def begin(self, limit_nbytes: int) -> None:
-        """A pass begins, of which so many bytes may stay; the last one is expected to repeat."""
+    def begin(self, limit_nbytes: int, *, first: bool = True) -> None:
+        """A pass begins, of which so many bytes may stay; the last one is expected to repeat.
+
+        Args:
+            first: of a step.
+        """
         if self.used:
             self.order, self._expected_s = self.used, self.times_s
             self._turns = {position: turn for turn, position in enumerate(self.used)}
             self._staying = self._used_first(limit_nbytes)
             self._before = self.units
         self.used, self.times_s, self.units, self._choices = [], [], [], []
-        self._differs = False
+        if first:
+            self._first_choices, self._differs = self._choices, False
         self.absent, self.fetching = bytearray(self._most), {}
 
     def _used_first(self, nbytes: int) -> set[int]:
@@ -152,10 +158,10 @@ class SimTurns:
         return early
 
     def would_choose_again(self) -> bool:
-        """Whether the times of the last pass lead to what that pass has chosen."""
+        """Whether the times of the last pass lead to what the first one of the step has chosen."""
         return not self._differs and all(
             _is_early(self.times_s, present, following, turn, lead_s) is early
-            for present, following, turn, lead_s, early in self._choices
+            for present, following, turn, lead_s, early in self._first_choices
         )
 
 

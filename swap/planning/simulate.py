@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import repeat
 
 from offload.allocator.errors import CapacityError
 from offload.swap.gradients import MIN_NBYTES
@@ -47,6 +47,8 @@ class SimulatedStep:
     Attributes:
         busy_s: seconds in which each part worked: compute, optimizer, drive.
         spilled_nbytes: of saved activations that were on the drive at once, at most.
+        mapped_nbytes: of gradients in scratch, each time that one of a further micro-batch was
+            added: the kernel moves them, if it has to, so they are no reads and no writes.
     """
 
     finished: StepFinished
@@ -54,6 +56,7 @@ class SimulatedStep:
     peak_roles: Mapping[Role, int]
     plan: Plan
     spilled_nbytes: int
+    mapped_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,8 @@ class Simulation:
         drive_nbytes: of the drive that saved activations may take at once.
         recorder: takes the events.
         write_slowdown: how many times as long as usual the drive takes for what is written to it.
+        micro_batches: forwards, each with its backward, of a step.
+        pages_stay: as of ``SimGradients``.
 
     Attributes:
         plan: as it is now.
@@ -95,6 +100,8 @@ class Simulation:
         drive_nbytes: int | None = None,
         recorder: Recorder | None = None,
         write_slowdown: float = 1.0,
+        micro_batches: int = 1,
+        pages_stay: bool = True,
     ) -> None:
         program, costs = compiled.program, compiled.costs
         self.plan = self._first_plan = plan
@@ -132,7 +139,7 @@ class Simulation:
             drive=self._drive,
         )
         self._gradients = SimGradients(
-            world, limit_nbytes=plan.gradients_nbytes, leaving_s=costs.gradient_s
+            world, costs, limit_nbytes=plan.gradients_nbytes, pages_stay=pages_stay
         )
         self._step: SimStep | None = None
         if program.stepping is not None:
@@ -166,10 +173,12 @@ class Simulation:
             gradients=self._gradients,
             backward=self._backward,
             forward=self._forward,
+            micro_batches=micro_batches,
         )
+        self._micro_batches = micro_batches
         self._kept_nbytes = self._states_nbytes()
         self._steps = 0
-        self._parts = Parts(memory)  # of the first pass
+        self._parts = Parts(memory)  # of the first step
         self.follow(compiled.moments)
 
     def follow(self, moments: Sequence[Moment]) -> None:
@@ -197,11 +206,11 @@ class Simulation:
         self._last = _Simulated(standing, before, done)
         return done
 
-    def compute(self, parts: int = PARTS) -> None:
+    def compute(self, parts: int | None = None) -> None:
         """Forward and backward of the next step, and no more.
 
         Args:
-            parts: of the first pass, after which it ends.
+            parts: of the first step's passes, after which it ends.
 
         Raises:
             BudgetError: as ``step``.
@@ -209,23 +218,25 @@ class Simulation:
         self.world.memory.restart_peak()
         if self._forward is not None:
             self._forward.start()
-        moments: Iterable[Moment] = self._moments
+        passes: Iterable[Iterable[Moment]] = repeat(self._moments, self._micro_batches)
         if not self._steps:
-            moments = chain.from_iterable(self._parts.of(self._moments, parts))
+            passes = self._parts.passes(self._moments, self._micro_batches, parts)
         try:
-            self._pass.go_through(moments)
+            for number, moments in enumerate(passes):
+                self._pass.go_through(moments, number)
         except CapacityError as refusal:
             raise refused(self.plan, self.world.memory.room(), refusal) from refusal
         if not self._steps:
             check_fits(self.plan, self.world.memory.peak_nbytes)
 
     def doubtful_parts(self) -> int:
-        """How many parts of the first pass, which fits, might not if the drive hesitates.
+        """How many parts of the first step, which fits, might not if the drive hesitates.
 
         See ``sim_parts`` [Note: a drive that hesitates].
         """
         if self._backward is not None or self._drive.is_bounded:
-            return PARTS  # tiles wait for writes, too; or what the drive refuses stays
+            # Tiles wait for writes, too; or what the drive refuses stays.
+            return PARTS * self._micro_batches
         plan, more_nbytes = self._first_plan, self._first_plan.gradients_nbytes
         if self._saved.spilled_nbytes:
             limit_nbytes, largest_nbytes = plan.activations_nbytes, self._saved.largest_nbytes
@@ -275,6 +286,7 @@ class Simulation:
             peak_roles=dict(world.memory.peak_roles),
             plan=self.plan,
             spilled_nbytes=self._saved.spilled_nbytes,
+            mapped_nbytes=self._gradients.take_mapped_nbytes(),
         )
         if world.memory.peak_nbytes > self.plan.budget_nbytes:  # a later step may take more
             raise too_small(self.plan, world.memory.peak_nbytes)
@@ -367,7 +379,8 @@ class Simulation:
         stepping = self._program.stepping
         if stepping is None or self._step is None:
             return {}
-        waits = self._backward is None  # else each gradient is used up at once
+        # Else each gradient is used up at once.
+        waits = self._backward is None or self._micro_batches > 1
         weights = self._weights.weights
         return {
             name: nbytes

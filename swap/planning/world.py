@@ -39,6 +39,7 @@ class Flight:
         work_s: what the drive has to do for it, alone and at full speed.
         ended_s: when its bytes have arrived; never, as long as that is not known.
         follower: what is queued when this has ended.
+        is_ours: a run records it; else the kernel moves it, for a mapped file.
     """
 
     key: str
@@ -48,6 +49,7 @@ class Flight:
     began_s: float = _NEVER_S
     ended_s: float = _NEVER_S
     follower: "tuple[SimLane, Flight] | None" = None
+    is_ours: bool = True
 
 
 class _Work(dict[int, float]):
@@ -169,9 +171,11 @@ class World:
 
     def submit(self, lane: SimLane, key: str, role: str, nbytes: int) -> Flight:
         """Queue a transfer."""
-        flight, queue = Flight(key, role, nbytes, lane.work_s[nbytes]), lane.queue
-        if queue:
-            queue.append(flight)
+        return self._queue(lane, Flight(key, role, nbytes, lane.work_s[nbytes]))
+
+    def _queue(self, lane: SimLane, flight: Flight) -> Flight:
+        if lane.queue:
+            lane.queue.append(flight)
         else:
             self._begin(lane, flight)
         return flight
@@ -207,16 +211,7 @@ class World:
         began_s = self.now_s
         if flight.ended_s <= began_s:
             return
-        queue = lane.queue
-        if queue and queue[0] is not flight and flight in queue:
-            queue.remove(flight)
-            queue.insert(1, flight)
-        while flight.ended_s == _NEVER_S:
-            self._end_next()
-        # The drive is done with it, the link may not be.
-        while self._due_s <= flight.ended_s:
-            self._end_next()
-        self.now_s = flight.ended_s
+        self._await(lane, flight)
         stalled_s = self.now_s - began_s
         self._totals.stall_s += stalled_s
         if self.is_recorded:
@@ -230,6 +225,31 @@ class World:
                     duration_s=stalled_s,
                 )
             )
+
+    def _await(self, lane: SimLane, flight: Flight) -> None:
+        queue = lane.queue
+        if queue and queue[0] is not flight and flight in queue:
+            queue.remove(flight)
+            queue.insert(1, flight)
+        while flight.ended_s == _NEVER_S:
+            self._end_next()
+        # The drive is done with it, the link may not be.
+        while self._due_s <= flight.ended_s:
+            self._end_next()
+        self.now_s = flight.ended_s
+
+    # What the kernel moves for a mapped file: nothing records it, and no wait for it is a stall.
+
+    def fault_in(self, key: str, role: str, nbytes: int) -> None:
+        """The training thread touches bytes of a mapped file that memory has not."""
+        reads = self.reads
+        flight = Flight(key, role, nbytes, reads.work_s[nbytes], is_ours=False)
+        self._await(reads, self._queue(reads, flight))
+
+    def write_back(self, key: str, role: str, nbytes: int) -> None:
+        """Bytes that were changed in a mapped file go to the drive."""
+        writes = self.writes
+        self._queue(writes, Flight(key, role, nbytes, writes.work_s[nbytes], is_ours=False))
 
     def drain(self) -> None:
         """Let everything end; counts as a stall of nobody."""
@@ -299,6 +319,8 @@ class World:
                 following.queue.append(follower)
             else:
                 self._begin(following, follower)
+        if not flight.is_ours:
+            return flight.nbytes
         if self.is_recorded:
             self.journal.moved(
                 Label(flight.key, flight.role, lane.source, lane.target),

@@ -43,6 +43,7 @@ def both(
     window_nbytes: int = 1 << 20,
     dtype: torch.dtype = torch.float32,
     drive_nbytes: int | None = None,
+    micro_batches: int = 1,
     **config: Any,
 ) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
     """What a step of a real run moves and one of the simulated run, where all weights stream.
@@ -62,6 +63,7 @@ def both(
         stores,
         window_nbytes=window_nbytes,
         drive_nbytes=drive_nbytes,
+        micro_batches=micro_batches,
         config=config,
     )
     return moved(real, _STEPS - 1), moved(virtual, _STEPS - 1)
@@ -77,6 +79,7 @@ def events_of_both(
     window_nbytes: int = 1 << 20,
     activations_nbytes: int = ACTIVATIONS_NBYTES,
     drive_nbytes: int | None = None,
+    micro_batches: int = 1,
 ) -> tuple[Sequence[Event], Sequence[Event]]:
     """What happens in the first steps of a real run, and of the simulated one.
 
@@ -84,6 +87,8 @@ def events_of_both(
         program: of ``model`` on ``tokens``, with these settings.
         drive_nbytes: what saved activations may take of the drive at once.
     """
+    if micro_batches > 1 and config.get("step_in_backward"):
+        config = {**config, "accumulation_steps": micro_batches}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     engine = offload.attach(model, optimizer, budget="host=8GiB", nvme=stores, config=config)
     real = engine._journal.recorder = ListRecorder()
@@ -93,7 +98,8 @@ def events_of_both(
         fill_up_to(engine, drive_nbytes)
     for _ in range(_STEPS):
         engine.activations.limit_nbytes = activations_nbytes  # whatever was planned anew
-        loss_of(model, tokens).backward()
+        for _ in range(micro_batches):
+            (loss_of(model, tokens) / micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
     chunk_numel, given = engine._runtime.chunk_numel, engine.plan
@@ -122,6 +128,7 @@ def events_of_both(
         chunk_numel=chunk_numel,
         write_budget_nbytes=config.get("nvme_write_budget"),
         drive_nbytes=drive_nbytes,
+        micro_batches=micro_batches,
         recorder=virtual,
     )
     simulation._replan = lambda _peak_nbytes: None  # type: ignore[method-assign]

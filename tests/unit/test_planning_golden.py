@@ -36,6 +36,12 @@ CASES: Mapping[str, tuple[Callable[[], Program], Settings]] = {
     "many tiles, not fused": (partial(_WIDE, fused=False), settings(760)),
     "in backward": (_DEEP, dataclasses.replace(settings(420), step_in_backward=True)),
     "in forward": (_DEEP, dataclasses.replace(settings(420), step_in_forward=True)),
+    "micro-batches": (_DEEP, dataclasses.replace(settings(420), micro_batches=3)),
+    "micro-batches, spilling": (_LONG, dataclasses.replace(settings(640), micro_batches=2)),
+    "micro-batches, in backward": (
+        _DEEP,
+        dataclasses.replace(settings(420), micro_batches=3, step_in_backward=True),
+    ),
     "never committed": (_WIDE, dataclasses.replace(settings(900), commits=False)),
 }
 
