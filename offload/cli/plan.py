@@ -31,7 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The verb's options."""
     parser.add_argument("model", metavar="MODEL|script.py", type=Path, nargs="?")
     parser.add_argument("--seq", metavar="N", type=int, help="tokens of a sequence (default: 1024)")
-    parser.add_argument("--batch", metavar="N", type=int, help="sequences of a step (default: 1)")
+    parser.add_argument(
+        "--batch", metavar="N", type=int, help="sequences of one forward (default: 1)"
+    )
+    parser.add_argument(
+        "--micro-batches",
+        metavar="N",
+        type=int,
+        help="forwards of a step, each with its backward, that add up gradients (default: 1)",
+    )
     parser.add_argument("--optim", metavar="O", help="adamw (default), adam, sgd, …")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--method", choices=["full", "lora"])
@@ -204,10 +212,10 @@ def _size(option: str, text: str | None) -> int | None:
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
-    for name, least in (("seq", 2), ("batch", 1)):
+    for name, least in (("seq", 2), ("batch", 1), ("micro_batches", 1)):
         value = getattr(arguments, name)
         if value is not None and value < least:
-            raise ConfigError(f"--{name} {value}: at least {least}")
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least}")
 
 
 def _source_of(arguments: argparse.Namespace) -> Any:

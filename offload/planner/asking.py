@@ -22,6 +22,8 @@ from offload.swap.planning.whatif import changed, parse_changes
 from offload.tiers.hostmem import HUGE_PAGE, PAGE
 from offload.tiers.machine import Machine
 
+_NEVER_PLACED = ("step_in_backward", "step_in_forward", "nvme_write_budget", "recompute")
+
 
 class Asking:
     """One question: the model is traced when it is needed, for each batch once.
@@ -72,6 +74,7 @@ class Asking:
             align_nbytes=HUGE_PAGE if len(arguments.nvme) > 1 else PAGE,
             write_budget_nbytes=config.nvme_write_budget,
             alpha=config.alpha if config.recompute == "tokenwise" else None,
+            micro_batches=arguments.micro_batches or _passes_of(recorded),
         )
 
     def answer(self) -> Answer:
@@ -155,9 +158,11 @@ class Asking:
     def _check_placeable(self) -> None:
         unknown = [
             f"--{name.replace('_', '-')}"
-            for name in ("step_in_backward", "step_in_forward", "nvme_write_budget", "recompute")
+            for name in _NEVER_PLACED
             if getattr(self.arguments, name) not in {None, False, "off"}
         ]
+        if self.settings.micro_batches > 1:
+            unknown.append("--micro-batches")
         if unknown:
             raise ConfigError(
                 f"{', '.join(unknown)}: no placement knows it, a prediction on the CPU does: leave "
@@ -197,7 +202,13 @@ class Asking:
     def _refine(self, program: Program, *, given: bool) -> None:
         """Take from the recorded run what it knows better; a given baseline stays."""
         assert self._recorded is not None
-        refined = refine(program, self.machine, self.settings.drive, self._recorded)
+        refined = refine(
+            program,
+            self.machine,
+            self.settings.drive,
+            self._recorded,
+            micro_batches=self.settings.micro_batches,
+        )
         self.machine, self._refined = refined.machine, refined.note
         if not given:
             self._baseline = refined.baseline
@@ -230,9 +241,11 @@ class Asking:
 
     def _title(self, program: Program, batch: Batch) -> str:
         name = program.stepping.name if program.stepping else "no optimizer"
+        count = self.settings.micro_batches
+        times = f" x {count} micro-batches" if count > 1 else ""
         return (
             f"{self.source.name} ({program.parameters / 1e6:,.1f}M parameters)  "
-            f"{self.source.describe(batch)}  {name}"
+            f"{self.source.describe(batch)}{times}  {name}"
         )
 
     def _notes(self, prediction: Prediction) -> tuple[str, ...]:
@@ -245,6 +258,11 @@ class Asking:
         if self.settings.budget_nbytes > host:
             notes.append(f"the machine has {format_nbytes(host)}, less than the budget")
         return tuple(notes)
+
+
+def _passes_of(recorded: Recorded | None) -> int:
+    """Micro-batches of a step as far as a record tells them, or one."""
+    return recorded.micro_batches or 1 if recorded is not None else 1
 
 
 def config_of(arguments: argparse.Namespace) -> OffloadConfig:

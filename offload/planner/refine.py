@@ -38,7 +38,7 @@ _APART = frozenset(
     }
 )  # fmt: skip
 _DEFAULTS = OffloadConfig()
-_UNKNOWN = ("io_threads", "recompute", "accumulation_steps")
+_UNKNOWN = ("io_threads", "recompute")
 
 
 def unpredicted(config: OffloadConfig) -> list[str]:
@@ -53,8 +53,15 @@ def unpredicted(config: OffloadConfig) -> list[str]:
     return names
 
 
-def settings_of(config: OffloadConfig, drive: str, budget_nbytes: int) -> Settings:
-    """What a run with ``config`` is predicted with, beside its program."""
+def told_micro_batches(config: OffloadConfig) -> int | None:
+    """Of a step of a run with ``config``; None: only a step in backward has to know them."""
+    return config.accumulation_steps if config.step_in_backward else None
+
+
+def settings_of(
+    config: OffloadConfig, drive: str, budget_nbytes: int, *, micro_batches: int = 1
+) -> Settings:
+    """What a run with ``config`` is predicted with, beside the program of a micro-batch."""
     return Settings(
         budget_nbytes=budget_nbytes,
         drive=drive,
@@ -64,6 +71,7 @@ def settings_of(config: OffloadConfig, drive: str, budget_nbytes: int) -> Settin
         step_in_forward=config.step_in_forward,
         align_nbytes=HUGE_PAGE if len(config.nvme) > 1 else PAGE,
         write_budget_nbytes=config.nvme_write_budget,
+        micro_batches=micro_batches,
     )
 
 
@@ -91,6 +99,11 @@ class Recorded:
     processor: str
     events: tuple[Event, ...]
     weight_forms: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def micro_batches(self) -> int | None:
+        """Of a step; None where the run tells nothing of them."""
+        return told_micro_batches(self.config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,18 +167,26 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def refine(program: Program, machine: Machine, drive: str, recorded: Recorded) -> Refined:
+def refine(
+    program: Program, machine: Machine, drive: str, recorded: Recorded, *, micro_batches: int = 1
+) -> Refined:
     """What ``recorded`` says of ``machine`` and of the process.
 
     Args:
-        program: of the step that was recorded.
+        program: of a micro-batch of the step that was recorded.
         drive: the name of the file tier that it ran on.
+        micro_batches: of that step, unless ``recorded`` tells how many it had.
 
     Raises:
         ConfigError: it ran on another processor, or another model.
     """
     _check_same(program, machine, drive, recorded)
-    settings = settings_of(recorded.config, drive, recorded.budget_nbytes)
+    settings = settings_of(
+        recorded.config,
+        drive,
+        recorded.budget_nbytes,
+        micro_batches=recorded.micro_batches or micro_batches,
+    )
     baseline = Baseline(attach_nbytes=recorded.attach_nbytes, running_nbytes=RUNNING_NBYTES)
     real = _look_at(recorded.events)
     before, simulated = _predict(program, machine, settings, baseline)

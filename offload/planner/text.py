@@ -80,6 +80,11 @@ def print_answer(answer: Answer, *, explain: bool, console: Console | None = Non
         f"moved        {format_nbytes(step.read_nbytes)} read, "
         f"{format_nbytes(step.written_nbytes)} written per step{_written_at_most(settings)}"
     )
+    if found.last.mapped_nbytes:
+        console.print(
+            f"added        gradients of {format_nbytes(found.last.mapped_nbytes)} to others in "
+            "scratch per step"
+        )
     for line in rebuilt(found):
         console.print(f"recompute    {line}", markup=False)
     if answer.solved is not None:
@@ -165,8 +170,9 @@ def rows(answer: Answer) -> list[dict[str, Any]]:
 
 
 def _gradients(settings: Settings) -> str:
+    count = settings.micro_batches
     if settings.step_in_backward:
-        return "used up in backward"
+        return "used up in backward" if count == 1 else f"used up in backward {count}"
     until = ", until the next forward steps" if settings.step_in_forward else ""
     return f"leave as they are produced{until}"
 
@@ -227,9 +233,13 @@ def explanation(answer: Answer) -> Iterator[str]:
             f"writes: of {format_nbytes(most)} that a step may write, weights, gradients and "
             f"states take {format_nbytes(other)} at most; what else would leave memory stays there"
         )
-    yield (
-        f"compute: {program.flops / 1e9:,.0f} GFLOP in matrix products a step, at measured rates"
-    )
+    if found.last.mapped_nbytes:
+        yield (
+            f"micro-batches: gradients of the first of {found.settings.micro_batches} leave, those "
+            "of each other one are added through the mapping of where they are"
+        )
+    flops = program.flops * found.settings.micro_batches
+    yield f"compute: {flops / 1e9:,.0f} GFLOP in matrix products a step, at measured rates"
 
 
 def to_json(answer: Answer) -> str:
@@ -241,7 +251,8 @@ def to_json(answer: Answer) -> str:
         "title": answer.title,
         "machine": answer.machine_name,
         "parameters": answer.program.parameters,
-        "flops": answer.program.flops,
+        "micro_batches": found.settings.micro_batches,
+        "flops": answer.program.flops * found.settings.micro_batches,
         "budget_nbytes": found.settings.budget_nbytes,
         "write_budget_nbytes": found.settings.write_budget_nbytes,
         "peak_nbytes": found.peak_nbytes,
@@ -251,6 +262,7 @@ def to_json(answer: Answer) -> str:
         "bound_by": found.bound_by,
         "busy_s": dict(found.last.busy_s),
         "step": dataclasses.asdict(found.last.finished),
+        "accumulated_nbytes": found.last.mapped_nbytes,
         "rows": rows(answer),
         "rebuilt": [{**dataclasses.asdict(kind), "alpha": kind.alpha} for kind in found.rebuilt],
         "plan": json.loads(found.plan.to_json()),

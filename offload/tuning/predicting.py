@@ -13,7 +13,7 @@ from pathlib import Path
 from offload.allocator.errors import BudgetError, OffloadError
 from offload.config import OffloadConfig
 from offload.planner.baseline import measure_baseline
-from offload.planner.refine import other_precision, settings_of, unpredicted
+from offload.planner.refine import other_precision, settings_of, told_micro_batches, unpredicted
 from offload.planner.scripts import TrainingScript
 from offload.planner.sources import Batch
 from offload.swap.planning.predict import Baseline, Prediction, predict
@@ -40,14 +40,21 @@ class Predictor:
         program: of its step.
         baseline: of the process without a model.
         machines: measured, by the directory of the store.
+        micro_batches: of a step.
     """
 
     def __init__(
-        self, program: Program, baseline: Baseline, machines: Mapping[Path, Machine]
+        self,
+        program: Program,
+        baseline: Baseline,
+        machines: Mapping[Path, Machine],
+        *,
+        micro_batches: int = 1,
     ) -> None:
         self._program = program
         self._baseline = baseline
         self._machines = machines
+        self._micro_batches = micro_batches
 
     def predict(self, config: OffloadConfig) -> Prediction | None:
         """None where the planner knows nothing of such settings.
@@ -58,7 +65,9 @@ class Predictor:
         if unpredicted(config) or other_precision(self._program, config):
             return None
         machine, drive = self._machine_of(config.nvme)
-        settings = settings_of(config, drive, config.budget["host"])
+        settings = settings_of(
+            config, drive, config.budget["host"], micro_batches=self._micro_batches
+        )
         return predict(self._program, machine, settings, self._baseline)
 
     def _machine_of(self, directories: Sequence[Path]) -> tuple[Machine, str]:
@@ -90,7 +99,12 @@ def make_predictor(
         precision = Precision(states=base.state_precision, masters=base.master_weights)
         source = TrainingScript(script, arguments, given=undecided, precision=precision)
         program = source.trace(Batch(sequences=1, length=1))
-        return Predictor(program, measure_baseline(source.held, program.products), machines)
+        return Predictor(
+            program,
+            measure_baseline(source.held, program.products),
+            machines,
+            micro_batches=told_micro_batches(base) or 1,
+        )
     except OffloadError as error:
         say(f"nothing is predicted: {error}")
         return None

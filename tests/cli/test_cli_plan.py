@@ -72,6 +72,45 @@ def test_a_step_in_forward_overlaps_with_it(
     assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
 
 
+def test_micro_batches_of_a_step_add_up_their_gradients(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [model, *LAPTOP, "--budget", "366MiB", "--seq", 128]
+    one, four = answer(capsys, *words), answer(capsys, *words, "--micro-batches", 4)
+    assert (one["micro_batches"], four["micro_batches"]) == (1, 4)
+    assert four["tokens_per_s"] == pytest.approx(4 * 128 / four["step_s"])
+    assert four["flops"] == 4 * one["flops"]
+    assert one["step_s"] < four["step_s"] < 4 * one["step_s"]
+    assert four["accumulated_nbytes"] > one["accumulated_nbytes"] == 0
+    assert "x batch 1 x 4 micro-batches" in four["title"]
+    within = answer(capsys, *words, "--micro-batches", 4, "--step-in-backward")
+    how = {row["name"]: row["how"] for row in within["rows"]}
+    assert how["gradients"] == "used up in backward 4"
+    assert main(["plan", *map(str, words), "--micro-batches", "4", "--explain"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^added +gradients of .* to others in scratch per step$", out, re.MULTILINE)
+    assert re.search(r"^why +micro-batches: gradients of the first of 4 leave", out, re.MULTILINE)
+
+
+def test_micro_batches_are_solved_with(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [model, *LAPTOP, "--budget", "380MiB", "--seq", 128, "--micro-batches", 3]
+    found = answer(capsys, *words, "--solve", "batch")
+    assert re.match(r"--batch \d+ is the largest that fits", found["solved"])
+    batch = int(found["solved"].split()[1])
+    assert found["tokens_per_s"] == pytest.approx(3 * batch * 128 / found["step_s"])
+    assert found["peak_nbytes"] <= 380 << 20
+    assert not answer(capsys, *words, "--batch", batch + 1)["fits"]
+
+
+def test_a_count_that_is_no_number_is_wrong_usage(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(model), "--micro-batches", "2.5"])
+    assert ended.value.code == 2
+    assert "argument --micro-batches: invalid int value: '2.5'" in capsys.readouterr().err
+
+
 def test_states_in_fewer_bits_take_less_of_the_drive(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +271,8 @@ def test_a_full_disk_for_the_simulated_run_is_told(
         (["--nvme-write-budget", "2"], "nvme_write_budget: 2 bytes are hardly meant"),
         (["--seq", "0"], "--seq 0: at least 2"),
         (["--batch", "0"], "--batch 0: at least 1"),
+        (["--micro-batches", "0"], "--micro-batches 0: at least 1"),
+        (["--micro-batches", "-2"], "--micro-batches -2: at least 1"),
         (["--seq", "4097"], "tiny-llama has positions for 4096 tokens"),
         (["--machine", "laptop-16g"], "did you mean 'laptop-16gb'?"),
         (["--machine", "none.json"], "can't read the machine none.json"),

@@ -209,6 +209,10 @@ def test_memory_nodes_are_placed_on(
             "--step-in-backward: no placement knows it",
         ),
         (
+            ["--budget", "device=8GiB", "--micro-batches", "4"],
+            "--micro-batches: no placement knows it",
+        ),
+        (
             ["--budget", "device=8GiB", "--step-in-forward"],
             "--step-in-forward: no placement knows it",
         ),

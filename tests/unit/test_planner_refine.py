@@ -14,7 +14,7 @@ from offload.config import OffloadConfig
 from offload.planner.baseline import RUNNING_NBYTES
 from offload.planner.recording import recorded
 from offload.planner.refine import read_recorded, refine, unpredicted
-from offload.swap.planning.predict import Baseline, Prediction, predict
+from offload.swap.planning.predict import Baseline, Prediction, Settings, predict
 from offload.swap.planning.program import Program
 from offload.swap.planning.whatif import changed
 from offload.tiers.machine import Machine
@@ -30,10 +30,11 @@ def run_of(
     *,
     program: Program = PROGRAM,
     config: OffloadConfig | None = None,
+    run: Settings = BUDGET,
 ) -> Prediction:
     """A run directory: what happened on ``real``, of a process like ``baseline``."""
-    with recorded(path, BUDGET, real) as recorder:
-        found = predict(program, real, BUDGET, baseline, recorder=recorder)
+    with recorded(path, run, real) as recorder:
+        found = predict(program, real, run, baseline, recorder=recorder)
     plan = dataclasses.replace(found.steps[0].plan, baseline_nbytes=baseline.attach_nbytes)
     (path / "plan.json").write_text(plan.to_json())
     (path / "weights.json").write_text(json.dumps(program.weight_forms))
@@ -72,6 +73,25 @@ def test_a_drive_that_is_slower_than_it_seemed_is_found(tmp_path: Path) -> None:
     assert abs(again.step_s / happened.step_s - 1) < 0.15
     assert abs(plain.step_s / happened.step_s - 1) > 0.5
     assert "nvme-write x0." in refined.note
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_run_of_several_micro_batches_is_predicted_with_as_many(
+    tmp_path: Path, told: bool
+) -> None:
+    real = changed(machine(), DRIVE, {"compute": 0.4})
+    config = OffloadConfig()
+    if told:  # by its setting
+        config = OffloadConfig(step_in_backward=True, accumulation_steps=3)
+    ran = dataclasses.replace(BUDGET, micro_batches=3, step_in_backward=told)
+    happened = run_of(tmp_path, real, BASELINE, config=config, run=ran)
+    recorded = read_recorded(tmp_path)
+    assert recorded.micro_batches == (3 if told else None)
+    refined = refine(PROGRAM, machine(), DRIVE, recorded, micro_batches=1 if told else 3)
+    again = predict(PROGRAM, refined.machine, ran, refined.baseline)
+    assert again.last.finished.compute_s == pytest.approx(happened.last.finished.compute_s, rel=0.1)
+    assert again.steps[0].finished.peak_nbytes == happened.steps[0].finished.peak_nbytes
+    assert "compute x0.4" in refined.note
 
 
 def test_a_drive_with_little_to_do_is_left_alone(tmp_path: Path) -> None:
@@ -198,5 +218,6 @@ def test_what_the_simulation_does_not_know_is_named(tmp_path: Path) -> None:
     assert unpredicted(OffloadConfig(commit="never", nvme=(tmp_path,), device="cpu")) == []
     assert unpredicted(OffloadConfig(nvme=(tmp_path, tmp_path / "b"), step_in_backward=True)) == []
     assert unpredicted(OffloadConfig(nvme_write_budget=1 << 30, step_in_forward=True)) == []
+    assert unpredicted(OffloadConfig(step_in_backward=True, accumulation_steps=4)) == []
     config = OffloadConfig(device="cuda", io_engine="aiofiles", commit="manual")
     assert len(unpredicted(config)) == 3
