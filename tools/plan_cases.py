@@ -21,7 +21,7 @@ _REBUILD_NBYTES = OffloadConfig().min_swap_nbytes
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch, a budget by its factor over the least one, a drive, settings."""
+    """A model, a micro-batch, a budget by its factor over the least one, a drive, settings."""
 
     layers: int
     width: int
@@ -37,10 +37,11 @@ class Case:
     in_forward: bool = False
     paths: int = 1  # directories of the store, all on the one drive
     alpha: Alpha | None = None  # of token-wise recompute
+    micro_batches: int = 1  # of a step
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Of a micro-batch."""
         return self.batch * self.sequence
 
     @property
@@ -52,12 +53,14 @@ class Case:
     def config(self) -> dict[str, Any]:
         """The settings of its run."""
         rows = {} if self.alpha is None else {"recompute": "tokenwise", "alpha": self.alpha}
+        parts = {"accumulation_steps": self.micro_batches} if self.in_backward else {}
         return {
             "step_in_backward": self.in_backward,
             "step_in_forward": self.in_forward,
             "state_precision": self.states,
             "master_weights": self.masters,
             **rows,
+            **parts,
         }
 
     @property
@@ -71,7 +74,8 @@ class Case:
     def settings(self) -> str:
         """What it has beside the defaults, for people."""
         names: dict[str, object] = {
-            "dtype": "float32", "states": "exact", "masters": "none", "paths": 1, "alpha": None
+            "dtype": "float32", "states": "exact", "masters": "none", "paths": 1, "alpha": None,
+            "micro_batches": 1,
         }  # fmt: skip
         given = [
             f"{n}={getattr(self, n)}" for n, usual in names.items() if getattr(self, n) != usual
@@ -110,6 +114,8 @@ FULL = (
     Case(*_M70, 128, 1.2, dtype="bfloat16", masters="fp32", states="8bit", in_backward=True),
     *(Case(*_M70, sequence=128, factor=1.2, paths=2, in_backward=each) for each in (False, True)),
     *(Case(*_M70, sequence=length, factor=1.5, in_forward=True) for length in (128, 512)),
+    *(Case(*_M70, sequence=128, factor=f, micro_batches=4) for f in (1.2, 3.0)),
+    Case(*_M70, sequence=128, factor=1.2, micro_batches=4, in_backward=True),
     *(Case(*_M20, sequence=1024, factor=1.2, alpha=alpha) for alpha in _ALPHAS),
     Case(*_M20, sequence=2048, factor=1.2, alpha=0.5),
     Case(*_M70, sequence=1024, factor=1.2, alpha=0.25),
@@ -117,7 +123,7 @@ FULL = (
 
 
 def program_of(case: Case) -> Program:
-    """The program of one of its steps."""
+    """The program of one of its micro-batches."""
     with fake_mode(), making(getattr(torch, case.dtype)):
         model = Decoder(Shape(case.layers, case.width, case.heads))
         tokens = torch.zeros(case.batch, case.sequence + 1, dtype=torch.int64)

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--shape", required=True, metavar="LAYERS,WIDTH,HEADS")
     parser.add_argument("--sequence", type=int, required=True)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--budget", required=True)
     parser.add_argument("--nvme", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5, help="at most")
@@ -85,10 +86,11 @@ def main() -> None:
                 break
             began_s = time.perf_counter()
             seeded = torch.Generator().manual_seed(step)
-            tokens = torch.randint(
-                VOCABULARY, (options.batch, options.sequence + 1), generator=seeded
-            )
-            loss_of(model, tokens).backward()
+            for _ in range(options.micro_batches):
+                tokens = torch.randint(
+                    VOCABULARY, (options.batch, options.sequence + 1), generator=seeded
+                )
+                (loss_of(model, tokens) / options.micro_batches).backward()
             optimizer.step()
             optimizer.zero_grad()
             steps_s.append(time.perf_counter() - began_s)

@@ -183,6 +183,7 @@ class Trial:
             step_in_forward=self._case.in_forward,
             align_nbytes=HUGE_PAGE if self._case.paths > 1 else PAGE,
             alpha=self._case.alpha,
+            micro_batches=self._case.micro_batches,
         )
 
     def _seen(self, machine: Machine) -> tuple[Machine, str]:
@@ -253,6 +254,7 @@ def run_once(case: Case, mib: int, directory: Path) -> Run:
     shutil.rmtree(store, ignore_errors=True)
     command = [sys.executable, str(_JOB), "--shape", f"{case.layers},{case.width},{case.heads}"]
     command += ["--sequence", str(case.sequence), "--batch", str(case.batch)]
+    command += ["--micro-batches", str(case.micro_batches)]
     command += ["--budget", f"host={mib}MiB", "--nvme", str(store)]
     command += ["--steps", str(WARM + _STEPS), "--enough-s", str(_ENOUGH_S)]
     command += ["--dtype", case.dtype, "--paths", str(case.paths)]
