@@ -42,6 +42,7 @@ class SimGradients:
         on_file: those whose gradients have left.
         by_rows: those whose last gradients were made of rows alone.
         held: those whose gradients are needed behind the step, which was put off.
+        mapped_nbytes: to which further parts were added through mappings.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class SimGradients:
         self.by_rows: set[str] = set()
         self.held: set[str] = set()
         self.in_memory_nbytes = 0
-        self._mapped_nbytes = 0
+        self.mapped_nbytes = 0
         self._in_pages: set[str] = set()  # whose newest bytes only the kernel has
 
     def take(self, name: str, nbytes: int) -> None:
@@ -133,7 +134,7 @@ class SimGradients:
             self.poll()
             return 0
         self.poll()
-        self._mapped_nbytes += nbytes
+        self.mapped_nbytes += nbytes
         world.memory.add("gradients", nbytes)  # the part
         if name not in self._in_pages:
             world.fault_in(name, _ROLE, nbytes)
@@ -161,6 +162,11 @@ class SimGradients:
         world.submit(world.writes, name, _ROLE, nbytes)
         self.by_rows.discard(name)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether no gradient is on its way."""
+        return not self._leaving
+
     def settle(self, name: str) -> None:
         """Have no gradient of ``name`` on its way."""
         while any(left.name == name for left in self._leaving):
@@ -173,8 +179,8 @@ class SimGradients:
         self._world.memory.drop("gradients", nbytes)
 
     def take_mapped_nbytes(self) -> int:
-        """Bytes to which further parts were added through mappings, since the last call."""
-        nbytes, self._mapped_nbytes = self._mapped_nbytes, 0
+        """``mapped_nbytes``, which begin anew."""
+        nbytes, self.mapped_nbytes = self.mapped_nbytes, 0
         return nbytes
 
     def standing(self) -> tuple[object, ...]:

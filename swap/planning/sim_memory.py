@@ -65,6 +65,11 @@ class Memory:
         if nbytes > 0:
             self._look_at(self.nbytes)
 
+    def add_pages_beside(self, nbytes: int) -> None:
+        """As ``add_pages``, and as if they had been there at the peak, too."""
+        self.add_pages(nbytes)
+        self._look_at(sum(self.peak_roles.values()) - self.peak_roles.get("pages", 0))
+
     def pass_through(self, highs: Iterable[int]) -> None:
         """Transients come and go: as many more are left as there were.
 

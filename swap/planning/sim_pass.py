@@ -7,7 +7,7 @@ from typing import NamedTuple
 from offload.swap.gradients import MIN_NBYTES
 from offload.swap.planning.compiled import Moment
 from offload.swap.planning.cost import Costs
-from offload.swap.planning.program import Program, What
+from offload.swap.planning.program import Lookup, Program, What
 from offload.swap.planning.sim_backward import SimBackwardStep
 from offload.swap.planning.sim_forward import SimForwardStep
 from offload.swap.planning.sim_gradients import SimGradients
@@ -195,16 +195,29 @@ class SimPass:
         if weight.in_memory:
             return
         known, table = self._looked_up.get(lookup.weight, 0), weight.nbytes
-        # Rows are as good as random: how much of the table is around one of them.
-        rows = lookup.rows * (self._number + 1)  # each micro-batch looks up others
-        seen = -math.expm1(-rows * _FAULT_AROUND_NBYTES / table) * table
-        nbytes = max(known, int(seen))
+        nbytes = max(known, self._seen_nbytes(lookup))
         self._world.memory.add_pages(nbytes - known)
         # A row that an earlier look brought in, with what is around it, is there.
         looks = (nbytes - known) / _FAULT_AROUND_NBYTES
         apart = table / PAGE / max(looks, 1.0)
         self._world.compute(looks * self._costs.page_read_s(apart))
         self._looked_up[lookup.weight] = nbytes
+
+    def _seen_nbytes(self, lookup: Lookup) -> int:
+        """What the rows of all passes until now have brought in of a table."""
+        table = self._weights.weights[lookup.weight].nbytes
+        # Rows are as good as random: how much of the table is around one of them.
+        rows = lookup.rows * (self._number + 1)  # each micro-batch looks up others
+        return int(-math.expm1(-rows * _FAULT_AROUND_NBYTES / table) * table)
+
+    def look_up_again(self, passes: int) -> None:
+        """So many passes more have looked up rows of their own."""
+        self._number += passes
+        for lookup in self._program.lookups:
+            known = self._looked_up.get(lookup.weight)
+            if known is not None and (seen := self._seen_nbytes(lookup)) > known:
+                self._world.memory.add_pages_beside(seen - known)
+                self._looked_up[lookup.weight] = seen
 
 
 def _gradient_of(weight: SimWeight, program: Program) -> _Gradient:

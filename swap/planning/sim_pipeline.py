@@ -9,7 +9,7 @@ rates have no common measure may never stand as before: looks that find nothing 
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -102,16 +102,24 @@ class _Sight:
 
     def repeats(self, earlier: "_Sight") -> bool:
         """Whether what follows is what followed ``earlier``, if the same tiles do."""
-        if self.state != earlier.state:
+        if self.state != earlier.state or self.waiting >= earlier.waiting:
             return False
-        if len(self.ahead_s) != len(earlier.ahead_s) or self.waiting >= earlier.waiting:
+        return are_alike(
+            self.ahead_s, earlier.ahead_s, since_s=earlier.reading.now_s, now_s=self.reading.now_s
+        )
+
+
+def are_alike(
+    ahead_s: Sequence[float], earlier_s: Sequence[float], *, since_s: float, now_s: float
+) -> bool:
+    """Whether the lanes stand ``now_s`` as they did ``since_s``, but for rounding."""
+    if len(ahead_s) != len(earlier_s):
+        return False
+    rounding_s = _TOLERANCE * (now_s - since_s) + _ROUNDINGS * math.ulp(now_s)
+    for here, there in zip(ahead_s, earlier_s, strict=True):
+        if abs(here - there) > rounding_s:
             return False
-        now_s = self.reading.now_s
-        rounding_s = _TOLERANCE * (now_s - earlier.reading.now_s) + _ROUNDINGS * math.ulp(now_s)
-        for here, there in zip(self.ahead_s, earlier.ahead_s, strict=True):
-            if abs(here - there) > rounding_s:
-                return False
-        return True
+    return True
 
 
 class SimStaging:

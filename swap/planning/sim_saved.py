@@ -79,9 +79,9 @@ class SimSaved:
         """Of the largest unit of the present pass."""
         return max((unit.nbytes for unit in self._turns.units), default=0)
 
-    def would_choose_again(self) -> bool:
-        """Whether the times of the last pass lead to what that pass has chosen."""
-        return self._turns.would_choose_again()
+    def would_choose_again(self, *, first: bool = True) -> bool:
+        """Whether the times of the last pass lead to what it, or the first, has chosen."""
+        return self._turns.would_choose_again(first=first)
 
     # Storages.
 

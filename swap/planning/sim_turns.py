@@ -157,11 +157,17 @@ class SimTurns:
         self._choices.append((present, following, turn, lead_s, early))
         return early
 
-    def would_choose_again(self) -> bool:
-        """Whether the times of the last pass lead to what the first one of the step has chosen."""
+    def would_choose_again(self, *, first: bool = True) -> bool:
+        """Whether the times of the last pass lead to what was chosen.
+
+        Args:
+            first: by the first pass of the step; else by the last one.
+        """
         return not self._differs and all(
             _is_early(self.times_s, present, following, turn, lead_s) is early
-            for present, following, turn, lead_s, early in self._first_choices
+            for present, following, turn, lead_s, early in (
+                self._first_choices if first else self._choices
+            )
         )
 
 

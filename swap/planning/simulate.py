@@ -32,6 +32,7 @@ from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_memory import Memory, Role
 from offload.swap.planning.sim_parts import PARTS, Parts
 from offload.swap.planning.sim_pass import SimPass
+from offload.swap.planning.sim_passes import Part, SimPasses
 from offload.swap.planning.sim_saved import SimSaved
 from offload.swap.planning.sim_step import SimStep
 from offload.swap.planning.sim_weights import SimWeights
@@ -164,7 +165,7 @@ class Simulation:
                 world, self._weights, self._step, tables=program.census.lookups
             )
             self._forward.finished = self._make_late_step_durable
-        self._pass = SimPass(
+        self._pass = one = SimPass(
             world,
             program,
             costs,
@@ -174,6 +175,15 @@ class Simulation:
             backward=self._backward,
             forward=self._forward,
             micro_batches=micro_batches,
+        )
+        self._passes = SimPasses(
+            world,
+            one,
+            self._saved,
+            self._gradients,
+            [part for part in self._acting if part is not None],
+            count=micro_batches,
+            repeats=recorder is None and not self._drive.is_bounded,
         )
         self._micro_batches = micro_batches
         self._kept_nbytes = self._states_nbytes()
@@ -222,8 +232,7 @@ class Simulation:
         if not self._steps:
             passes = self._parts.passes(self._moments, self._micro_batches, parts)
         try:
-            for number, moments in enumerate(passes):
-                self._pass.go_through(moments, number)
+            self._passes.go_through(passes)
         except CapacityError as refusal:
             raise refused(self.plan, self.world.memory.room(), refusal) from refusal
         if not self._steps:
@@ -295,10 +304,13 @@ class Simulation:
 
     # See [Note: steps that repeat].
 
+    @property
+    def _acting(self) -> tuple[Part | None, ...]:
+        return self._weights, self._saved, self._step, self._backward, self._forward
+
     def _standing(self) -> tuple[object, ...]:
         """What the next step depends on, but for times."""
-        parts = (self._weights, self._saved, self._step, self._backward, self._forward)
-        standing = [part.standing() for part in parts if part is not None]
+        standing = [part.standing() for part in self._acting if part is not None]
         return self.plan, list(self.world.memory.now.values()), *standing
 
     def _repeats(self, last: "_Simulated", standing: tuple[object, ...]) -> bool:

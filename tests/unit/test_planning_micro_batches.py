@@ -18,6 +18,7 @@ from offload.swap.planning.cost import Costs
 from offload.swap.planning.predict import Settings, least_budget, predict
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_memory import Memory
+from offload.swap.planning.sim_pass import SimPass
 from offload.swap.planning.simulate import Simulation
 from offload.swap.planning.world import World, read_lane, write_lane
 from offload.tiers.events import ListRecorder, Move
@@ -129,23 +130,40 @@ def test_what_fits_in_memory_stays_there_for_all_parts(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", NAMES)
-@pytest.mark.parametrize("blocks", [6, 12])
-def test_what_is_recorded_is_what_is_counted(way: str, blocks: int) -> None:
+@pytest.mark.parametrize(("blocks", "count"), [(6, 3), (12, 3), (6, 20)])
+def test_what_is_counted_is_what_is_simulated(way: str, blocks: int, count: int) -> None:
     program = decoder(blocks=blocks, tokens=512)  # some activations leave
-    budget = several(LEAST[way] + 40, 3, way)
+    budget = several(LEAST[way] + 40, count, way)
     counted = predict(program, machine(), budget, BASELINE)
     recorder = ListRecorder()
     whole = predict(program, machine(), budget, BASELINE, recorder=recorder)
+    assert counted.last.spilled_nbytes > 0
     for here, there in zip(whole.steps, counted.steps, strict=True):
-        assert here.finished.read_nbytes == there.finished.read_nbytes
-        assert here.finished.written_nbytes == there.finished.written_nbytes
-        assert here.finished.step_s == pytest.approx(there.finished.step_s)
+        assert here.mapped_nbytes == there.mapped_nbytes
+        for of in ("read_nbytes", "written_nbytes", "peak_nbytes", "resident_nbytes"):
+            assert getattr(here.finished, of) == getattr(there.finished, of)
+        for of in ("step_s", "compute_s", "stall_s", "optimizer_s"):
+            assert getattr(here.finished, of) == pytest.approx(getattr(there.finished, of))
     moves = [event for event in recorder.events if isinstance(event, Move)]
     assert not [move for move in moves if move.role == "gradient" and move.dst == "host"]
     steps = [step.finished for step in whole.steps]
     assert sum(move.nbytes for move in moves) == sum(
         step.read_nbytes + step.written_nbytes for step in steps
     )
+
+
+def test_passes_that_repeat_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone_through: list[int] = []
+    plain = SimPass.go_through
+
+    def watched(self: SimPass, moments: Any, number: int) -> None:
+        gone_through.append(number)
+        plain(self, moments, number)
+
+    monkeypatch.setattr(SimPass, "go_through", watched)
+    predict(PROGRAM, machine(), several(LEAST["behind backward"] + 8, 100), BASELINE)
+    assert len(gone_through) < 40
+    assert {0, 1, 2, 99} <= {*gone_through}
 
 
 def test_a_gradient_that_is_on_its_way_gets_its_part_there_and_leaves_again() -> None:

@@ -45,6 +45,7 @@ def test_every_setting_that_is_predicted_is_among_the_configurations() -> None:
     assert {case.paths for case in FULL} == {1, 2}
     assert {case.in_backward for case in FULL} == {False, True}
     assert {case.in_forward for case in FULL} == {False, True}
+    assert {case.micro_batches for case in FULL} == {1, 4}
     assert FULL[0].settings == "-"
     mixed = next(case for case in FULL if case.masters == "fp32" and case.in_backward)
     assert mixed.settings == "dtype=bfloat16, states=8bit, masters=fp32, in backward"
