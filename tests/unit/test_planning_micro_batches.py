@@ -19,6 +19,7 @@ from offload.swap.planning.predict import Settings, least_budget, predict
 from offload.swap.planning.sim_gradients import SimGradients
 from offload.swap.planning.sim_memory import Memory
 from offload.swap.planning.sim_pass import SimPass
+from offload.swap.planning.sim_writes import must_write_nbytes
 from offload.swap.planning.simulate import Simulation
 from offload.swap.planning.world import World, read_lane, write_lane
 from offload.tiers.events import ListRecorder, Move
@@ -201,3 +202,12 @@ def test_rows_that_are_rebuilt_are_of_one_micro_batch() -> None:
     asked = dataclasses.replace(several(500), alpha=0.5)
     with pytest.raises(UnsupportedError, match="--micro-batches 1"):
         predict(PROGRAM, machine(), asked, BASELINE)
+
+
+@pytest.mark.parametrize("allowance", [300 << 10, 1 << 20])
+def test_micro_batches_share_what_a_step_may_write(tmp_path: Path, allowance: int) -> None:
+    most = must_write_nbytes(TRACED) + allowance
+    real, virtual = both(TRACED, tmp_path, micro_batches=2, nvme_write_budget=most)
+    assert virtual["activation", "written"] == real["activation", "written"] > 0
+    assert sum(nbytes for (_, way), nbytes in virtual.items() if way == "written") <= most
+    check_moved(real, virtual, in_backward=False)
