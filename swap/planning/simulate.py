@@ -183,7 +183,7 @@ class Simulation:
             self._gradients,
             [part for part in self._acting if part is not None],
             count=micro_batches,
-            repeats=recorder is None and not self._drive.is_bounded,
+            repeats=recorder is None and not self._drive.counts_writes,
         )
         self._micro_batches = micro_batches
         self._kept_nbytes = self._states_nbytes()
