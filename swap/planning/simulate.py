@@ -165,7 +165,9 @@ class Simulation:
                 world, self._weights, self._step, tables=program.census.lookups
             )
             self._forward.finished = self._make_late_step_durable
-        self._pass = one = SimPass(
+        parts = self._weights, self._saved, self._step, self._backward, self._forward
+        self._acting: list[Part] = [part for part in parts if part is not None]
+        self._pass = SimPass(
             world,
             program,
             costs,
@@ -178,10 +180,10 @@ class Simulation:
         )
         self._passes = SimPasses(
             world,
-            one,
+            self._pass,
             self._saved,
             self._gradients,
-            [part for part in self._acting if part is not None],
+            self._acting,
             count=micro_batches,
             repeats=recorder is None and not self._drive.counts_writes,
         )
@@ -304,13 +306,9 @@ class Simulation:
 
     # See [Note: steps that repeat].
 
-    @property
-    def _acting(self) -> tuple[Part | None, ...]:
-        return self._weights, self._saved, self._step, self._backward, self._forward
-
     def _standing(self) -> tuple[object, ...]:
         """What the next step depends on, but for times."""
-        standing = [part.standing() for part in self._acting if part is not None]
+        standing = [part.standing() for part in self._acting]
         return self.plan, list(self.world.memory.now.values()), *standing
 
     def _repeats(self, last: "_Simulated", standing: tuple[object, ...]) -> bool:
