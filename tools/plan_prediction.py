@@ -6,14 +6,14 @@ that small factors are hard on both. Peaks are the kernel's, building the model 
 highest of all runs. The machine must be quiet.
 
 A shared machine changes its speed within seconds, and more within minutes. So a configuration runs
-several times, and the rates, those of the processor and those of a rehearsal, are measured before,
-between and behind: rates, run, rates, run, run, rates, which are also the first ones of the next
-configuration. A run's time is the median of its steps behind the second; short steps are many, long
-ones few. The median of the runs is held against the median of what the rates around them predict.
-How far runs, and predictions, are apart is told beside: no prediction can be closer to a run than
-runs are to each other. What the very first rates said alone is told as well, for that is what a
-user gets. Links, and what a hypervisor takes back, are measured once, at the start. Every run
-counts and none is done again; all rates are the measured ones, and nothing is fitted to a run.
+several times, and the rates, those of the processor, of a hypervisor's host and of a rehearsal, are
+measured before, between and behind: rates, run, rates, run, run, rates, which are also the first
+ones of the next configuration. A run's time is the median of its steps behind the second; short
+steps are many, long ones few. The median of the runs is held against the median of what the rates
+around them predict. How far runs, and predictions, are apart is told beside: no prediction can be
+closer to a run than runs are to each other. What the very first rates said alone is told as well,
+for that is what a user gets. Links are measured once, at the start. Every run counts and none is
+done again; all rates are the measured ones, and nothing is fitted to a run.
 """
 
 import importlib.util
@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,14 +94,12 @@ def measure(
     ]
     nvme.mkdir(parents=True, exist_ok=True)
     links = bench_links([nvme], effort=Effort()).machine
-    reclaimed = add_reclaimed(replace(links, compute=())).compute
     drive = file_tier_name(nvme)
     dtypes = list(dict.fromkeys(["float32", *(case.dtype for case in cases)]))
 
     def measured() -> Machine:
         rates = add_compute(links, seconds=_RATES_S * len(dtypes), dtypes=dtypes)
-        rates = replace(rates, compute=(*rates.compute, *reclaimed))
-        return add_rehearsal(rates, nvme, drive, quick=True)
+        return add_rehearsal(add_reclaimed(rates), nvme, drive, quick=True)
 
     errors: dict[str, list[float]] = {"peak": [], "step": []}
     before = measured()
