@@ -167,3 +167,15 @@ def check_moved(
     # What backward meets on its way out is not read back either.
     for way in ("read", "written"):
         assert virtual["activation", way] == pytest.approx(real["activation", way], rel=0.25)
+
+
+def check_moved_in_forward(
+    real: Counter[tuple[str, str]], virtual: Counter[tuple[str, str]]
+) -> None:
+    """As ``check_moved``, of steps that are made in the next forward."""
+    for role in ("weight", "gradient", "state"):
+        assert virtual[role, "written"] == real[role, "written"] > 0, role
+    largest_nbytes = 1000 * 256 * 4
+    # Which weights are stepped in staging, and read again for their use, the clock decides.
+    read = [sum(each[role, "read"] for role in ("weight", "state")) for each in (virtual, real)]
+    assert abs(read[0] - read[1]) <= 3 * largest_nbytes
